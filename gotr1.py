@@ -1,0 +1,563 @@
+"""The policy: Janus-Pro as it is used by GoT-R1. One network writes a chain of objects and boxes, then draws it token
+by token.
+
+One sequence a sample, two heads, one cache:
+
+    [bos] User: Follow the caption ... : {prompt}\\n\\nAssistant: | chain ... <begin_of_image> | z_1 ... z_I
+          given                                                   | sampled by lm_head         | by generation_head
+
+Letters, here and in every other file:
+    B prompts, G samples a prompt, N = B*G samples (sample n belongs to prompt n // G), P prompt tokens,
+    T text positions (chain and <begin_of_image>), I image tokens (576; toy 64), S = T + I,
+    V text vocabulary, K image codes, D width of the language model.
+
+Classifier-free guidance runs two rows a sample: the conditional half first, the unconditional half second. The
+unconditional row keeps bos and <begin_of_image> and has the pad token everywhere between, attended, chain included: the
+released checkpoints were trained that way. Guided logits are u + cfg * (c - u).
+
+    python gotr1.py "a red ball left of a blue cube" --n 4          # draws with the toy model, on a laptop, in seconds
+"""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
+
+import runtime
+from render_boxes import MARKERS, chain_problems, draw_boxes, parse_chain
+
+INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
+SPECIAL_TOKENS = {  # looked up by name: the ids differ between the 1B and the 7B checkpoint
+    "bos_token": "<｜begin▁of▁sentence｜>",
+    "eos_token": "<｜end▁of▁sentence｜>",
+    "pad_token": "<｜▁pad▁｜>",
+    "boi_token": "<begin_of_image>",
+    "eoi_token": "<end_of_image>",
+    "image_token": "<image_placeholder>",
+}
+TOY = Path(__file__).parent / "toy_janus"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and the prompt
+
+
+def load_policy(name_or_path: str, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) from `toy`, or a folder or hub id in transformers format. The model is in eval mode."""
+    path = str(TOY) if name_or_path == "toy" else name_or_path
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise FileNotFoundError(f"no folder {path}: expected a checkpoint's folder, a hub id (owner/name), or toy")
+    model = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
+    # add_bos_token etc. are left alone: ids are built by hand in `encode_prompt`, so bos is there exactly once
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    special_ids(tokenizer)
+    return model, tokenizer
+
+
+def special_ids(tokenizer) -> tuple[int, int, int]:
+    """(bos, pad, begin_of_image) by name. `tokenizer.pad_token_id` is no help: some checkpoints set it to another
+    token."""
+    names = [SPECIAL_TOKENS[key] for key in ("bos_token", "pad_token", "boi_token")]
+    vocabulary = tokenizer.get_vocab()
+    missing = [name for name in [*names, *MARKERS] if name not in vocabulary]
+    if missing:
+        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: this is not a GoT-R1 checkpoint")
+    return tuple(vocabulary[name] for name in names)
+
+
+def format_prompt(prompt: str) -> str:
+    """The one user turn that the GoT-R1 checkpoints know (official infer.py); bos is added by `encode_prompt`."""
+    return f"User: {INSTRUCTION}{prompt}\n\nAssistant:"
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of the whole turn, bos exactly once."""
+    return [special_ids(tokenizer)[0], *tokenizer.encode(format_prompt(prompt), add_special_tokens=False)]
+
+
+def encode_chain(tokenizer, chain: str) -> list[int]:
+    """Token ids of a chain and the <begin_of_image> that ends it; no bos (`tokenizer.encode` would put a second one
+    here)."""
+    text = chain.removesuffix(SPECIAL_TOKENS["boi_token"])
+    return [*tokenizer.encode(text, add_special_tokens=False), special_ids(tokenizer)[2]]
+
+
+def image_token_count(model) -> int:
+    return model.config.vq_config.num_patches ** 2
+
+
+def trainable_parameters(model) -> list[torch.nn.Parameter]:
+    """The language model, both heads, and what embeds image tokens; all else (picture tokenizer, image understanding)
+    is frozen."""
+    frozen = ("model.vqmodel.", "model.vision_model.", "model.aligner.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass
+class Rollout:
+    """N samples and what was recorded while they were drawn. Text is right-padded to T, the longest chain."""
+
+    chains: list[str]  # N texts, without the closing <begin_of_image>
+    prompt_ids: list[list[int]]  # N, bos included
+    chain_ids: torch.Tensor  # (N, T) int64, the closing <begin_of_image> included
+    chain_lens: torch.Tensor  # (N,) int64
+    image_tokens: torch.Tensor  # (N, I) int64
+    mask: torch.Tensor  # (N, S) float32: 1 where a token was sampled, 0 where it was given, forced or is padding
+    logp: torch.Tensor  # (N, S) float32: log-probability of each sampled token, as `logp_mode` says
+    entropy: torch.Tensor  # (N, S) float32: of the distribution each token was sampled from, in nats
+    forced: torch.Tensor  # (N,) bool: the chain hit the cap, its <begin_of_image> was not sampled
+    pad_id: int
+    cfg: float
+    temperature: float
+    logp_mode: str  # "cond" or "guided"
+
+    @classmethod
+    def from_data(cls, tokenizer, prompt_ids: list[list[int]], chain_ids: list[list[int]], image_tokens) -> "Rollout":
+        """Samples that were not drawn but given, for SFT: ids as `encode_prompt` and `encode_chain` make them, all to
+        be trained."""
+        n, pad, device = len(prompt_ids), special_ids(tokenizer)[1], image_tokens.device
+        lens = torch.tensor([len(ids) for ids in chain_ids], device=device)
+        ids = right_pad(chain_ids, pad, device)
+        text_mask = torch.arange(ids.shape[1], device=device) < lens[:, None]
+        mask = torch.cat([text_mask, torch.ones_like(image_tokens, dtype=torch.bool)], 1).float()
+        blank, no = torch.zeros_like(mask), torch.zeros(n, dtype=torch.bool, device=device)
+        return cls([], prompt_ids, ids, lens, image_tokens, mask, blank, blank, no, pad, 1.0, 1.0, "cond")
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def select(self, rows: list[int]) -> "Rollout":
+        """The samples `rows`, as a Rollout of its own."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {k: v[rows] for k, v in values.items() if torch.is_tensor(v)}
+        chains = [self.chains[r] for r in rows] if self.chains else []
+        return replace(self, chains=chains, prompt_ids=[self.prompt_ids[r] for r in rows], **values)
+
+
+class KVBuffer:
+    """Keys and values of all layers in one tensor of fixed size, (2, layers, rows, heads, width, head_dim), written in
+    place.
+
+    A cache that grows by concatenation copies itself once a token. Only `[:rows]` and the columns written so far are
+    read."""
+
+    def __init__(self, model, rows: int, width: int):
+        config = model.config.text_config
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, width, config.head_dim)
+        self.data = torch.zeros(shape, device=model.device, dtype=model.dtype)  # masked columns must not hold NaN
+        self.rows, self.start = slice(None), 0
+
+    def update(self, keys, values, layer: int, *_, **__):
+        """What an attention layer calls: store (rows, heads, n, head_dim) from column `start` on, return all columns up
+        to there."""
+        stop = self.start + keys.shape[2]
+        data = self.data[:, layer, self.rows, :, :stop]
+        data[0, :, :, self.start :] = keys
+        data[1, :, :, self.start :] = values
+        return data[0], data[1]
+
+
+def run_layers(model, embeds, positions, visible, cache: KVBuffer, start: int, rows: slice):
+    """The language model on n new columns: embeds (R, n, D), positions (R, n), visible (R, start + n) bool -> hidden
+    (R, n, D)."""
+    lm, (_, n, _) = model.model.language_model, embeds.shape
+    cache.start, cache.rows = start, rows
+    mask = visible[:, None, None, :].expand(-1, 1, n, -1)
+    if n > 1:  # a column sees itself and what stands left of it; itself also when it is padding (no row of -inf)
+        own = torch.ones(n, start + n, dtype=torch.bool, device=embeds.device)
+        mask = (mask & own.tril(start)) | (own.tril(start) & own.triu(start))
+    rope = lm.rotary_emb(embeds, position_ids=positions)
+    for layer in lm.layers:
+        embeds = layer(embeds, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
+    return lm.norm(embeds)
+
+
+def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
+    """(B*G, length) float32 in [0, 1): one number for every token that may be sampled, fixed by (seed, prompt index,
+    sample).
+
+    The samples of a prompt are therefore the same in any batch, on any number of ranks and after a resume. `seed` is an
+    int or a tuple of ints, for instance (run, step)."""
+    seed = seed if isinstance(seed, tuple) else (seed,)
+    keys = [[*seed, index, g] for index in indices for g in range(group)]
+    return torch.from_numpy(np.stack([np.random.default_rng(key).random(length, np.float32) for key in keys]))
+
+
+def sample_token(logits, u, temperature: float):
+    """Inverse-CDF sampling: logits (N, V), u (N,) -> token (N,), its logp (N,), entropy (N,), all at this temperature,
+    in float32.
+
+    Temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
+    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    probs = logps.exp()
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        cdf = probs.cumsum(-1)
+        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+        token = torch.minimum(token, (cdf < cdf[:, -1:]).sum(-1))  # rounding must not step past the last possible token
+    entropy = -(probs * logps.clamp(min=-1e4)).sum(-1)
+    return token, logps.gather(-1, token[:, None]).squeeze(-1), entropy
+
+
+def guide(hidden_logits, cfg: float):
+    """(2N, K) logits, conditional half first -> (conditional, guided), both (N, K). With N rows (no guidance) they are
+    the same."""
+    if cfg == 1.0:
+        return hidden_logits, hidden_logits
+    cond, uncond = hidden_logits.chunk(2)
+    return cond, uncond + cfg * (cond - uncond)
+
+
+def right_pad(rows: list[list[int]], pad: int, device) -> torch.Tensor:
+    """R lists of ids -> (R, longest) int64."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+
+
+def prefill(model, embed, rows: list[list[int]], pad: int):
+    """R lists of ids, aligned on the right -> hidden state of the last token (R, D), their KVBuffer, visible columns
+    (R, P) bool."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    lens = torch.tensor([len(row) for row in rows], device=model.device)
+    visible = torch.arange(width, device=model.device) >= width - lens[:, None]
+    cache = KVBuffer(model, len(rows), width)
+    positions = (visible.cumsum(-1) - 1).clamp(min=0)
+    return run_layers(model, embed(ids), positions, visible, cache, 0, slice(None))[:, -1], cache, visible
+
+
+@torch.no_grad()
+def rollout(
+    model,
+    tokenizer,
+    prompts: list[str],
+    group: int = 1,
+    cfg: float = 1.0,
+    temperature: float = 1.0,
+    seed=0,
+    max_chain: int = 600,
+    chains: list[str] | None = None,
+    indices: list[int] | None = None,
+    logp_mode: str = "cond",
+    progress=None,
+) -> Rollout:
+    """Samples `group` chains and pictures for each of B prompts: text, then image, from one cache.
+
+    `temperature=0` is greedy. `chains` (B texts) are drawn as they are instead of sampling any. `seed` and `indices` (B
+    ints, default 0..B-1) fix the random numbers, see `uniforms`. A chain ends with the first <begin_of_image>; after
+    `max_chain` sampled tokens without one it is forced. `logp_mode` says which distribution of an image token is
+    recorded: "cond" (the conditional one) or "guided" (the one it was sampled from). `progress(tokens)` is called as
+    tokens are done, `max_chain` + I in all. Raises ValueError when the sequence would not fit the model's context."""
+    device, n = model.device, len(prompts) * group
+    images, limit = image_token_count(model), model.config.text_config.max_position_embeddings
+    bos, pad, boi = special_ids(tokenizer)
+    embed = model.get_input_embeddings()
+    given = None if chains is None else [encode_chain(tokenizer, chain) for chain in chains]
+    max_chain = max_chain if given is None else 0
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prefixes = [p + c for p, c in zip(prompt_ids, given or [[]] * len(prompts), strict=True)]
+    longest = max(map(len, prefixes)) + (max_chain + 1 if given is None else 0) + images
+    if longest > limit:
+        raise ValueError(
+            f"prompt, chain and image can take {longest} tokens but this model holds {limit}: "
+            f"shorten the prompt or lower max_chain ({max_chain})"
+        )
+    u = uniforms(seed, indices or range(len(prompts)), group, images + max_chain).to(device)
+
+    # Prompt (and given chain): once a prompt, then its keys and values are copied to its G samples
+    hidden, prefix, seen = prefill(model, embed, prefixes, pad)
+    width = seen.shape[1]  # columns in use
+    cache = KVBuffer(model, n if cfg == 1.0 else 2 * n, longest)
+    cache.data[:, :, :n, :, :width] = prefix.data.repeat_interleave(group, dim=2)
+    visible = F.pad(seen.repeat_interleave(group, 0), (0, longest - width))  # (N, longest): what a row may look at
+    hidden, lens = hidden.repeat_interleave(group, 0), visible.sum(-1)  # (N, D) of the last token; (N,) tokens so far
+
+    # Chain: all rows in step. A finished row waits: it is fed pads that it never sees, and keeps its last hidden state
+    tokens, logps, entropies, sampled = [], [], [], []
+    done = torch.full((n,), given is not None, device=device)
+    forced = torch.zeros_like(done)
+    for t in range(max_chain + 1):
+        if (device.type == "cpu" or t % 16 == 0) and bool(done.all()):  # the question makes a GPU wait: ask seldom
+            break
+        if t < max_chain:
+            token, logp, entropy = sample_token(model.lm_head(hidden), u[:, images + t], temperature)
+        else:  # the cap: a chain that has not ended is ended for it, and not trained on that token
+            forced, token = ~done, torch.full_like(lens, boi)
+        token = torch.where(done, pad, token)
+        tokens, logps, entropies = [*tokens, token], [*logps, logp], [*entropies, entropy]
+        sampled.append(~(done | forced))
+        visible[:, width] = ~done
+        new = embed(token)[:, None]  # (N, 1, D)
+        new = run_layers(model, new, lens[:, None], visible[:, : width + 1], cache, width, slice(0, n))
+        hidden = torch.where(done[:, None], hidden, new[:, -1])
+        width, lens, done = width + 1, lens + ~done, done | (token == boi)
+        if progress:
+            progress(1)
+
+    if given is None:
+        chain_ids = torch.stack(tokens, dim=1)
+        chain_lens = torch.stack(sampled, dim=1).sum(-1) + forced
+    else:
+        chain_lens = torch.tensor([len(chain) for chain in given], device=device).repeat_interleave(group)
+        chain_ids = right_pad(given, pad, device).repeat_interleave(group, 0)
+        sampled = [torch.zeros_like(done)] * chain_ids.shape[1]
+        logps = entropies = [torch.zeros(n, device=device)] * chain_ids.shape[1]
+
+    # Unconditional rows: bos, pads, <begin_of_image>, each as long as its sample; equal lengths are computed once
+    if cfg != 1.0:
+        sizes, which = lens.unique(return_inverse=True)
+        rows = [[bos] + [pad] * (size - 2) + [boi] for size in sizes.tolist()]
+        blank, prefix, seen = prefill(model, embed, rows, pad)
+        left = width - seen.shape[1]
+        cache.data[:, :, n:, :, left:width] = prefix.data[:, :, which]
+        visible = torch.cat([visible, F.pad(seen[which], (left, longest - width))])
+        hidden, lens = torch.cat([hidden, blank[which]]), torch.cat([lens, lens])
+
+    # Image
+    codes = []
+    for i in range(images):
+        cond, guided = guide(model.model.generation_head(hidden).float(), cfg)
+        code, logp, entropy = sample_token(guided, u[:, i], temperature)
+        if logp_mode == "cond" and cfg != 1.0:
+            logp = gather_logps(cond, code, temperature)
+        codes, logps, entropies = [*codes, code], [*logps, logp], [*entropies, entropy]
+        if i + 1 < images:
+            new = model.prepare_embeddings_for_image_generation(code.repeat(len(lens) // n)[:, None])
+            visible[:, width] = True
+            hidden = run_layers(model, new, lens[:, None], visible[:, : width + 1], cache, width, slice(None))[:, -1]
+            width, lens = width + 1, lens + 1
+        if progress:
+            progress(1)
+
+    mask = torch.cat([torch.stack(sampled, 1), torch.ones(n, images, dtype=torch.bool, device=device)], 1).float()
+    texts = [ids[: size - 1] for ids, size in zip(chain_ids.tolist(), chain_lens.tolist(), strict=True)]
+    return Rollout(
+        chains=[tokenizer.decode(ids) for ids in texts],
+        prompt_ids=[ids for ids in prompt_ids for _ in range(group)],
+        chain_ids=chain_ids,
+        chain_lens=chain_lens,
+        image_tokens=torch.stack(codes, dim=1),
+        mask=mask,
+        logp=torch.stack(logps, dim=1) * mask,
+        entropy=torch.stack(entropies, dim=1) * mask,
+        forced=forced,
+        pad_id=pad,
+        cfg=cfg,
+        temperature=temperature,
+        logp_mode=logp_mode,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring: the log-probability of what was sampled, in one pass with gradients
+
+
+def gather_logps(logits, tokens, temperature: float = 1.0):
+    """logits (..., V), tokens (...) -> log-probability of each token (...), float32. Temperature 0 counts as 1."""
+    logits = logits.float() / (temperature or 1.0)
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def chunked_logps(head, tokens, temperature: float, chunk: int = 1024):
+    """Log-probabilities (M,) of `tokens` (M,) under `head(rows)`, a function from a slice of the M rows to logits (m,
+    V).
+
+    The logits of a chunk are recomputed in the backward pass, so that no (N, S, V) tensor ever exists."""
+    pieces = []
+    for start in range(0, len(tokens), chunk):
+        rows = slice(start, start + chunk)
+        score = lambda rows=rows: gather_logps(head(rows), tokens[rows], temperature)  # noqa: E731
+        pieces.append(checkpoint(score, use_reentrant=False) if torch.is_grad_enabled() else score())
+    return torch.cat(pieces) if pieces else tokens.float()
+
+
+def hidden_states(model, batch: Rollout, blank: torch.Tensor | None = None):
+    """One causal pass over whole sequences -> the hidden states that predict the text (N, T, D) and the image (N, I,
+    D).
+
+    A row is laid out without gaps, [prompt | chain | image | padding], so positions are the plain ones and no mask is
+    needed. Rows where `blank` (N,) bool is set are unconditional: pads between bos and <begin_of_image>."""
+    device, images = batch.image_tokens.device, batch.image_tokens.shape[1]
+    prompt_lens = torch.tensor([len(ids) for ids in batch.prompt_ids], device=device)
+    text_lens = (prompt_lens + batch.chain_lens)[:, None]  # (N, 1)
+    chains = [ids[:size] for ids, size in zip(batch.chain_ids.tolist(), batch.chain_lens.tolist(), strict=True)]
+    text = right_pad([p + c for p, c in zip(batch.prompt_ids, chains, strict=True)], batch.pad_id, device)
+    column = torch.arange(text.shape[1] + images - 1, device=device)  # the last image token predicts nothing
+    text = F.pad(text, (0, images - 1), value=batch.pad_id)
+    if blank is not None:
+        text = text.where(~blank[:, None] | (column == 0) | (column == text_lens - 1), batch.pad_id)
+    place = (column - text_lens)[..., None]  # (N, W, 1): which image token stands in a column
+    picture = model.prepare_embeddings_for_image_generation(batch.image_tokens)  # (N, I, D)
+    picture = picture.gather(1, place.clamp(0, images - 1).expand(-1, -1, picture.shape[-1]))
+    embeds = torch.where(place >= 0, picture, model.get_input_embeddings()(text))
+    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state  # (N, W, D)
+
+    def before(first, count):  # the states one column before each of `count` columns from `first` (N, 1) on
+        at = (first - 1 + torch.arange(count, device=device)).clamp(max=hidden.shape[1] - 1)
+        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    return before(prompt_lens[:, None], batch.chain_ids.shape[1]), before(text_lens, images)
+
+
+def token_logps(model, batch: Rollout, logp_mode: str | None = None, blank=None, chunk: int = 1024):
+    """(logp, mask), both (N, S) float32, the image's I last: the log-probabilities of a rollout's tokens under `model`,
+    with gradient.
+
+    Scored at the rollout's temperature and, unless `logp_mode` says otherwise, in its mode: "cond" takes the
+    conditional logits; "guided" the distribution that was sampled from, its unconditional half without gradient (one
+    more forward pass). Rows where `blank` (N,) bool is set are scored as unconditional ones, their text is masked
+    (condition dropout in SFT). Where the mask is 0 (given, forced, padding) logp is 0."""
+    text_hidden, image_hidden = hidden_states(model, batch, blank)
+    n, images = batch.image_tokens.shape
+    mask = batch.mask.clone()
+    if blank is not None:
+        mask[blank, :-images] = 0
+    trained = mask[:, :-images].bool()
+    rows = text_hidden[trained]
+    text = chunked_logps(lambda part: model.lm_head(rows[part]), batch.chain_ids[trained], batch.temperature, chunk)
+    text = torch.zeros(trained.shape, device=text.device).masked_scatter(trained, text)
+
+    cond = image_hidden.flatten(0, 1)  # (N * I, D)
+    head = model.model.generation_head
+    if (logp_mode or batch.logp_mode) == "guided" and batch.cfg != 1.0:
+        with torch.no_grad():
+            uncond = hidden_states(model, batch, torch.ones_like(batch.forced))[1].flatten(0, 1)
+
+        def image_logits(part):
+            with torch.no_grad():
+                blank = head(uncond[part]).float()
+            return guide(torch.cat([head(cond[part]).float(), blank]), batch.cfg)[1]
+
+    else:
+
+        def image_logits(part):
+            return head(cond[part])
+
+    image = chunked_logps(image_logits, batch.image_tokens.flatten(), batch.temperature, chunk).view(n, images)
+    return torch.cat([text, image], dim=1), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures to tokens and back
+
+
+@torch.no_grad()
+def encode_images(model, images) -> torch.Tensor:
+    """PIL images, or (N, 3, H, W) in [-1, 1] -> image tokens (N, I), row by row. Pictures are resized to the model's
+    size.
+
+    The nearest code on the unit sphere, as DeepSeek's own encoder; transformers' quantizer compares lengths as well."""
+    vq, config = model.model.vqmodel, model.config.vq_config
+    if not torch.is_tensor(images):
+        side = config.num_patches * 2 ** (len(config.channel_multiplier) - 1)
+        images = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        images = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    weight = vq.quant_conv.weight
+    latent = F.normalize(vq.quant_conv(vq.encoder(images.to(weight.device, weight.dtype))), dim=1)  # (N, 8, h, w)
+    codes = F.normalize(vq.quantize.embedding.weight, dim=-1)  # (K, 8)
+    return (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1)
+
+
+@torch.no_grad()
+def decode_images(model, image_tokens, batch_size: int = 32) -> list[Image.Image]:
+    """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in the official
+    code."""
+    pictures = []
+    for part in image_tokens.split(batch_size):
+        pixels = model.decode_image_tokens(part).float()  # (n, H, W, 3) in [-1, 1]
+        pixels = ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
+        pictures += [Image.fromarray(array) for array in pixels]
+    return pictures
+
+
+def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) -> None:
+    """For each row (prompt, note, chain, image): the plan on a blank canvas, beside it the picture with the planned
+    boxes."""
+    font, margin, head = ImageFont.load_default(size=13), 12, 42
+    width, height = 2 * side + margin, side + head + margin
+    columns = min(columns, len(rows))
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, -(-len(rows) // columns) * height + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, row in enumerate(rows):
+        x, y = margin + k % columns * (width + margin), margin + k // columns * height
+        boxes = parse_chain(row["chain"])
+        picture = row["image"].resize((side, side), Image.Resampling.NEAREST if row["image"].width < side else None)
+        prompt = row["prompt"] if len(row["prompt"]) < 66 else row["prompt"][:63] + "..."
+        pen.text((x, y), prompt, "black", font)
+        pen.text((x, y + 18), row["note"], "gray", font)
+        sheet.paste(draw_boxes(boxes, size=side), (x, y + head))
+        sheet.paste(draw_boxes(boxes, image=picture), (x + side, y + head))
+        pen.rectangle((x, y + head, x + 2 * side, y + head + side), outline="lightgray")
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draw one prompt
+
+
+@dataclass
+class Args:
+    prompt: tyro.conf.Positional[str]  # what to draw, or a text file with one prompt a line
+    model: str = "toy"  # `toy`, or a folder or hub id
+    n: int = 4  # samples a prompt
+    cfg: float = 1.0  # guidance; 5 for the released checkpoints, 1 (none) for the toy
+    temperature: float = 1.0  # 0 takes the most likely token every time
+    seed: int = 0
+    max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
+    chain: str = ""  # a text file with a chain to draw instead of writing one: edit a plan, then draw it
+    out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = runtime.parse_args(Args, __doc__, argv)
+    _, _, device = runtime.start_processes()
+    if args.n < 1 or args.max_chain < 1 or not args.cfg >= 0 or not args.temperature >= 0:
+        runtime.fail("expected --n and --max_chain of 1 or more, --cfg and --temperature of 0 or more")
+    out = Path(args.out)
+    try:
+        prompts = Path(args.prompt).read_text().splitlines() if args.prompt.endswith(".txt") else [args.prompt]
+        prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+        chain = Path(args.chain).read_text().strip() if args.chain else None
+        if not prompts:
+            raise ValueError("the prompt is empty")
+        if chain is not None and (problems := chain_problems(chain)):
+            raise ValueError(f"{args.chain}: {'; '.join(problems)}")
+        model, tokenizer = load_policy(args.model, device)
+        out.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(desc="tokens", disable=None)
+        sampled = rollout(
+            model, tokenizer, prompts, args.n, args.cfg, args.temperature, args.seed, args.max_chain,
+            chains=chain and [chain] * len(prompts), progress=bar.update,
+        )  # fmt: skip
+        bar.close()
+        rows = []
+        for k, image in enumerate(decode_images(model, sampled.image_tokens)):
+            name, text = f"{k // args.n:03d}_{k % args.n}", sampled.chains[k]
+            image.save(out / f"{name}.png")
+            (out / f"{name}.txt").write_text(text, encoding="utf-8")
+            draw_boxes(parse_chain(text)).save(out / f"{name}_plan.png")
+            draw_boxes(parse_chain(text), image=image.resize((448, 448), 0)).save(out / f"{name}_boxes.png")
+            rows.append({"prompt": prompts[k // args.n], "note": f"sample {k % args.n}", "chain": text, "image": image})
+        draw_sheet(rows, out / "sheet.png", columns=2)
+    except (OSError, ValueError) as problem:
+        runtime.fail(str(problem))
+    print(f"{rows[0]['prompt']}\n  {rows[0]['chain']}")
+    print(f"wrote {len(rows)} pictures with their chains and plans, and {out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Shared by all tests: one torch thread (two processes with two threads each on two cores are many times slower), no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """The shipped toy model and its tokenizer. Tests that change weights take a copy."""
+    import gotr1
+
+    return gotr1.load_policy("toy")

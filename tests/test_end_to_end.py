@@ -1,0 +1,154 @@
+"""The two trainers as they are run, with small numbers: they learn, they resume bitwise, they refuse bad input in one
+line. pytest tests/test_end_to_end.py"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import rewards
+import train_grpo
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+GRPO = ["--steps", "10", "--batch_size", "2", "--group", "4", "--eval_prompts", "8", "--save_every", "4", "--lr", "1e-3"]
+SFT = ["--from_scratch", "--vq_steps", "3", "--examples", "300", "--steps", "40", "--batch_size", "16",
+       "--eval_every", "40", "--eval_prompts", "8", "--save_every", "15"]  # fmt: skip
+
+
+def weights(folder: Path) -> dict:
+    return safetensors.torch.load_file(folder / (folder / "latest").read_text() / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def grpo_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    train_grpo.main([*GRPO, "--out", str(folder)])
+    return folder
+
+
+def test_ten_grpo_steps_leave_what_the_readme_promises(grpo_run):
+    for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl", "config.json", "step_000010"):
+        assert (grpo_run / name).exists(), name
+    assert [row["step"] for row in rows(grpo_run)] == list(range(10))
+    assert rows(grpo_run)[0]["ratio"] == 1 and rows(grpo_run)[0]["kl"] == 0 < rows(grpo_run)[5]["kl"]
+    assert len(list(grpo_run.glob("step_*"))) == 2, "old checkpoints stay"
+
+
+def test_a_grpo_run_that_died_continues_bitwise(grpo_run, tmp_path, monkeypatch):
+    """It dies in step 7, between the checkpoints of steps 4 and 8: three steps are done again, from the same
+    numbers."""
+    calls, score = [], rewards.score
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:  # one evaluation, then seven steps
+            raise RuntimeError("power cut")
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(rewards, "score", dying)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_grpo.main([*GRPO, "--out", str(tmp_path)])
+    assert (tmp_path / "latest").read_text() == "step_000004" and len(rows(tmp_path)) == 6
+    train_grpo.main([*GRPO, "--out", str(tmp_path)])
+    assert same(weights(tmp_path), weights(grpo_run))
+    timeless = [{k: v for k, v in row.items() if not k.endswith("_s") and k != "seconds"} for row in rows(tmp_path)]
+    assert timeless == [{k: v for k, v in row.items() if k in timeless[0]} for row in rows(grpo_run)]
+
+
+def test_sft_from_scratch_learns_and_resumes_bitwise(tmp_path, monkeypatch):
+    train_sft.main([*SFT, "--out", str(tmp_path / "whole")])
+    log = rows(tmp_path / "whole")
+    for loss in ("chain_loss", "image_loss"):
+        assert sum(row[loss] for row in log[-5:]) < 0.7 * sum(row[loss] for row in log[:5]), loss
+    assert "ri" in log[-1] and (tmp_path / "whole" / "curves.png").exists()
+
+    sft_loss, calls = train_sft.sft_loss, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == 25:
+            raise RuntimeError("power cut")
+        return sft_loss(*args)
+
+    monkeypatch.setattr(train_sft, "sft_loss", dying)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_sft.main([*SFT, "--out", str(tmp_path / "cut")])
+    train_sft.main([*SFT, "--out", str(tmp_path / "cut")])
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_grpo_checkpoint_is_a_model_like_any_other(grpo_run):
+    import gotr1
+
+    model, tokenizer = gotr1.load_policy(str(grpo_run / "step_000010"))
+    assert gotr1.rollout(model, tokenizer, ["a red ball"], max_chain=60).image_tokens.shape == (1, 64)
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    """Same global batch over gloo: the same samples, and weights equal to rounding (a sum in another order)."""
+    flags = ["--steps", "3", "--batch_size", "2", "--group", "4", "--eval_prompts", "4", "--lr", "1e-4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for count in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        command += ["train_grpo.py", *flags, "--out", str(tmp_path / count)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
+    for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
+        assert a["reward"] == b["reward"] and a["kl"] == pytest.approx(b["kl"], abs=1e-5)
+
+
+BAD = [
+    (["--grup", "3"], "--grup"),
+    (["--steps", "many"], "--steps"),
+    (["--group", "1"], "--group is 1"),
+    (["--lr", "-1"], "--lr is -1.0: expected a number above 0"),
+    (["--kl", "-0.1"], "--kl is -0.1: expected 0 or more"),
+    (["--steps", "0"], "--steps is 0: expected 1 or more"),
+    (["--temperature", "nan"], "--temperature is nan"),
+    (["--parts", "sem", "beauty"], "expected some of sem spa ri pi hps"),
+    (["--combine", "median"], "median"),
+    (["--model", "/no/such/model"], "/no/such/model"),
+    (["--prompts", "/no/such/file"], "cannot read prompts from /no/such/file"),
+    (["--out", "/proc/nowhere"], "cannot use /proc/nowhere as output folder"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_answered_in_one_line_with_exit_code_2(flags, words, tmp_path, capsys):
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train_grpo.main([*flags, *out])
+    message = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and message[-1].startswith("error: ") and words in message[-1]
+    assert not (tmp_path / "run").exists(), "a refused run left something behind"
+
+
+def test_a_folder_with_another_configuration_is_refused_and_untouched(grpo_run, capsys):
+    before = (grpo_run / "config.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        train_grpo.main([*GRPO, "--out", str(grpo_run), "--lr", "5e-4", "--kl", "0"])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "--lr 0.001 (now 0.0005), --kl 0.01 (now 0.0)" in message
+    assert (grpo_run / "config.json").read_text() == before
+
+
+def test_an_empty_prompt_file_is_refused(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    with pytest.raises(SystemExit) as stop:
+        train_grpo.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "holds no prompt: expected one a line" in capsys.readouterr().err

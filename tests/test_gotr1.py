@@ -1,0 +1,226 @@
+"""The policy: prompt, rollout, log-probs, pictures. Authorities: transformers' own forward pass and counting.
+pytest tests/test_gotr1.py"""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import gotr1
+import toy
+
+PROMPTS = ["a red ball left of a blue cube", "a green cone", "a cyan cube above a purple cone and left of a red ball"]
+
+
+def plain_logps(model, tokenizer, sampled, n):
+    """Log-probabilities of sample n from one ordinary forward pass of the bare sequence, no cache, no padding, no
+    mask."""
+    chain = sampled.chain_ids[n, : sampled.chain_lens[n]].tolist()
+    text = torch.tensor([sampled.prompt_ids[n] + chain])
+    picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens[n : n + 1])
+    embeds = torch.cat([model.get_input_embeddings()(text), picture], dim=1)
+    hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[0]
+    start, stop = len(sampled.prompt_ids[n]), text.shape[1]
+    text_logits = model.lm_head(hidden[start - 1 : stop - 1])
+    image_logits = model.model.generation_head(hidden[stop - 1 : -1])
+    pairs = [(text_logits, torch.tensor(chain)), (image_logits, sampled.image_tokens[n])]
+    temperature = sampled.temperature or 1.0
+    return [(x / temperature).log_softmax(-1).gather(1, t[:, None]).squeeze(1) for x, t in pairs]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
+def test_sampled_logps_equal_a_plain_forward_pass(policy, temperature):
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, temperature=temperature, max_chain=80, seed=5)
+    scored, mask = gotr1.token_logps(model, sampled)
+    images = sampled.image_tokens.shape[1]
+    for n in range(6):
+        text, image = plain_logps(model, tokenizer, sampled, n)
+        size = int(sampled.chain_lens[n])
+        for logp in (sampled.logp, scored):
+            assert (logp[n, -images:] - image).abs().max() < 1e-4
+            assert ((logp[n, :size] - text) * mask[n, :size]).abs().max() < 1e-4
+        assert mask[n].sum() == size + images - int(sampled.forced[n])
+
+
+def test_guided_distribution_is_the_one_written_down(policy):
+    """u + cfg * (c - u), computed from two plain passes: the conditional row and bos, pads, <begin_of_image>, image."""
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=80, logp_mode="guided")
+    bos, pad, boi = gotr1.special_ids(tokenizer)
+    size = len(sampled.prompt_ids[0]) + int(sampled.chain_lens[0])
+    picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens)
+    logits = []
+    chain = sampled.chain_ids[0, : sampled.chain_lens[0]].tolist()
+    for ids in (sampled.prompt_ids[0] + chain, [bos] + [pad] * (size - 2) + [boi]):
+        embeds = torch.cat([model.get_input_embeddings()(torch.tensor([ids])), picture], dim=1)
+        hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[0, size - 1 : -1]
+        logits.append(model.model.generation_head(hidden))
+    cond, uncond = logits
+    guided = (uncond + 3.0 * (cond - uncond)).log_softmax(-1)
+    want = guided.gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
+    images = len(want)
+    assert (sampled.logp[0, -images:] - want).abs().max() < 1e-4
+    assert (gotr1.token_logps(model, sampled)[0][0, -images:] - want).abs().max() < 1e-4
+    cond_logp = cond.log_softmax(-1).gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
+    assert (gotr1.token_logps(model, sampled, "cond")[0][0, -images:] - cond_logp).abs().max() < 1e-4
+    assert (cond_logp - want).abs().max() > 0.01, "guidance changed nothing: this test would prove nothing"
+
+
+def test_no_gradient_through_the_unconditional_half(policy):
+    model, tokenizer = copy.deepcopy(policy[0]), policy[1]
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=60, logp_mode="guided")
+    logp, _ = gotr1.token_logps(model, sampled)
+    pad = gotr1.special_ids(tokenizer)[1]
+    model.get_input_embeddings().weight.requires_grad_(True)
+    logp.sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient[pad].abs().max() == 0 and gradient.abs().max() > 0  # pads stand only in unconditional rows
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_a_batch_equals_single_runs(policy, cfg):
+    """Prompts and chains of different lengths: left padding, waiting rows and the shared prompt must not show."""
+    model, tokenizer = policy
+    together = gotr1.rollout(model, tokenizer, PROMPTS, 2, cfg=cfg, max_chain=80, seed=(3, 1))
+    assert together.chain_lens.unique().numel() > 1
+    for b, prompt in enumerate(PROMPTS):
+        alone = gotr1.rollout(model, tokenizer, [prompt], 2, cfg=cfg, max_chain=80, seed=(3, 1), indices=[b])
+        rows = together.select([2 * b, 2 * b + 1])
+        assert alone.chains == rows.chains
+        assert torch.equal(alone.image_tokens, rows.image_tokens)
+        images = rows.image_tokens.shape[1]
+        assert (alone.logp[:, -images:] - rows.logp[:, -images:]).abs().max() < 1e-4
+
+
+def test_group_order_is_prompt_major(policy):
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:2], 3, max_chain=40)
+    want = [gotr1.encode_prompt(tokenizer, prompt) for prompt in PROMPTS[:2] for _ in range(3)]
+    assert sampled.prompt_ids == want
+
+
+def test_same_seed_same_samples_other_seed_others(policy):
+    model, tokenizer = policy
+    runs = [gotr1.rollout(model, tokenizer, PROMPTS[:1], 4, max_chain=60, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0].image_tokens, runs[1].image_tokens) and runs[0].chains == runs[1].chains
+    assert not torch.equal(runs[0].image_tokens, runs[2].image_tokens)
+    numbers = gotr1.uniforms((0, 5), [3, 9], 4, 50)
+    assert torch.equal(gotr1.uniforms((0, 5), [9], 4, 50), numbers[4:])
+    assert numbers.unique().numel() > 390, "samples share random numbers"
+
+
+def test_sampling_frequencies_match_the_probabilities():
+    """Chi-square over 50,000 draws from 12 tokens, one impossible. A true sampler fails with probability 1e-4."""
+    logits = torch.linspace(-3, 2, 12)
+    logits[4] = -math.inf
+    u = gotr1.uniforms(0, [0], 1, 50_000)[0]
+    tokens, logp, entropy = gotr1.sample_token(logits.expand(len(u), -1), u, 0.8)
+    probs = (logits / 0.8).softmax(0)
+    counts = tokens.bincount(minlength=12).double()
+    assert counts[4] == 0
+    seen = probs > 0
+    chi2 = ((counts[seen] - len(u) * probs[seen]) ** 2 / (len(u) * probs[seen])).sum()
+    assert chi2 < 33.1  # 10 degrees of freedom... the 1 - 2.6e-4 quantile
+    assert torch.allclose(logp, probs.log()[tokens], atol=1e-5)
+    want = -(probs[seen] * probs[seen].log()).sum()
+    assert entropy[0].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("u, token", [(0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-24, 3)])
+def test_sampling_at_the_edges_never_takes_an_impossible_token(u, token):
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    assert gotr1.sample_token(logits, torch.tensor([u]), 1.0)[0].item() == token
+
+
+def chain_without_end(model, tokenizer):
+    """A copy of the model that can never sample <begin_of_image>."""
+    model = copy.deepcopy(model)
+    boi = gotr1.special_ids(tokenizer)[2]
+    hidden = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([boi]), -1e9))
+    return model, hidden
+
+
+def test_a_forced_begin_of_image_is_not_trained(policy):
+    model, tokenizer = policy
+    endless, _ = chain_without_end(model, tokenizer)
+    boi = gotr1.special_ids(tokenizer)[2]
+    sampled = gotr1.rollout(endless, tokenizer, PROMPTS[:1], 2, max_chain=7)
+    assert sampled.forced.all() and (sampled.chain_lens == 8).all() and (sampled.chain_ids[:, 7] == boi).all()
+    assert sampled.mask[:, :8].tolist() == [[1.0] * 7 + [0.0]] * 2
+    logp, mask = gotr1.token_logps(endless, sampled)
+    assert (logp[:, 7] == 0).all() and (mask[:, 7] == 0).all()
+
+
+def test_the_stop_token_is_trained_and_what_follows_is_not_also_when_pad_is_eos(policy):
+    """Masks go by place, not by token: with pad set to another token's id nothing may change."""
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, max_chain=80, seed=5)
+    boi = gotr1.special_ids(tokenizer)[2]
+    images = sampled.image_tokens.shape[1]
+    text_mask = sampled.mask[:, :-images]
+    for n, size in enumerate(sampled.chain_lens.tolist()):
+        assert sampled.chain_ids[n, size - 1] == boi and text_mask[n, size - 1] == 1, "the stop token learns nothing"
+        assert text_mask[n, :size].all() and not text_mask[n, size:].any()
+    for other in (tokenizer.eos_token_id, boi):
+        swapped = gotr1.Rollout(**{**vars(sampled), "pad_id": other})
+        assert torch.equal(gotr1.token_logps(model, swapped)[0], gotr1.token_logps(model, sampled)[0])
+
+
+def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
+    model, tokenizer = policy
+    rng = __import__("numpy").random.default_rng(0)
+    examples = [toy.make_example(rng, faults={}) for _ in range(2)]
+    prompts, chains = [e.prompt for e in examples], [e.chain for e in examples]
+    sampled = gotr1.rollout(model, tokenizer, prompts, 2, chains=chains, cfg=2.0)
+    assert sampled.chains == [chains[0]] * 2 + [chains[1]] * 2
+    images = sampled.image_tokens.shape[1]
+    assert not sampled.mask[:, :-images].any() and sampled.mask[:, -images:].all()
+    bos = gotr1.special_ids(tokenizer)[0]
+    assert all((sampled.chain_ids[n] == bos).sum() == 0 and sampled.prompt_ids[n].count(bos) == 1 for n in range(4))
+    assert ((gotr1.token_logps(model, sampled)[0] - sampled.logp) * sampled.mask).abs().max() < 1e-4
+    with_end = gotr1.rollout(model, tokenizer, prompts, 2, chains=[c + "<begin_of_image>" for c in chains], cfg=2.0)
+    assert torch.equal(with_end.image_tokens, sampled.image_tokens)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(policy):
+    with pytest.raises(ValueError, match="tokens but this model holds 512"):
+        gotr1.rollout(*policy, ["red " * 400], 1, max_chain=96)
+
+
+def test_the_prompt_is_the_official_turn(policy):
+    text = gotr1.format_prompt("a cat")
+    start = "User: Follow the caption to generate an image through a chain of thought process: a cat"
+    assert text == start + "\n\nAssistant:"
+    assert policy[1].decode(gotr1.encode_prompt(policy[1], "a cat")) == "<｜begin▁of▁sentence｜>" + text
+
+
+def test_inputs_are_not_changed(policy):
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, max_chain=40)
+    before = {k: v.clone() for k, v in vars(sampled).items() if torch.is_tensor(v)}
+    gotr1.token_logps(model, sampled, blank=torch.tensor([True, False] * 3))
+    assert all(torch.equal(getattr(sampled, k), v) for k, v in before.items())
+
+
+def test_pictures_survive_encoding_and_decoding(policy):
+    model, _ = policy
+    rng = __import__("numpy").random.default_rng(1)
+    examples = [toy.make_example(rng, faults={}) for _ in range(50)]
+    tokens = gotr1.encode_images(model, [e.image for e in examples])
+    images = gotr1.decode_images(model, tokens)
+    assert tokens.shape == (50, 64) and images[0].size == (32, 32)
+    right = [toy.faithfulness(e.prompt, toy.detect(image)) == 1 for e, image in zip(examples, images, strict=True)]
+    assert sum(right) >= 48
+    pixels = torch.stack([torch.tensor(list(e.image.getdata())).view(32, 32, 3).permute(2, 0, 1) for e in examples])
+    assert torch.equal(gotr1.encode_images(model, pixels / 127.5 - 1), tokens)
+
+
+def test_pixels_are_cut_off_not_rounded(policy):
+    class Model:
+        def decode_image_tokens(self, tokens):
+            return torch.tensor([0.999, -1.2, 1.5]).expand(len(tokens), 2, 2, 3)
+
+    (image,) = gotr1.decode_images(Model(), torch.zeros(1, 4, dtype=torch.long))
+    assert image.getpixel((0, 0)) == (254, 0, 255)  # 254.87 becomes 254

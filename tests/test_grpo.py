@@ -1,0 +1,127 @@
+"""The mathematics of train_grpo.py against plain Python and hand-made numbers.   pytest tests/test_grpo.py"""
+
+import doctest
+import math
+import random
+
+import pytest
+import torch
+
+import gotr1
+import train_grpo
+from train_grpo import group_advantages, grpo_loss
+
+PROMPTS = ["a red ball left of a blue cube", "a green cone and a yellow ball", "a cyan cube above a purple cone"]
+
+
+def test_advantages_by_hand():
+    # group [1, 0, 0, 0]: mean 1/4, unbiased std 1/2, so (3/4, -1/4, -1/4, -1/4) / (0.5 + 1e-4)
+    got = group_advantages(torch.tensor([1.0, 0, 0, 0, 5, 5, 5, 5]), group=4)
+    assert got[:4].tolist() == pytest.approx([0.75 / 0.5001] + [-0.25 / 0.5001] * 3, rel=1e-6)
+    assert got[4:].tolist() == [0, 0, 0, 0]
+
+
+def test_equal_rewards_give_exactly_zero_even_when_their_mean_is_rounded():
+    rewards = torch.full((16,), 0.1)
+    assert (rewards - rewards.mean()).abs().max() >= 0  # the mean of sixteen 0.1 need not be 0.1 in float32
+    assert group_advantages(torch.full((48,), 1 / 3), 16).tolist() == [0.0] * 48
+
+
+def test_docstring_examples():
+    assert doctest.testmod(train_grpo).failed == 0
+
+
+def plain_loss(logp, old, ref, advantages, mask, n_tokens, low, high, kl):
+    """The objective as two loops over floats, written from the formula."""
+    total = 0.0
+    for n in range(len(logp)):
+        for s in range(len(logp[n])):
+            if not mask[n][s]:
+                continue
+            ratio = math.exp(logp[n][s] - old[n][s])
+            clipped = min(max(ratio, 1 - low), 1 + high)
+            k3 = math.exp(ref[n][s] - logp[n][s]) - (ref[n][s] - logp[n][s]) - 1
+            total += -min(ratio * advantages[n], clipped * advantages[n]) + kl * k3
+    return total / n_tokens
+
+
+@pytest.mark.parametrize("low, high, kl", [(0.2, 0.2, 0.0), (0.2, 0.28, 0.04), (0.05, 0.1, 1.0)])
+def test_loss_equals_a_double_loop(low, high, kl):
+    torch.manual_seed(0)
+    logp, old, ref = (-torch.rand(5, 7) * 2 for _ in range(3))
+    advantages, mask = torch.randn(5), (torch.rand(5, 7) < 0.7).float()
+    inputs = [t.clone() for t in (logp, old, ref, advantages, mask)]
+    loss, sums = grpo_loss(logp, old, ref, advantages, mask, 23, low, high, kl)
+    want = plain_loss(*(t.tolist() for t in inputs[:3]), advantages.tolist(), mask.tolist(), 23, low, high, kl)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    ratios = (logp - old).exp()[mask.bool()]
+    assert sums["ratio"].item() == pytest.approx(ratios.sum().item(), rel=1e-5)
+    for tensor, before in zip((logp, old, ref, advantages, mask), inputs, strict=True):
+        assert torch.equal(tensor, before), "an input was changed in place"
+
+
+def test_clip_share_counts_tokens_whose_gradient_is_cut():
+    logp = torch.log(torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.0]])).requires_grad_()
+    old, mask = torch.zeros(1, 5), torch.ones(1, 5)
+    for advantage, cut in ((1.0, [0, 1]), (-1.0, [2, 3])):  # up is cut above 1.2, down below 0.8
+        loss, sums = grpo_loss(logp, old, None, torch.tensor([advantage]), mask, 5, 0.2, 0.2, kl=0)
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert [s for s in range(5) if gradient[0, s] == 0] == cut
+        assert sums["clip"].item() == len(cut)
+
+
+def test_kl_is_not_needed_when_its_weight_is_zero():
+    loss, sums = grpo_loss(torch.zeros(1, 2), torch.zeros(1, 2), None, torch.ones(1), torch.ones(1, 2), 2, kl=0)
+    assert loss.item() == -1 and sums["kl"].item() == 0
+
+
+def gradients(model, sampled, advantages, micro_batch):
+    model.zero_grad()
+    n_tokens = sampled.mask.sum()
+    for first in range(0, len(sampled), micro_batch):
+        rows = list(range(first, min(first + micro_batch, len(sampled))))
+        logp, mask = gotr1.token_logps(model, sampled.select(rows))
+        loss, _ = grpo_loss(logp, logp.detach(), logp.detach() - 0.1, advantages[rows], mask, n_tokens)
+        loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_gradient_does_not_depend_on_the_micro_batches(policy):
+    model, tokenizer = policy
+    gotr1.trainable_parameters(model)
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS, group=3, max_chain=70, seed=1)
+    assert sampled.chain_lens.unique().numel() > 1, "chains of one length would hide a normaliser that is local"
+    advantages = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    whole = gradients(model, sampled, advantages, 9)
+    for micro_batch in (1, 2, 4):
+        assert (gradients(model, sampled, advantages, micro_batch) - whole).abs().max() < 1e-6
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("mode", ["cond", "guided"])
+def test_at_step_0_ratio_is_1_and_kl_is_0_with_guidance_and_temperature(policy, mode):
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, cfg=3.0, temperature=0.8, max_chain=60, logp_mode=mode)
+    logp, mask = gotr1.token_logps(model, sampled)
+    _, sums = grpo_loss(logp.detach(), sampled.logp, logp.detach(), torch.ones(6), mask, mask.sum(), kl=0.1)
+    assert sums["ratio"].item() / mask.sum().item() == pytest.approx(1, abs=1e-4)
+    assert ((logp - sampled.logp) * mask).abs().max() < 1e-4
+    assert sums["kl"].item() == 0 and sums["clip"].item() == 0
+
+
+def test_self_test_catches_a_rollout_that_is_not_the_policy(policy):
+    logp, mask = torch.randn(2, 3), torch.ones(2, 3)
+    train_grpo.self_test(logp, logp + 1e-5, logp, mask, 1e-3)
+    with pytest.raises(RuntimeError, match="between rollout and training"):
+        train_grpo.self_test(logp, logp + 0.01, logp, mask, 1e-3)
+    with pytest.raises(RuntimeError, match="reference"):
+        train_grpo.self_test(logp, logp, logp + 0.01, mask, 1e-3)
+    train_grpo.self_test(logp, logp + 9, logp + 9, torch.zeros(2, 3), 1e-3)  # what is masked does not count
+
+
+def test_every_prompt_is_taken_once_an_epoch_and_the_order_is_a_function_of_the_step():
+    taken = [i for step in range(5) for i in train_grpo.prompts_of_step(20, step, 8, seed=3)]
+    assert sorted(taken[:20]) == list(range(20)) and sorted(taken[20:40]) == list(range(20))
+    assert train_grpo.prompts_of_step(20, 2, 8, seed=3) == taken[16:24]
+    random.seed(1)
+    assert train_grpo.prompts_of_step(20, 2, 8, seed=3) == taken[16:24]

@@ -1,0 +1,69 @@
+"""The README against the code: its blocks run, its glossary is the log's, its files keep their caps.
+pytest tests/test_readme.py"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import gotr1
+import rewards
+import toy
+import train_grpo
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python run\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_blocks_run(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) >= 2
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_files_keep_their_caps():
+    caps = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+)(?: lines)? \|$", README, re.M)
+    assert {name for name, _ in caps} == {path.name for path in ROOT.glob("*.py")}
+    for name, cap in caps:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert lines <= int(cap), f"{name} has {lines} lines, the README says at most {cap}"
+
+
+def test_glossary_is_what_the_log_holds(policy):
+    model, tokenizer = policy
+    table = README.split("## What the log says")[1].split("## ")[0]
+    told = {key for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M) for key in re.findall(r"`(\w+)`", cell)}
+    source = (ROOT / "train_grpo.py").read_text()
+    sampled = gotr1.rollout(model, tokenizer, ["a red ball"], 2, max_chain=50)
+    images = gotr1.decode_images(model, sampled.image_tokens)
+    scores = rewards.score(toy.ToyJudge(), toy.crispness, ["a red ball"] * 2, sampled.chains, images)
+    logged = set(train_grpo.sample_rows(sampled, scores, 2)[0])
+    body = source.split("# 7) Log")[1]
+    logged |= set(re.findall(r'"(\w+)": ', body.split("if rank == 0")[0])) | {"rollout_s", "reward_s", "update_s"}
+    assert told == logged
+
+
+def test_flags_named_in_the_readme_exist():
+    known = {field.name for config in (train_grpo.Config, train_sft.Config) for field in dataclasses.fields(config)}
+    named = set(re.findall(r"--(\w+)", README)) - {"nproc_per_node"}
+    assert named <= known, named - known
+
+
+def test_install_line_and_requirements_agree():
+    """What pyproject.toml allows is what requirements.txt pins."""
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    assert pins.keys() == ranges.keys()
+    for name, lowest in ranges.items():
+        assert [int(v) for v in pins[name].split(".")] >= [int(v) for v in lowest.split(".")], name

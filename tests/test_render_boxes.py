@@ -1,0 +1,471 @@
+"""Chains, boxes and pictures against hand values, a second parser and the pixels: pytest tests/test_render_boxes.py"""
+
+import itertools
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageColor, ImageDraw
+
+from render_boxes import (
+    BOX_END,
+    BOX_START,
+    COLOURS,
+    MARKERS,
+    OBJ_END,
+    OBJ_START,
+    Box,
+    chain_problems,
+    draw_boxes,
+    format_chain,
+    iou,
+    parse_chain,
+    place_labels,
+    strip_boxes,
+)
+
+CHAIN = (
+    "A <|obj_start|>red ball<|obj_end|> <|box_start|>(125,250),(375,500)<|box_end|> left of a "
+    "<|obj_start|>blue dog<|obj_end|> <|box_start|>(560,300),(900,700)<|box_end|>, on grass."
+)
+RED_BALL, BLUE_DOG = Box("red ball", 125, 250, 375, 500), Box("blue dog", 560, 300, 900, 700)
+
+
+def short(text):
+    """<o>, </o>, <b>, </b> for the markers, so that the cases below can be read."""
+    for mark, marker in zip(("<o>", "</o>", "<b>", "</b>"), MARKERS, strict=True):
+        text = text.replace(mark, marker)
+    return text
+
+
+def slow_parse(text):
+    """The second parser: no regular expressions, a walk over the characters."""
+    tokens, plain, at = [], "", 0
+    while at < len(text):
+        marker = next((marker for marker in MARKERS if text.startswith(marker, at)), None)
+        if marker:
+            tokens += [plain, marker]
+            plain, at = "", at + len(marker)
+        else:
+            plain, at = plain + text[at], at + 1
+    tokens += [plain, "", ""]  # plain text at the even places, markers at the odd ones
+    boxes, name, at = [], "", 0
+    while at < len(tokens) - 2:
+        if tokens[at].strip():
+            name = ""
+        opening, content, closing = tokens[at + 1 : at + 4] if at + 3 < len(tokens) else ("", "", "")
+        if (opening, closing) == (OBJ_START, OBJ_END):
+            name, at = " ".join(content.split()), at + 4
+        elif (opening, closing) == (BOX_START, BOX_END):
+            numbers = slow_numbers(content)
+            if name and numbers and numbers[0] < numbers[2] <= 1000 and numbers[1] < numbers[3] <= 1000:
+                boxes.append(Box(name, *numbers))
+            at += 4
+        else:
+            name, at = "", at + 2
+    return boxes
+
+
+def slow_numbers(content):
+    pieces, numbers = [piece.strip() for piece in content.split(",")], []
+    if len(pieces) != 4:
+        return None
+    for piece, opened in zip(pieces, (True, False, True, False), strict=True):
+        if not (piece.startswith("(") if opened else piece.endswith(")")):
+            return None
+        digits = (piece[1:] if opened else piece[:-1]).strip()
+        if not 1 <= len(digits) <= 4 or set(digits) - set("0123456789"):
+            return None
+        numbers.append(int(digits))
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def test_the_chain_of_the_docstring():
+    assert parse_chain(CHAIN) == [RED_BALL, BLUE_DOG]
+    assert chain_problems(CHAIN) == []
+    assert strip_boxes(CHAIN) == "A red ball left of a blue dog, on grass."
+    parts = ["A", RED_BALL, "left of a", BLUE_DOG]
+    assert format_chain(parts) == CHAIN.removesuffix(", on grass.")
+    assert MARKERS == ("<|obj_start|>", "<|obj_end|>", "<|box_start|>", "<|box_end|>")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", []),
+        ("no markers at all (1,2),(3,4)", []),
+        ("<o>a</o><b>(1,2),(3,4)</b>", [("a", 1, 2, 3, 4)]),
+        ("<o> a \n b </o>\n\t<b> ( 1 , 2 ) , ( 3 , 4 ) </b>", [("a b", 1, 2, 3, 4)]),
+        ("<o>a</o> <b>(1,2),(3,4)</b> <b>(5,6),(7,8)</b>", [("a", 1, 2, 3, 4), ("a", 5, 6, 7, 8)]),
+        ("<o>a</o> <b>(9,9),(3,4)</b> <b>(5,6),(7,8)</b>", [("a", 5, 6, 7, 8)]),
+        ("<o>a</o> and <b>(1,2),(3,4)</b>", []),  # only white space between a name and its box
+        ("<o>a</o> <o>b</o> <b>(1,2),(3,4)</b>", [("b", 1, 2, 3, 4)]),
+        ("<o>a<o>b</o> <b>(1,2),(3,4)</b>", [("b", 1, 2, 3, 4)]),  # a name holds no marker
+        ("<o>a</o> </o> <b>(1,2),(3,4)</b>", []),
+        ("<o> </o> <b>(1,2),(3,4)</b>", []),
+        ("<b>(1,2),(3,4)</b>", []),
+        ("<o>a</o> <b>(1,2),(3,4)", []),
+        ("<o>a</o> <b>(1,2),(1,4)</b>", []),
+        ("<o>a</o> <b>(1,2),(3,2)</b>", []),
+        ("<o>a</o> <b>(0,0),(1000,1000)</b>", [("a", 0, 0, 1000, 1000)]),
+        ("<o>a</o> <b>(0,0),(1001,10)</b>", []),
+        ("<o>a</o> <b>(0,0),(00010,10)</b>", []),
+        ("<o>a</o> <b>(0,0),(" + "9" * 5000 + ",10)</b>", []),
+        ("<o>a</o> <b>(-1,0),(10,10)</b>", []),
+        ("<o>a</o> <b>(0.5,0),(10,10)</b>", []),
+        ("<o>a</o> <b>(٠,٠),(٣,٤)</b>", []),  # digits, but not ASCII
+        ("<o>红球 \ud800</o> <b>(1,2),(3,4)</b>", [("红球 \ud800", 1, 2, 3, 4)]),
+    ],
+)
+def test_lenient_reading(text, expected):
+    assert parse_chain(short(text)) == expected == slow_parse(short(text))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ["names no object"]),
+        ("a red ball", ["names no object"]),
+        ("<o>red ball</o>", ['"red ball"', "character 1 ", "has no box"]),
+        ("A <o>red ball</o> and <o>b</o> <b>(1,2),(3,4)</b>", ['"red ball"', "character 3 ", "has no box"]),
+        ("<o>a</o> <b>(1,2),(3,4)</b> or <b>(5,6),(7,8)</b>", ["(5,6),(7,8)", "character 66 ", "follows no object"]),
+        ("<o> </o> <b>(1,2),(3,4)</b>", ["has no name"]),
+        ("<o>a</o> <b>(1,2) (3,4)</b>", ['"(1,2) (3,4)"', "cannot be read"]),
+        ("<o>a</o> <b>(1,2),(1000,4)</b>", ["leaves the picture", "999"]),
+        ("<o>a</o> <b>(3,2),(3,4)</b>", ["ends before it starts", "x2"]),
+        ("<o>a</o> <b>(1,4),(3,4)</b>", ["ends before it starts", "y2"]),
+        ("<o>a</o> <b>(1,2),(3,4)", ["<|box_start|>", "character 27 ", "no partner"]),
+        ("<o>a</o> <b>(1,2),(3,4)</b> </o>", ["<|obj_end|>", "no partner"]),
+        ("the <o>ball <o>a</o> <b>(1,2),(3,4)</b>", ["<|obj_start|>", "character 5 ", "no partner"]),
+    ],
+)
+def test_strict_reading_says_what_is_wrong_and_where(text, expected):
+    (problem,) = chain_problems(short(text))
+    assert all(words in problem for words in expected), problem
+    assert problem.endswith(".") and "\n" not in problem
+
+
+def test_strict_reading_says_everything_that_is_wrong():
+    text = short("<o>a</o> <o></o> <b>(1,2),(0,1000)</b> x <b>oops</b> </b>")
+    said = " ".join(chain_problems(text))
+    faults = ("no box", "no name", "leaves the picture", "ends before", "follows no object", "be read", "no partner")
+    assert all(fault in said for fault in faults) and len(chain_problems(text)) == len(faults)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a <o>ball</o> <b>(12,", "a ball"),
+        ("a <o>ball</o> <b>(12,30),(40,50)", "a ball"),
+        ("a <o>ball</o> <b>", "a ball"),
+        ("a <o>ball</o> (12,30),(40,50)</b> there", "a ball there"),
+        ("a <o>ball</o> 30),(40,50)</b> there", "a ball there"),
+        ("a <o>ball", "a ball"),
+        ("a ball</o> <b>what?</b> there", "a ball there"),
+        ("a <o>ball</o> (12,30),(40,50) there", "a ball there"),
+        ("a <o>ball</o> <|box_sta", "a ball"),
+        ("a <o>ball</o> box_start|>(12,30),(4", "a ball"),
+        ("a <o>ball</o> <|bo", "a ball"),
+        ("a ball (the red one), 3 dogs; (2 small).", "a ball (the red one), 3 dogs; (2 small)."),
+    ],
+)
+def test_no_coordinates_and_markers_reach_the_judge(text, expected):
+    assert strip_boxes(short(text)) == expected
+
+
+def test_written_boxes_are_whole_numbers_on_the_grid():
+    assert format_chain([Box("a", -3.2, 0.4, 1000, 2000.7)]) == short("<o>a</o> <b>(0,0),(999,999)</b>")
+    assert format_chain([Box("a", 1.6, 2.4, 10, 20)]) == short("<o>a</o> <b>(2,2),(10,20)</b>")
+    assert format_chain([]) == ""
+
+
+words = st.lists(st.text("abcdeäß红", min_size=1, max_size=5), min_size=1, max_size=3).map(" ".join)
+spans = st.tuples(st.integers(0, 999), st.integers(0, 999)).filter(lambda ends: ends[0] < ends[1])
+boxes = st.builds(lambda name, x, y: Box(name, x[0], y[0], x[1], y[1]), words, spans, spans)
+# Words, boxes, whole markers and pieces of all of them in any order: chains as a half-trained model writes them.
+debris = st.lists(
+    st.one_of(
+        st.sampled_from(MARKERS),
+        st.sampled_from(["(1,2),(3,4)", "(1,", "0),(", "12", " ", "\n", ",", "<|", "|>", "box_end", "<"]),
+        boxes.map(lambda box: format_chain([box])),
+        words,
+        st.text(max_size=3),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(words, boxes), max_size=6))
+def test_round_trip(parts):
+    chain = format_chain(parts)
+    planned = [part for part in parts if isinstance(part, Box)]
+    assert parse_chain(chain) == planned
+    assert strip_boxes(chain) == " ".join(part.name if isinstance(part, Box) else part for part in parts)
+    assert bool(chain_problems(chain)) == (not planned)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.one_of(debris, st.text()))
+def test_any_text_can_be_read(text):
+    found, problems, stripped = parse_chain(text), chain_problems(text), strip_boxes(text)
+    assert found == slow_parse(text)
+    assert not any(marker in stripped for marker in MARKERS) and not re.search(r"\(\s*[0-9]+\s*,", stripped)
+    assert stripped == " ".join(stripped.split())
+    if not problems:  # then every box counts, and none leaves the grid of the strict reader
+        assert len(found) == text.count(BOX_START) == text.count(BOX_END) >= text.count(OBJ_START) > 0
+        assert all(0 <= box.x1 < box.x2 <= 999 and 0 <= box.y1 < box.y2 <= 999 for box in found)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(boxes, min_size=1, max_size=3), st.data())
+def test_a_damaged_chain_can_be_read(planned, data):
+    chain = format_chain(planned)
+    start, stop = sorted((data.draw(st.integers(0, len(chain))), data.draw(st.integers(0, len(chain)))))
+    text = chain[:start] + data.draw(st.sampled_from(["", "(", "9", " ", "x", *MARKERS])) + chain[stop:]
+    assert parse_chain(text) == slow_parse(text)
+    assert not any(marker in strip_boxes(text) for marker in MARKERS)
+    assert all(isinstance(problem, str) for problem in chain_problems(text))
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [*MARKERS, "(1,1),(", "a", " ", "9", "1,", "(", "<|", "obj_", "|>", ".", OBJ_START + "a", BOX_START + "(", CHAIN],
+)
+@pytest.mark.parametrize("lead", ["", "<|obj_start|>a<|obj_end|> <|box_start|>("])
+def test_reading_takes_linear_time(piece, lead):
+    text = lead + piece * (100_000 // len(piece))
+    start = time.process_time()
+    for read in (parse_chain, strip_boxes, chain_problems):
+        read(text)
+    assert time.process_time() - start < 1.0  # about 0.05 s; a quadratic expression would take minutes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlap
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ((0, 0, 10, 10), (0, 0, 10, 10), 1),
+        ((0, 0, 10, 10), (5, 0, 15, 10), 1 / 3),
+        ((0, 0, 10, 10), (5, 5, 15, 15), 25 / 175),
+        ((0, 0, 100, 100), (25, 25, 75, 75), 1 / 4),
+        ((0, 0, 10, 10), (10, 0, 20, 10), 0),  # they touch
+        ((0, 0, 10, 10), (20, 20, 30, 30), 0),
+        ((0, 0, 10, 10), (5, 5, 5, 5), 0),
+        ((5, 5, 5, 5), (5, 5, 5, 5), 0),
+        ((10, 10, 0, 0), (0, 0, 10, 10), 0),  # upside down
+        ((0.5, 0, 1, 1), (0, 0, 1, 1), 0.5),
+    ],
+)
+def test_iou_by_hand(a, b, expected):
+    assert iou(Box("a", *a), Box("b", *b)) == pytest.approx(expected)
+    assert iou(Box("b", *b), Box("a", *a)) == pytest.approx(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(boxes, boxes)
+def test_iou_by_counting_cells(a, b):
+    a, b = (Box("", x1 // 50, y1 // 50, x2 // 50 + 1, y2 // 50 + 1) for _, x1, y1, x2, y2 in (a, b))
+    cells_a, cells_b = (set(itertools.product(range(c.x1, c.x2), range(c.y1, c.y2))) for c in (a, b))
+    assert iou(a, b) == pytest.approx(len(cells_a & cells_b) / len(cells_a | cells_b))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def random_boxes(count, seed, names=("red ball", "sky", "teal vase", "colourful tablecloth", "a man")):
+    rng, made = random.Random(seed), []
+    for _ in range(count):
+        x, y = rng.randint(0, 950), rng.randint(0, 950)
+        made.append(Box(rng.choice(names), x, y, rng.randint(x + 1, 999), rng.randint(y + 1, 999)))
+    return made
+
+
+def scaled(planned, size):
+    return [Box(name, *(int(edge * size / 1000) for edge in edges)) for name, *edges in planned]
+
+
+def on_canvas(label, width, height):
+    return 0 <= label.x1 < label.x2 <= width and 0 <= label.y1 < label.y2 <= height
+
+
+def apart(a, b):
+    return a.x2 <= b.x1 or b.x2 <= a.x1 or a.y2 <= b.y1 or b.y2 <= a.y1
+
+
+@pytest.mark.parametrize("size, count", [(64, 2), (64, 3), (256, 8), (448, 5), (448, 15), (448, 30), (1024, 30)])
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_stay_apart_and_on_the_canvas(size, count, seed):
+    labels, _ = place_labels(scaled(random_boxes(count, seed), size), (size, size))
+    assert len(labels) == count
+    assert all(on_canvas(label, size, size) for label in labels)
+    assert all(apart(a, b) for a, b in itertools.combinations(labels, 2))
+
+
+def test_labels_of_equal_boxes_stay_apart():
+    labels, _ = place_labels([Box("red ball", 0, 0, 448, 448)] * 12, (448, 448))
+    assert all(apart(a, b) for a, b in itertools.combinations(labels, 2))
+    assert [label.name for label in labels] == ["red ball"] * 12
+
+
+def test_a_label_is_at_its_box_if_nothing_is_in_the_way():
+    ball = Box("red ball", 100, 120, 300, 300)
+    (label,), _ = place_labels([ball], (448, 448))
+    assert (label.name, label.x1, label.y1) == ("red ball", 100, 120)
+    fly = Box("a fly", 100, 120, 105, 125)  # so small that a label inside would hide it
+    (label, fly_label), _ = place_labels([ball, fly], (448, 448))
+    assert apart(label, fly) and apart(fly_label, fly)
+    assert abs(fly_label.x1 - 100) + abs(fly_label.y1 - 120) < 80
+    (label,), _ = place_labels([Box("red ball", 440, 430, 448, 448)], (448, 448))
+    assert on_canvas(label, 448, 448)
+
+
+def test_long_names_are_shortened_to_the_canvas():
+    for size in (64, 256, 1024):
+        (label,), font = place_labels([Box("wooden table " * 5000, 0, 0, size, size)], (size, size))
+        assert on_canvas(label, size, size) and label.name.startswith("wood") and label.name.endswith("…")
+        assert font.getlength(label.name) <= label.x2 - label.x1  # what is left of the name is whole
+
+
+strange_names = st.text(max_size=20) | st.sampled_from(["", " ", "红球", "\ud800", "a\nb\x00", "\u202eabc", "W" * 500])
+edges = st.floats(-20, 1020)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.builds(Box, strange_names, edges, edges, edges, edges), max_size=6), st.sampled_from([64, 150, 448]))
+def test_anything_can_be_drawn(planned, size):
+    assert draw_boxes(planned, size).size == (size, size)
+    labels, _ = place_labels(scaled(planned, size), (size, size))
+    assert all(on_canvas(label, size, size) for label in labels)
+
+
+def test_a_nameless_box_is_drawn_with_a_question_mark():
+    labels, _ = place_labels([Box("", 0, 0, 50, 50), Box(" \n", 50, 50, 99, 99)], (100, 100))
+    assert [label.name for label in labels] == ["?", "?"]
+
+
+def test_too_many_labels_stay_on_the_canvas():
+    labels, _ = place_labels(scaled(random_boxes(30, seed=0), 64), (64, 64))
+    assert len(labels) == 30 and all(on_canvas(label, 64, 64) for label in labels)
+    assert draw_boxes(random_boxes(30, seed=0), 64).size == (64, 64)
+
+
+def test_pixels_of_a_box():
+    picture = draw_boxes([Box("a", 250, 250, 750, 750), Box("b", 0, 800, 1000, 1000)], 400)
+    colours = [ImageColor.getrgb(colour) for colour in COLOURS]
+    assert picture.mode == "RGB" and picture.size == (400, 400)
+    for point in ((100, 200), (299, 200), (200, 299), (299, 299), (100, 100), (102, 200)):
+        assert picture.getpixel(point) == colours[0], point  # the frame lies inside the box, pixels 100 to 299
+    for point in ((0, 0), (99, 200), (300, 200), (200, 200), (200, 300), (296, 200)):
+        assert picture.getpixel(point) == (255, 255, 255), point
+    for point in ((0, 399), (399, 399), (399, 320), (200, 320)):
+        assert picture.getpixel(point) == colours[1], point
+
+
+def test_labels_are_drawn_where_they_are_placed():
+    planned = [RED_BALL, BLUE_DOG, Box("sky", 0, 0, 999, 200)]
+    picture = draw_boxes(planned, 448)
+    for label, colour in zip(place_labels(scaled(planned, 448), (448, 448))[0], COLOURS, strict=False):
+        tile = picture.crop(label[1:])
+        pixels = [tile.getpixel((x, y)) for x in range(tile.width) for y in range(tile.height)]
+        assert tile.getpixel((0, 0)) == ImageColor.getrgb(colour)
+        assert (255, 255, 255) in pixels and pixels.count(ImageColor.getrgb(colour)) > len(pixels) / 2
+
+
+def test_colours_can_be_told_apart_and_read():
+    def luminance(colour):  # WCAG 2
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in colour)]
+        return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    rgb = [ImageColor.getrgb(colour) for colour in COLOURS]
+    assert len(rgb) == 12
+    for a, b in itertools.combinations(rgb, 2):
+        assert sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) > 60**2
+    assert all(1.05 / (luminance(colour) + 0.05) > 3 for colour in rgb)  # WCAG's contrast for large white letters
+
+
+def test_drawing_over_a_picture_leaves_it_as_it_was():
+    for mode, size in (("RGB", (300, 200)), ("L", (64, 64)), ("RGBA", (448, 448)), ("P", (90, 400))):
+        picture = Image.new(mode, size, 5)
+        ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), 99)
+        before = picture.tobytes()
+        drawn = draw_boxes([RED_BALL, BLUE_DOG], image=picture)
+        assert picture.tobytes() == before and picture.mode == mode
+        assert drawn.size == size and drawn.mode == "RGB" and drawn.tobytes() != picture.convert("RGB").tobytes()
+        untouched = draw_boxes([], image=picture)
+        assert untouched is not picture and untouched.tobytes() == picture.convert("RGB").tobytes()
+
+
+def test_no_boxes_is_a_blank_canvas():
+    assert draw_boxes([], 100).getcolors() == [(100 * 100, (255, 255, 255))]
+
+
+def test_drawing_many_boxes_takes_no_time_to_speak_of():
+    start = time.process_time()
+    draw_boxes(random_boxes(100, seed=1), 256)
+    draw_boxes(random_boxes(5, seed=1), 448)
+    assert time.process_time() - start < 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def run(*arguments, stdin=""):
+    script = Path(__file__).resolve().parent.parent / "render_boxes.py"
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=60)
+
+
+def test_script_draws_a_chain(tmp_path):
+    chain, out, over = tmp_path / "chain.txt", tmp_path / "out.png", tmp_path / "over.png"
+    chain.write_text(CHAIN, encoding="utf-8")
+    done = run(chain, out, "--size", 200)
+    assert done.returncode == 0 and done.stderr == "" and str(out) in done.stdout and "blue dog" in done.stdout
+    assert Image.open(out).convert("RGB").tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
+    done = run("-", over, "--image", out, stdin=CHAIN)
+    assert done.returncode == 0 and Image.open(over).size == (200, 200)
+
+
+def test_script_says_in_one_line_what_is_wrong(tmp_path):
+    chain, binary, torn, out = (tmp_path / name for name in ("chain.txt", "binary.txt", "torn.txt", "out.png"))
+    chain.write_text(CHAIN, encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00")
+    torn.write_text(short("a\n<o>ball\n</o> there and a <o>cube</o> <b>(1,2),(3</b>"), encoding="utf-8")
+    for arguments, words in (
+        ((tmp_path / "none.txt", out), ["No such file", "none.txt"]),
+        ((tmp_path, out), ["directory"]),
+        ((binary, out), ["binary.txt", "utf-8"]),
+        ((torn, out), ['"ball" at character 3 has no box', "cannot be read"]),
+        ((chain, tmp_path / "none" / "out.png"), ["No such file", str(tmp_path / "none")]),
+        ((chain, tmp_path / "out.xyz"), ["unknown file extension"]),
+        ((chain, out, "--size", 0), ["--size", "64 to 4096"]),
+        ((chain, out, "--size", "big"), ["--size", "big"]),
+        ((chain, out, "--image", binary), ["cannot identify image file"]),
+        ((), ["chain"]),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and done.stdout == "", arguments
+        assert done.stderr.startswith("render_boxes.py: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    assert not out.exists()
+
+
+def test_script_help_explains():
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in (OBJ_START, "--size", "--image", "standard input"))
