@@ -28,10 +28,11 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
+import rewards
 import runtime
-from render_boxes import MARKERS, chain_problems, draw_boxes, parse_chain
+from checkpoints import convert_deepseek, load_policy  # noqa: F401 - part of this module's interface
+from render_boxes import chain_problems, draw_boxes, parse_chain
 
 INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
 SPECIAL_TOKENS = {  # looked up by name: the ids differ between the 1B and the 7B checkpoint
@@ -42,23 +43,10 @@ SPECIAL_TOKENS = {  # looked up by name: the ids differ between the 1B and the 7
     "eoi_token": "<end_of_image>",
     "image_token": "<image_placeholder>",
 }
-TOY = Path(__file__).parent / "toy_janus"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading and the prompt
-
-
-def load_policy(name_or_path: str, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from `toy`, or a folder or hub id in transformers format. The model is in eval mode."""
-    path = str(TOY) if name_or_path == "toy" else name_or_path
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise FileNotFoundError(f"no folder {path}: expected a checkpoint's folder, a hub id (owner/name), or toy")
-    model = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
-    # add_bos_token etc. are left alone: ids are built by hand in `encode_prompt`, so bos is there exactly once
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    special_ids(tokenizer)
-    return model, tokenizer
+# The prompt
 
 
 def special_ids(tokenizer) -> tuple[int, int, int]:
@@ -66,9 +54,9 @@ def special_ids(tokenizer) -> tuple[int, int, int]:
     token."""
     names = [SPECIAL_TOKENS[key] for key in ("bos_token", "pad_token", "boi_token")]
     vocabulary = tokenizer.get_vocab()
-    missing = [name for name in [*names, *MARKERS] if name not in vocabulary]
+    missing = [name for name in names if name not in vocabulary]
     if missing:
-        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: this is not a GoT-R1 checkpoint")
+        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: expected one of Janus-Pro or GoT-R1")
     return tuple(vocabulary[name] for name in names)
 
 
@@ -253,6 +241,7 @@ def rollout(
     chains: list[str] | None = None,
     indices: list[int] | None = None,
     logp_mode: str = "cond",
+    draw: bool = True,
     progress=None,
 ) -> Rollout:
     """Samples `group` chains and pictures for each of B prompts: text, then image, from one cache.
@@ -260,8 +249,9 @@ def rollout(
     `temperature=0` is greedy. `chains` (B texts) are drawn as they are instead of sampling any. `seed` and `indices` (B
     ints, default 0..B-1) fix the random numbers, see `uniforms`. A chain ends with the first <begin_of_image>; after
     `max_chain` sampled tokens without one it is forced. `logp_mode` says which distribution of an image token is
-    recorded: "cond" (the conditional one) or "guided" (the one it was sampled from). `progress(tokens)` is called as
-    tokens are done, `max_chain` + I in all. Raises ValueError when the sequence would not fit the model's context."""
+    recorded: "cond" (the conditional one) or "guided" (the one it was sampled from). `draw=False` stops after the
+    chains (then I is 0). `progress(1)` is called after each token, at most `max_chain` + 1 + I times. Raises ValueError
+    when the sequence would not fit the model's context."""
     device, n = model.device, len(prompts) * group
     images, limit = image_token_count(model), model.config.text_config.max_position_embeddings
     bos, pad, boi = special_ids(tokenizer)
@@ -318,7 +308,7 @@ def rollout(
         logps = entropies = [torch.zeros(n, device=device)] * chain_ids.shape[1]
 
     # Unconditional rows: bos, pads, <begin_of_image>, each as long as its sample; equal lengths are computed once
-    if cfg != 1.0:
+    if cfg != 1.0 and draw:
         sizes, which = lens.unique(return_inverse=True)
         rows = [[bos] + [pad] * (size - 2) + [boi] for size in sizes.tolist()]
         blank, prefix, seen = prefill(model, embed, rows, pad)
@@ -329,7 +319,7 @@ def rollout(
 
     # Image
     codes = []
-    for i in range(images):
+    for i in range(images if draw else 0):
         cond, guided = guide(model.model.generation_head(hidden).float(), cfg)
         code, logp, entropy = sample_token(guided, u[:, i], temperature)
         if logp_mode == "cond" and cfg != 1.0:
@@ -343,14 +333,14 @@ def rollout(
         if progress:
             progress(1)
 
-    mask = torch.cat([torch.stack(sampled, 1), torch.ones(n, images, dtype=torch.bool, device=device)], 1).float()
+    mask = torch.stack(sampled + [torch.ones_like(done)] * len(codes), dim=1).float()
     texts = [ids[: size - 1] for ids, size in zip(chain_ids.tolist(), chain_lens.tolist(), strict=True)]
     return Rollout(
         chains=[tokenizer.decode(ids) for ids in texts],
         prompt_ids=[ids for ids in prompt_ids for _ in range(group)],
         chain_ids=chain_ids,
         chain_lens=chain_lens,
-        image_tokens=torch.stack(codes, dim=1),
+        image_tokens=torch.stack(codes, dim=1) if codes else chain_ids[:, :0],
         mask=mask,
         logp=torch.stack(logps, dim=1) * mask,
         entropy=torch.stack(entropies, dim=1) * mask,
@@ -506,56 +496,94 @@ def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Draw one prompt
+# Draw prompts from the command line
+
+
+def best_plans(model, tokenizer, judge, prompts: list[str], plans: int, **sampling) -> list[str]:
+    """Plan first, check, draw later: samples `plans` chains a prompt, without drawing, and returns for each prompt the
+    one to which the judge (see rewards.py) gives the highest R_sem + R_spa; the first of equals."""
+    chains = rollout(model, tokenizer, prompts, plans, draw=False, **sampling).chains
+    asked = [prompt for prompt in prompts for _ in range(plans)]
+    scores = [row["total"] for row in rewards.score(judge, None, asked, chains, [], parts=("sem", "spa"))]
+    groups = (range(b * plans, (b + 1) * plans) for b in range(len(prompts)))
+    return [chains[max(group, key=scores.__getitem__)] for group in groups]
 
 
 @dataclass
 class Args:
-    prompt: tyro.conf.Positional[str]  # what to draw, or a text file with one prompt a line
-    model: str = "toy"  # `toy`, or a folder or hub id
-    n: int = 4  # samples a prompt
-    cfg: float = 1.0  # guidance; 5 for the released checkpoints, 1 (none) for the toy
+    prompt: tyro.conf.Positional[str]  # what to draw, or a text file (.txt) with one prompt a line
+    model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
+    n: int = 4  # pictures a prompt
+    cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
     temperature: float = 1.0  # 0 takes the most likely token every time
     seed: int = 0
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
-    chain: str = ""  # a text file with a chain to draw instead of writing one: edit a plan, then draw it
+    chain: str = ""  # a text file with a chain that is drawn instead of writing one: edit a plan, then draw it
+    plans: int = 1  # write this many plans for each picture and draw the one that the judge likes best
+    judge: str = ""  # scores plans and pictures: `toy`, or a folder or hub id of a vision-language judge
+    batch_size: int = 64  # sequences at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
 
 
 def main(argv: list[str] | None = None) -> None:
     args = runtime.parse_args(Args, __doc__, argv)
-    _, _, device = runtime.start_processes()
-    if args.n < 1 or args.max_chain < 1 or not args.cfg >= 0 or not args.temperature >= 0:
-        runtime.fail("expected --n and --max_chain of 1 or more, --cfg and --temperature of 0 or more")
+    device = runtime.start_processes()[2]
+    for name in ("n", "max_chain", "plans", "batch_size"):
+        if getattr(args, name) < 1:
+            runtime.fail(f"--{name} is {getattr(args, name)}: expected 1 or more")
+    if not (args.cfg >= 0 and args.temperature >= 0 and args.seed >= 0):
+        runtime.fail("--cfg, --temperature and --seed: expected 0 or more")
+    if args.plans > 1 and (args.chain or not args.judge):
+        runtime.fail("--plans needs a --judge that chooses among them, and no --chain")
     out = Path(args.out)
     try:
-        prompts = Path(args.prompt).read_text().splitlines() if args.prompt.endswith(".txt") else [args.prompt]
-        prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-        chain = Path(args.chain).read_text().strip() if args.chain else None
+        lines = Path(args.prompt).read_text().splitlines() if args.prompt.endswith(".txt") else [args.prompt]
+        prompts = [line.strip() for line in lines if line.strip() for _ in range(args.n)]
+        chain = Path(args.chain).read_text().strip().removesuffix("<begin_of_image>") if args.chain else None
         if not prompts:
-            raise ValueError("the prompt is empty")
+            raise ValueError("there is nothing to draw: the prompt is empty")
         if chain is not None and (problems := chain_problems(chain)):
             raise ValueError(f"{args.chain}: {'; '.join(problems)}")
         model, tokenizer = load_policy(args.model, device)
+        judge = rewards.load_judge(args.judge, device) if args.judge else None
+        tokens, rows = args.max_chain + 1 + image_token_count(model), []
+        size = max(1, args.batch_size // args.plans)
+        parts = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         out.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(desc="tokens", disable=None)
-        sampled = rollout(
-            model, tokenizer, prompts, args.n, args.cfg, args.temperature, args.seed, args.max_chain,
-            chains=chain and [chain] * len(prompts), progress=bar.update,
-        )  # fmt: skip
-        bar.close()
-        rows = []
-        for k, image in enumerate(decode_images(model, sampled.image_tokens)):
-            name, text = f"{k // args.n:03d}_{k % args.n}", sampled.chains[k]
-            image.save(out / f"{name}.png")
-            (out / f"{name}.txt").write_text(text, encoding="utf-8")
-            draw_boxes(parse_chain(text)).save(out / f"{name}_plan.png")
-            draw_boxes(parse_chain(text), image=image.resize((448, 448), 0)).save(out / f"{name}_boxes.png")
-            rows.append({"prompt": prompts[k // args.n], "note": f"sample {k % args.n}", "chain": text, "image": image})
-        draw_sheet(rows, out / "sheet.png", columns=2)
+        with tqdm(total=tokens * len(parts), desc="tokens") as bar:
+            for part in parts:
+                batch, chains = [prompts[k] for k in part], chain and [chain] * len(part)
+                how = {"temperature": args.temperature, "seed": args.seed, "max_chain": args.max_chain}
+                how["indices"] = list(part)
+                if args.plans > 1:
+                    chains = best_plans(model, tokenizer, judge, batch, args.plans, **how)
+                sampled = rollout(model, tokenizer, batch, cfg=args.cfg, chains=chains, progress=bar.update, **how)
+                rows += zip(batch, sampled.chains, decode_images(model, sampled.image_tokens), strict=True)
+                bar.update((len(rows) // size or 1) * tokens - bar.n)
     except (OSError, ValueError) as problem:
         runtime.fail(str(problem))
-    print(f"{rows[0]['prompt']}\n  {rows[0]['chain']}")
+    save_drawings(rows, judge, out, args.n)
+
+
+def save_drawings(rows: list[tuple], judge, out: Path, n: int) -> None:
+    """Writes what was drawn, (prompt, chain, image) a row, `n` rows a prompt; scores it if there is a judge."""
+    prompts, chains, images = map(list, zip(*rows, strict=True))
+    scores = rewards.score(judge, None, prompts, chains, images) if judge else [{}] * len(rows)
+    sheet = []
+    for k, (prompt, chain, image) in enumerate(rows):
+        path = out / f"{k // n:03d}_{k % n}"
+        boxes, large = parse_chain(chain), image.resize((448, 448), Image.Resampling.NEAREST)
+        image.save(f"{path}.png")
+        draw_boxes(boxes).save(f"{path}_plan.png")
+        draw_boxes(boxes, image=large).save(f"{path}_boxes.png")
+        Path(f"{path}.txt").write_text(chain, encoding="utf-8")
+        note = "  ".join(f"{part} {value:.2f}" for part, value in scores[k].items()) or path.name
+        sheet.append({"prompt": prompt, "note": note, "chain": chain, "image": image})
+    draw_sheet(sheet[:24], out / "sheet.png", columns=2)
+    print(f"{prompts[0]}\n  {chains[0]}")
+    if judge:
+        means = {part: np.mean([row[part] for row in scores]) for part in scores[0]}
+        print(f"mean of {len(rows)}: " + "  ".join(f"{part} {value:.3f}" for part, value in means.items()))
     print(f"wrote {len(rows)} pictures with their chains and plans, and {out / 'sheet.png'}")
 
 

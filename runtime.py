@@ -78,8 +78,8 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def watch_signals():
-    """After SIGTERM or Ctrl-C the returned function answers True, on every process, so that the loop can save and leave.
+def watch_signals(device: torch.device):
+    """The function returned answers True, on every process, after SIGTERM or Ctrl-C on one: time to save and leave.
 
     It is a collective: every process has to ask, every time."""
     asked = []
@@ -90,11 +90,11 @@ def watch_signals():
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, ask)
-    return lambda: bool(all_sum(torch.tensor(float(len(asked)))).item())
+    return lambda: bool(all_sum(torch.tensor(float(len(asked)), device=device)).item())
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: float, floor: float = 0.0) -> float:
-    """Learning rate of a step: linear warm-up over the share `warmup` of the steps, a cosine from peak to floor * peak."""
+    """Learning rate of a step: linear over the share `warmup` of the steps, then a cosine from peak to floor * peak."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
@@ -168,7 +168,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
 
 
 def plot_curves(rows: list[dict], panels: dict[str, list[str]], path: Path) -> None:
-    """One panel for each title of `panels`: the named columns of the log over the step, pale, and their running mean."""
+    """One panel for each title of `panels`: the named columns of the log over the step, pale, and running means."""
     import matplotlib
 
     matplotlib.use("Agg")

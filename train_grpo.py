@@ -8,13 +8,13 @@ becomes more likely.
     loss      = mean over all sampled tokens of
                 -min(ratio * advantage, clip(ratio) * advantage) + kl * k3(policy, reference)
 
-Departures from the paper, which leaves these open (its equation 2 and section 4.1): 1. The mean is one over all sampled
-tokens of the step, on all ranks, so neither micro-batches nor ranks change the gradient. 2. Groups whose rewards are
-all equal carry no signal. They are left out of the mean and counted (`zero_var`). 3. One optimizer step a rollout by
-default, hence ratio == 1 and no clipping; `--updates` takes more. 4. `kl` is 0.01 (as T2I-R1). With 0 there is no
-reference model at all. 5. A forced <begin_of_image> (the chain hit `max_chain`) is not trained on, and no other token
-that was not sampled is. 6. With guidance in the rollout, `--logp cond` scores the conditional distribution, `--logp
-guided` what was sampled from.
+Departures from the paper, which leaves these open (equation 2, section 4.1):
+1. One mean over all sampled tokens of the step on all ranks: neither micro-batches nor ranks change the gradient.
+2. Groups whose rewards are all equal carry no signal. They are left out of the mean and counted (`zero_var`).
+3. One optimizer step a rollout by default, hence ratio == 1 and nothing is clipped; `--updates` takes more.
+4. The KL weight is 0.02. With 0 there is no reference model at all.
+5. What was not sampled is not trained, a <begin_of_image> forced at `max_chain` included.
+6. With guidance, `--logp cond` scores the conditional distribution, `--logp guided` the one that was sampled from.
 
     torchrun train_grpo.py                          # the toy: two CPU cores, a few minutes
     python train_grpo.py --out out/again --seed 1   # the same without torchrun, another seed
@@ -47,7 +47,7 @@ class Config:
     eval_file: str = "toy"  # held-out prompts for evaluation: `toy`, or a text file with one prompt a line
     out: str = "out/grpo"  # folder of this run; with the same flags again, the run continues from its last checkpoint
     # Rollout
-    steps: int = 60  # rollouts in all (paper: 1000)
+    steps: int = 110  # rollouts in all (paper: 1000)
     batch_size: int = 8  # prompts a step, over all ranks (paper: 8)
     group: int = 16  # samples a prompt (paper: 16)
     temperature: float = 1.0  # of chain and image tokens (paper: 1)
@@ -59,15 +59,15 @@ class Config:
     parts: tuple[str, ...] = ("sem", "spa", "ri", "pi", "hps")  # rewards that take part
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
     # Optimisation
-    lr: float = 3e-4  # peak learning rate; 1e-5 with LoRA or 1e-6 in full for a real model
-    warmup: float = 0.05  # share of the steps; then a cosine to a tenth
+    lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 is common for a real model in full)
+    warmup: float = 0.1  # share of the steps; then a cosine to a tenth
     updates: int = 1  # optimizer steps a rollout
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    kl: float = 0.01  # weight of the KL to the reference; 0: no reference model
+    kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
     logp: Literal["cond", "guided"] = "cond"  # which distribution of an image token is scored when cfg is not 1
     clip_grad: float = 1.0  # largest gradient norm
-    micro_batch: int = 64  # samples a forward and backward pass; changes memory and speed, not the gradient
+    micro_batch: int = 16  # samples a forward and backward pass; changes memory and speed, not the gradient
     # Looking at it
     eval_prompts: int = 240  # held-out prompts before and after
     eval_every: int = 0  # steps between evaluations in between; 0: none
@@ -139,19 +139,20 @@ def evaluate(policy, score, prompts: list[str], config: Config, rank: int, world
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
-    """Means of the rewards, and how often plan and picture are wholly right on prompts that ask for a place."""
+    """Mean rewards, and how often plan and picture are wholly right where prompts name one place, or several."""
     parts = ["total", *(part for part in rewards.PARTS if part in rows[0]["scores"]), "judge_fail"]
     means = {part: float(np.mean([row["scores"][part] for row in rows])) for part in parts}
-    placed = [row["scores"] for row in rows if RELATION.search(row["prompt"])]
-    for name, part in (("spatial accuracy of the plan", "spa"), ("spatial accuracy of the picture", "pi")):
-        if placed and part in placed[0]:
-            means[name] = float(np.mean([scores[part] > 0.999 for scores in placed]))
+    for kind, counts in (("spatial", (1,)), ("complex", (2, 3, 4))):
+        placed = [row["scores"] for row in rows if len(RELATION.findall(row["prompt"])) in counts]
+        for what, part in (("plan", "spa"), ("picture", "pi")):
+            if placed and part in parts:
+                means[f"{kind}: {what} right"] = float(np.mean([scores[part] > 0.999 for scores in placed]))
     return means
 
 
 def table(before: dict, after: dict) -> str:
-    lines = [f"{name:32} {value:6.3f}  {after[name]:6.3f}" for name, value in before.items() if name != "step"]
-    return "\n".join([f"{'':32} before   after", *lines])
+    lines = [f"{name:24} {value:6.3f}  {after[name]:6.3f}" for name, value in before.items() if name != "step"]
+    return "\n".join([f"{'':24} before   after", *lines])
 
 
 CURVES = {
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, tokenizer = gotr1.load_policy(config.model, device)
         reference = copy.deepcopy(model).requires_grad_(False) if config.kl else None
-        judge = toy.ToyJudge() if config.judge == "toy" else rewards.QwenJudge(config.judge, device)
+        judge = rewards.load_judge(config.judge, device)
         stand_in = {"toy": toy.crispness, "none": None}
         hps = stand_in[config.hps] if config.hps in stand_in else rewards.HPS(config.hps, device)
     except (OSError, ValueError) as problem:
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     start = runtime.load_checkpoint(saved, model, optimizer) if saved else 0
     if rank == 0:
         runtime.write_log(folder, runtime.read_log(folder, before=start), "w")
-    stopped = runtime.watch_signals()
+    stopped = runtime.watch_signals(device)
 
     def score(prompts, chains, images):
         return rewards.score(judge, hps, prompts, chains, images, config.parts, config.combine)

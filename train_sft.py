@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     start = runtime.load_checkpoint(saved, model, optimizer) if saved else 0
     runtime.write_log(folder, runtime.read_log(folder, before=start), "w")
-    stopped = runtime.watch_signals()
+    stopped = runtime.watch_signals(device)
 
     def save(step):
         return runtime.save_checkpoint(folder, step, model, tokenizer, {"optimizer": optimizer.state_dict()})

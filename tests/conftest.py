@@ -1,4 +1,5 @@
-"""Shared by all tests: one torch thread (two processes with two threads each on two cores are many times slower), no network."""
+"""Shared by all tests: one torch thread (two processes with two threads each on two cores are many times slower), no
+network."""
 
 import os
 

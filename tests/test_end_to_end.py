@@ -3,8 +3,10 @@ line. pytest tests/test_end_to_end.py"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import train_grpo
 import train_sft
 
 ROOT = Path(__file__).parent.parent
-GRPO = ["--steps", "10", "--batch_size", "2", "--group", "4", "--eval_prompts", "8", "--save_every", "4", "--lr", "1e-3"]
+GRPO = ["--steps", "10", "--batch_size", "2", "--group", "4", "--eval_prompts", "8", "--save_every", "4"]
 SFT = ["--from_scratch", "--vq_steps", "3", "--examples", "300", "--steps", "40", "--batch_size", "16",
        "--eval_every", "40", "--eval_prompts", "8", "--save_every", "15"]  # fmt: skip
 
@@ -152,3 +154,18 @@ def test_an_empty_prompt_file_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train_grpo.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and "holds no prompt: expected one a line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_told_to_stop_saves_and_leaves_with_exit_code_0(tmp_path, name):
+    command = [sys.executable, "train_grpo.py", *GRPO[2:], "--steps", "1000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not ((tmp_path / "log.jsonl").exists() and len(rows(tmp_path)) >= 2) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(getattr(signal, name))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    done = len(rows(tmp_path))
+    assert done >= 2 and (tmp_path / "latest").read_text() == f"step_{done:06d}"
+    assert f"stopped after step {done} of 1000; the same command continues" in output

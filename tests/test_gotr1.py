@@ -4,6 +4,7 @@ pytest tests/test_gotr1.py"""
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,7 +171,7 @@ def test_the_stop_token_is_trained_and_what_follows_is_not_also_when_pad_is_eos(
 
 def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
     model, tokenizer = policy
-    rng = __import__("numpy").random.default_rng(0)
+    rng = np.random.default_rng(0)
     examples = [toy.make_example(rng, faults={}) for _ in range(2)]
     prompts, chains = [e.prompt for e in examples], [e.chain for e in examples]
     sampled = gotr1.rollout(model, tokenizer, prompts, 2, chains=chains, cfg=2.0)
@@ -206,14 +207,14 @@ def test_inputs_are_not_changed(policy):
 
 def test_pictures_survive_encoding_and_decoding(policy):
     model, _ = policy
-    rng = __import__("numpy").random.default_rng(1)
+    rng = np.random.default_rng(1)
     examples = [toy.make_example(rng, faults={}) for _ in range(50)]
     tokens = gotr1.encode_images(model, [e.image for e in examples])
     images = gotr1.decode_images(model, tokens)
     assert tokens.shape == (50, 64) and images[0].size == (32, 32)
     right = [toy.faithfulness(e.prompt, toy.detect(image)) == 1 for e, image in zip(examples, images, strict=True)]
     assert sum(right) >= 48
-    pixels = torch.stack([torch.tensor(list(e.image.getdata())).view(32, 32, 3).permute(2, 0, 1) for e in examples])
+    pixels = torch.stack([torch.from_numpy(np.array(e.image)).permute(2, 0, 1) for e in examples])
     assert torch.equal(gotr1.encode_images(model, pixels / 127.5 - 1), tokens)
 
 

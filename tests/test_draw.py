@@ -1,0 +1,116 @@
+"""Drawing from the command line: pictures, edited plans, plans that are checked first, bad input.
+pytest tests/test_draw.py"""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gotr1
+import toy
+from render_boxes import Box, format_chain, iou, parse_chain, strip_boxes
+
+PROMPT = "a red ball left of a blue cube"
+
+
+def test_a_prompt_becomes_pictures_plans_chains_and_a_sheet(tmp_path, capsys):
+    gotr1.main([PROMPT, "--n", "3", "--out", str(tmp_path), "--judge", "toy"])
+    names = {path.name for path in tmp_path.iterdir()}
+    ends = (".png", ".txt", "_plan.png", "_boxes.png")
+    assert names == {f"000_{k}{end}" for k in range(3) for end in ends} | {"sheet.png"}
+    assert Image.open(tmp_path / "000_0.png").size == (32, 32)
+    out = capsys.readouterr().out
+    assert "mean of 3: sem" in out and "wrote 3 pictures" in out and (tmp_path / "000_0.txt").read_text() in out
+
+
+def test_several_prompts_and_the_same_pictures_in_any_batch(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ball\n\na cyan cone and a red cube\n")
+    for size in ("1", "64"):
+        flags = ["--n", "2", "--batch_size", size, "--out", str(tmp_path / size)]
+        gotr1.main([str(tmp_path / "prompts.txt"), *flags])
+    for name in ("000_0", "000_1", "001_0", "001_1"):
+        a, b = ((tmp_path / size / f"{name}.png").read_bytes() for size in ("1", "64"))
+        assert a == b
+    assert (tmp_path / "1" / "000_0.png").read_bytes() != (tmp_path / "1" / "000_1.png").read_bytes()
+
+
+def test_an_edited_plan_is_what_is_drawn(tmp_path):
+    """The same words with the box moved: the pictures of 16 samples must follow each plan far more than the other."""
+    plans = []
+    for x in (0, 625):
+        plans.append([Box("red ball", x, 125, x + 374, 500)])
+        (tmp_path / "plan.txt").write_text(format_chain(["A", *plans[-1]]) + "\n")
+        flags = ["--n", "16", "--chain", str(tmp_path / "plan.txt"), "--out", str(tmp_path / str(x))]
+        gotr1.main(["a red ball", *flags])
+
+    def follows(x, plan):
+        found = [toy.detect(Image.open(path)) for path in (tmp_path / str(x)).glob("*_?.png")]
+        return np.mean([max((iou(plan[0], box) for box in boxes), default=0) for boxes in found])
+
+    assert follows(0, plans[0]) > 0.4 and follows(0, plans[0]) > 2 * follows(0, plans[1])
+    assert follows(625, plans[1]) > 0.4 and follows(625, plans[1]) > 2 * follows(625, plans[0])
+
+
+def test_the_best_of_several_plans_is_drawn(policy):
+    """Against scores computed here: the chosen chain is among those sampled, and none of them scores higher."""
+    model, tokenizer = policy
+    prompts, judge = toy.toy_prompts(6, 3, held_out=True), toy.ToyJudge()
+    chosen = gotr1.best_plans(model, tokenizer, judge, prompts, 4, seed=2, max_chain=96)
+    chains = gotr1.rollout(model, tokenizer, prompts, 4, seed=2, max_chain=96).chains
+    gained = 0
+    for b, prompt in enumerate(prompts):
+        group = chains[4 * b : 4 * b + 4]
+        said = judge.semantic([prompt] * 4, [strip_boxes(chain) for chain in group])
+        scores = [toy.faithfulness(prompt, parse_chain(chain)) + s for chain, s in zip(group, said, strict=True)]
+        assert chosen[b] == group[scores.index(max(scores))]
+        gained += max(scores) - scores[0]
+    assert gained > 0, "no prompt had a better plan than its first: this test would prove nothing"
+
+
+def test_stopping_after_the_chain_gives_the_same_chain(policy):
+    model, tokenizer = policy
+    drawn = gotr1.rollout(model, tokenizer, [PROMPT], 2, max_chain=96)
+    planned = gotr1.rollout(model, tokenizer, [PROMPT], 2, max_chain=96, draw=False)
+    assert planned.chains == drawn.chains and planned.image_tokens.shape == (2, 0)
+    assert planned.logp.equal(drawn.logp[:, :-64])
+
+
+CHAINS = {
+    "A red ball.": "no object",
+    "A <|obj_start|>red ball<|obj_end|>": "box",
+    "<|obj_start|>red ball<|obj_end|> <|box_start|>(0,0),(1200,50)<|box_end|>": "999",
+    "<|obj_start|>red ball<|obj_end|> <|box_start|>(300,0),(200,50)<|box_end|>": "x",
+}
+
+
+@pytest.mark.parametrize("chain, words", CHAINS.items())
+def test_a_malformed_chain_is_refused_before_anything_is_written(tmp_path, capsys, chain, words):
+    (tmp_path / "plan.txt").write_text(chain)
+    with pytest.raises(SystemExit) as stop:
+        gotr1.main([PROMPT, "--chain", str(tmp_path / "plan.txt"), "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0] and "plan.txt" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+BAD = [
+    ([""], "the prompt is empty"),
+    (["red " * 600], "this model holds 512"),
+    ([PROMPT, "--model", "/no/such"], "no folder /no/such"),
+    ([PROMPT, "--n", "0"], "--n is 0"),
+    ([PROMPT, "--cfg", "nan"], "--cfg"),
+    ([PROMPT, "--plans", "4"], "--plans needs a --judge"),
+    ([PROMPT, "--chain", "/no/such.txt"], "/no/such.txt"),
+    (["/no/such.txt"], "/no/such.txt"),
+    ([PROMPT, "--colour", "red"], "--colour"),
+    ([PROMPT, "--out", "/proc/nowhere"], "/proc/nowhere"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=[words for _, words in BAD])
+def test_bad_input_is_answered_in_one_line_with_exit_code_2(flags, words, tmp_path, capsys):
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        gotr1.main([*flags, *out])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("error: ") and words in last
+    assert not list(tmp_path.glob("out/*"))
