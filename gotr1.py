@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import rewards
 import runtime
+import toy
 from checkpoints import convert_deepseek, load_policy  # noqa: F401 - part of this module's interface
 from render_boxes import chain_problems, draw_boxes, parse_chain
 
@@ -545,7 +546,9 @@ def main(argv: list[str] | None = None) -> None:
         if chain is not None and (problems := chain_problems(chain)):
             raise ValueError(f"{args.chain}: {'; '.join(problems)}")
         model, tokenizer = load_policy(args.model, device)
-        judge = rewards.load_judge(args.judge, device) if args.judge else None
+        judge = rewards.QwenJudge(args.judge, device) if args.judge not in ("", "toy") else None
+        if args.judge == "toy":
+            judge = toy.ToyJudge()
         tokens, rows = args.max_chain + 1 + image_token_count(model), []
         size = max(1, args.batch_size // args.plans)
         parts = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]

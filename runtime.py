@@ -80,7 +80,6 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 def watch_signals(device: torch.device):
     """The function returned answers True, on every process, after SIGTERM or Ctrl-C on one: time to save and leave.
-
     It is a collective: every process has to ask, every time."""
     asked = []
 

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, tokenizer = gotr1.load_policy(config.model, device)
         reference = copy.deepcopy(model).requires_grad_(False) if config.kl else None
-        judge = rewards.load_judge(config.judge, device)
+        judge = toy.ToyJudge() if config.judge == "toy" else rewards.QwenJudge(config.judge, device)
         stand_in = {"toy": toy.crispness, "none": None}
         hps = stand_in[config.hps] if config.hps in stand_in else rewards.HPS(config.hps, device)
     except (OSError, ValueError) as problem:

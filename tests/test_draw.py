@@ -37,13 +37,13 @@ def test_an_edited_plan_is_what_is_drawn(tmp_path):
     """The same words with the box moved: the pictures of 16 samples must follow each plan far more than the other."""
     plans = []
     for x in (0, 625):
-        plans.append([Box("red ball", x, 125, x + 374, 500)])
+        plans.append([Box("red ball", x, 125, min(x + 375, 999), 500)])
         (tmp_path / "plan.txt").write_text(format_chain(["A", *plans[-1]]) + "\n")
         flags = ["--n", "16", "--chain", str(tmp_path / "plan.txt"), "--out", str(tmp_path / str(x))]
         gotr1.main(["a red ball", *flags])
 
     def follows(x, plan):
-        found = [toy.detect(Image.open(path)) for path in (tmp_path / str(x)).glob("*_?.png")]
+        found = [toy.detect(Image.open(path)) for path in (tmp_path / str(x)).glob("000_*[0-9].png")]
         return np.mean([max((iou(plan[0], box) for box in boxes), default=0) for boxes in found])
 
     assert follows(0, plans[0]) > 0.4 and follows(0, plans[0]) > 2 * follows(0, plans[1])

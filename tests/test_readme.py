@@ -55,7 +55,8 @@ def test_glossary_is_what_the_log_holds(policy):
 
 
 def test_flags_named_in_the_readme_exist():
-    known = {field.name for config in (train_grpo.Config, train_sft.Config) for field in dataclasses.fields(config)}
+    settings = (train_grpo.Config, train_sft.Config, gotr1.Args, rewards.Settings)
+    known = {field.name for config in settings for field in dataclasses.fields(config)}
     named = set(re.findall(r"--(\w+)", README)) - {"nproc_per_node"}
     assert named <= known, named - known
 
