@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import tyro
+from matplotlib.figure import Figure
 from transformers.utils import logging
 
 
@@ -103,19 +104,20 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: float, floor: float = 
 def open_run(out: str, config, rank: int) -> Path:
     """The folder of a run. A new one gets `config.json`; the same configuration goes on; another one is an error."""
     folder, wanted = Path(out), json.loads(json.dumps(dataclasses.asdict(config)))
-    path = folder / "config.json"
     try:
-        if path.exists():
-            found = json.loads(path.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and (folder / "config.json").exists():
+            found = json.loads((folder / "config.json").read_text())
             keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
             changed = ", ".join(f"--{key} {found.get(key)} (now {wanted.get(key)})" for key in keys)
             if changed:
                 fail(f"{folder} holds a run with {changed}: give the same flags to continue it, or another --out")
         elif rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(wanted, indent=2))
+            (folder / "config.json").write_text(json.dumps(wanted, indent=2))
     except (OSError, ValueError) as problem:
         fail(f"cannot use {folder} as output folder: {problem}")
+    if dist.is_initialized():
+        dist.barrier()  # nobody reads what rank 0 is still writing; if it failed, torchrun ends the others
     return folder
 
 
@@ -168,13 +170,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
 
 def plot_curves(rows: list[dict], panels: dict[str, list[str]], path: Path) -> None:
     """One panel for each title of `panels`: the named columns of the log over the step, pale, and running means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="tight")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             steps = [row["step"] + 1 for row in rows if key in row]
             values = np.array([row[key] for row in rows if key in row])
@@ -185,6 +183,4 @@ def plot_curves(rows: list[dict], panels: dict[str, list[str]], path: Path) -> N
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -54,9 +54,12 @@ class Config:
     cfg: float = 1.0  # guidance in the rollout; 1 is none. The toy's unconditional half is too weak to help
     max_chain: int = 96  # most chain tokens that are sampled (official code, for Janus-Pro: 600)
     # Rewards
-    judge: str = "toy"  # `toy` (exact), or a folder or hub id of a vision-language judge
-    hps: str = "toy"  # `toy` (stand-in), `none`, or the HPS v2.1 checkpoint
-    parts: tuple[str, ...] = ("sem", "spa", "ri", "pi", "hps")  # rewards that take part
+    judge: str = "toy"  # `toy` (exact), or a folder or hub id of a Qwen2.5-VL or Qwen3-VL
+    scoring: Literal["reply", "expected"] = "reply"  # the judge writes its mark; or it is read off its probabilities
+    spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa sees the boxes drawn; or it is told where they are
+    judge_batch: int = 16  # rows that the judge takes at a time; halved when memory runs out
+    hps: str = "toy"  # `toy` (stand-in), or the HPS v2.1 checkpoint
+    rewards: tuple[str, ...] = ("sem", "spa", "ri", "pi", "hps")  # the parts that take part
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
     # Optimisation
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 is common for a real model in full)
@@ -169,7 +172,8 @@ CURVES = {
 
 def check(config: Config, world: int) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
-    for name in ("steps", "batch_size", "micro_batch", "updates", "max_chain", "eval_prompts", "save_every"):
+    counts = ("steps", "batch_size", "micro_batch", "updates", "max_chain", "judge_batch", "eval_prompts", "save_every")
+    for name in counts:
         if getattr(config, name) < 1:
             runtime.fail(f"--{name} is {getattr(config, name)}: expected 1 or more")
     for name in ("temperature", "lr", "clip_grad"):
@@ -182,8 +186,8 @@ def check(config: Config, world: int) -> None:
         runtime.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
     if config.batch_size % world:
         runtime.fail(f"--batch_size {config.batch_size} prompts cannot be shared evenly by {world} processes")
-    if not config.parts or set(config.parts) - set(rewards.PARTS):
-        runtime.fail(f"--parts {' '.join(config.parts)}: expected some of {' '.join(rewards.PARTS)}")
+    if not config.rewards or set(config.rewards) - set(rewards.PARTS):
+        runtime.fail(f"--rewards {' '.join(config.rewards)}: expected some of {' '.join(rewards.PARTS)}")
 
 
 def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
@@ -253,9 +257,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, tokenizer = gotr1.load_policy(config.model, device)
         reference = copy.deepcopy(model).requires_grad_(False) if config.kl else None
-        judge = toy.ToyJudge() if config.judge == "toy" else rewards.QwenJudge(config.judge, device)
-        stand_in = {"toy": toy.crispness, "none": None}
-        hps = stand_in[config.hps] if config.hps in stand_in else rewards.HPS(config.hps, device)
+        judge, hps = toy.ToyJudge(), toy.crispness
+        if config.judge != "toy":
+            settings = (config.judge_batch, config.scoring, config.spatial_as)
+            judge = rewards.QwenJudge(config.judge, device, "auto", *settings)
+        if config.hps != "toy" and "hps" in config.rewards:
+            hps = rewards.HPS(config.hps, device)
     except (OSError, ValueError) as problem:
         runtime.fail(str(problem))
     folder = runtime.open_run(config.out, config, rank)
@@ -268,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     stopped = runtime.watch_signals(device)
 
     def score(prompts, chains, images):
-        return rewards.score(judge, hps, prompts, chains, images, config.parts, config.combine)
+        return rewards.score(judge, hps, prompts, chains, images, config.rewards, config.combine)
 
     def save(step):
         if rank == 0:
@@ -279,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = evaluate((model, tokenizer), score, held_out, config, rank, world, label)
         if rank == 0:
             for row in rows[:12]:
-                row["note"] = "  ".join(f"{part} {row['scores'][part]:.2f}" for part in (*config.parts, "total"))
+                row["note"] = "  ".join(f"{part} {row['scores'][part]:.2f}" for part in (*config.rewards, "total"))
             gotr1.draw_sheet(rows[:12], folder / f"samples_{label}.png")
             (folder / f"eval_{label}.json").write_text(json.dumps({"step": step, **summarise(rows)}, indent=2))
         return summarise(rows)

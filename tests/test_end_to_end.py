@@ -122,7 +122,7 @@ BAD = [
     (["--kl", "-0.1"], "--kl is -0.1: expected 0 or more"),
     (["--steps", "0"], "--steps is 0: expected 1 or more"),
     (["--temperature", "nan"], "--temperature is nan"),
-    (["--parts", "sem", "beauty"], "expected some of sem spa ri pi hps"),
+    (["--rewards", "sem", "beauty"], "expected some of sem spa ri pi hps"),
     (["--combine", "median"], "median"),
     (["--model", "/no/such/model"], "/no/such/model"),
     (["--prompts", "/no/such/file"], "cannot read prompts from /no/such/file"),
