@@ -123,8 +123,7 @@ RELATION = re.compile(r"\b(left|right|above|below|top|bottom|under|over)\b")
 
 
 def evaluate(policy, score, prompts: list[str], config: Config, rank: int, world: int, label: str) -> list[dict]:
-    """One sample for each prompt, drawn as in training with the same random numbers every time: prompt, chain, image,
-    rewards."""
+    """One sample a prompt, as in training, with the same random numbers every time: prompt, chain, image, rewards."""
     model, tokenizer = policy
     rows, mine = [], list(range(rank, len(prompts), world))
     for start in tqdm(range(0, len(mine), 128), desc=label, disable=rank > 0, leave=False):
@@ -254,6 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     check(config, world)
     prompts = read_prompts(config.prompts, False, 2000)
     held_out = read_prompts(config.eval_file, True, config.eval_prompts)
+    strange = [prompt for prompt in prompts + held_out if not toy.read_text(prompt)[0]]
+    if strange and "toy" in (config.judge, config.hps if "hps" in config.rewards else ""):
+        runtime.fail(f"--judge toy and --hps toy know only the toy's world, not {strange[0]!r}: give others")
     try:
         model, tokenizer = gotr1.load_policy(config.model, device)
         reference = copy.deepcopy(model).requires_grad_(False) if config.kl else None
@@ -359,7 +361,9 @@ def main(argv: list[str] | None = None) -> None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad).item()
             if step == 0 and n_tokens > 1 and not norm > 0:
                 raise RuntimeError(f"self-test: the gradient norm is {norm} although rewards differ")
-            if n_tokens > 1 and np.isfinite(norm):
+            if not np.isfinite(norm):
+                raise RuntimeError(f"the gradient is not finite at step {step}: lower --lr. {folder}/latest is good")
+            if n_tokens > 1:
                 optimizer.step()
         clock.append(time.time())
 

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     stopped = runtime.watch_signals(device)
 
     def save(step):
-        return runtime.save_checkpoint(folder, step, model, tokenizer, {"optimizer": optimizer.state_dict()})
+        runtime.save_checkpoint(folder, step, model, tokenizer, {"optimizer": optimizer.state_dict()})
 
     if not saved:
         save(0)  # the picture tokenizer took minutes
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
         if not torch.isfinite(norm):
-            raise RuntimeError(f"the gradient is not finite at step {step}: lower --lr. {folder}/latest is still good")
+            raise RuntimeError(f"the gradient is not finite at step {step}: lower --lr. {folder}/latest is good")
         optimizer.step()
 
         # 3) Log, look at sampled pictures, save
@@ -171,13 +171,14 @@ def main(argv: list[str] | None = None) -> None:
         runtime.write_log(folder, [row])
         stopping = stopped()
         if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            target = save(step + 1)
+            save(step + 1)
         if stopping:
             print(f"stopped after step {step + 1} of {config.steps}; the same command continues from {folder}")
             return
     runtime.plot_curves(runtime.read_log(folder), CURVES, folder / "curves.png")
     minutes = (time.time() - began) / 60
-    print(f"wrote {target}, {folder / 'curves.png'} and {folder / 'log.jsonl'} in {minutes:.1f} minutes")
+    newest = runtime.latest_checkpoint(folder)
+    print(f"wrote {newest}, {folder / 'curves.png'} and {folder / 'log.jsonl'} in {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

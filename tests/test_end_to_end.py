@@ -149,6 +149,15 @@ def test_a_folder_with_another_configuration_is_refused_and_untouched(grpo_run, 
     assert (grpo_run / "config.json").read_text() == before
 
 
+def test_the_toys_judge_refuses_prompts_that_it_cannot_understand(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red ball\na photo of a cat\n")
+    for flags in ([], ["--judge", "/some/judge"]):
+        with pytest.raises(SystemExit) as stop:
+            prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+            train_grpo.main([*prompts, *flags, "--out", str(tmp_path / "run")])
+        assert stop.value.code == 2 and "know only the toy's world, not 'a photo of a cat'" in capsys.readouterr().err
+
+
 def test_an_empty_prompt_file_is_refused(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n \n")
     with pytest.raises(SystemExit) as stop:
@@ -169,3 +178,17 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves_with_exit_code_0(tmp_path, 
     done = len(rows(tmp_path))
     assert done >= 2 and (tmp_path / "latest").read_text() == f"step_{done:06d}"
     assert f"stopped after step {done} of 1000; the same command continues" in output
+
+
+def test_groups_of_equal_rewards_teach_nothing_and_are_counted(tmp_path, monkeypatch):
+    """With the same reward for every sample the weights must not move, not even by the KL term or by weight decay."""
+    score = rewards.score
+
+    def all_equal(*args, **kwargs):
+        return [row | {"total": 0.3} for row in score(*args, **kwargs)]
+
+    monkeypatch.setattr(rewards, "score", all_equal)
+    train_grpo.main([*GRPO[2:], "--steps", "2", "--out", str(tmp_path)])
+    assert all(row["zero_var"] == 1 and row["grad_norm"] == 0 and row["reward_std"] == 0 for row in rows(tmp_path))
+    toy_weights = safetensors.torch.load_file(ROOT / "toy_janus" / "model.safetensors")
+    assert same(weights(tmp_path), toy_weights)
