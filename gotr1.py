@@ -517,7 +517,7 @@ class Args:
     n: int = 4  # pictures a prompt
     cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
     temperature: float = 1.0  # 0 takes the most likely token every time
-    seed: int = 0
+    seed: int = 0  # the same seed, prompt and place give the same picture in any batch
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
     chain: str = ""  # a text file with a chain that is drawn instead of writing one: edit a plan, then draw it
     plans: int = 1  # write this many plans for each picture and draw the one that the judge likes best

@@ -65,8 +65,8 @@ class Config:
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 is common for a real model in full)
     warmup: float = 0.1  # share of the steps; then a cosine to a tenth
     updates: int = 1  # optimizer steps a rollout
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
+    clip_low: float = 0.2  # the ratio policy / policy that sampled is clipped to at least 1 - clip_low
+    clip_high: float = 0.2  # and to at most 1 + clip_high; idle with one update
     kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
     logp: Literal["cond", "guided"] = "cond"  # which distribution of an image token is scored when cfg is not 1
     clip_grad: float = 1.0  # largest gradient norm

@@ -37,7 +37,7 @@ class Config:
     batch_size: int = 64  # sequences a step
     lr: float = 3e-3  # peak learning rate, reached after `warmup`, then a cosine to 0
     warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # AdamW's
     clip_grad: float = 1.0  # largest gradient norm
     chain_weight: float = 1.0  # of the mean loss over chain tokens
     image_weight: float = 1.0  # of the mean loss over image tokens
@@ -49,7 +49,7 @@ class Config:
     eval_every: int = 250  # steps between looks at sampled pictures: the loss does not tell if they follow the plan
     eval_prompts: int = 240  # held-out prompts for it
     save_every: int = 250  # steps between checkpoints
-    seed: int = 0
+    seed: int = 0  # of weights, data and order
 
 CURVES = {"loss (nats a token)": ["chain_loss", "image_loss"], "held-out rewards": ["sem", "spa", "ri", "pi", "total"]}
 
