@@ -554,7 +554,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         out.mkdir(parents=True, exist_ok=True)
         with tqdm(total=tokens * len(parts), desc="tokens") as bar:
-            for part in parts:
+            for done, part in enumerate(parts, start=1):
                 batch, chains = [prompts[k] for k in part], chain and [chain] * len(part)
                 how = {"temperature": args.temperature, "seed": args.seed, "max_chain": args.max_chain}
                 how["indices"] = list(part)
@@ -562,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
                     chains = best_plans(model, tokenizer, judge, batch, args.plans, **how)
                 sampled = rollout(model, tokenizer, batch, cfg=args.cfg, chains=chains, progress=bar.update, **how)
                 rows += zip(batch, sampled.chains, decode_images(model, sampled.image_tokens), strict=True)
-                bar.update((len(rows) // size or 1) * tokens - bar.n)
+                bar.update(done * tokens - bar.n)  # chains end before their cap
     except (OSError, ValueError) as problem:
         runtime.fail(str(problem))
     save_drawings(rows, judge, out, args.n)

@@ -291,7 +291,6 @@ def main(argv: list[str] | None = None) -> None:
                 row["note"] = "  ".join(f"{part} {row['scores'][part]:.2f}" for part in (*config.rewards, "total"))
             gotr1.draw_sheet(rows[:12], folder / f"samples_{label}.png")
             (folder / f"eval_{label}.json").write_text(json.dumps({"step": step, **summarise(rows)}, indent=2))
-        return summarise(rows)
 
     before_path = folder / "eval_before.json"
     if start == 0:
