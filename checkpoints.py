@@ -115,6 +115,20 @@ def config_from_deepseek(deepseek: dict) -> JanusConfig:
     )
 
 
+def janus_pro_config(size: str) -> JanusConfig:
+    """The published sizes, "1b" or "7b" (what config.json of deepseek-ai/Janus-Pro-1B and -7B says), for models with
+    random weights: benchmarks and memory tables."""
+    language = {
+        "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 24},
+        "7b": {"num_hidden_layers": 30},
+    }[size]
+    return config_from_deepseek({
+        "language_config": {**language, "num_key_value_heads": language.get("num_attention_heads", 32)},
+        "vision_config": {"params": {"image_size": 384, "model_name": "siglip_large_patch16_384"}},
+        "gen_vision_config": {"params": {"image_token_size": 16384, "n_embed": 8}},
+    })  # fmt: skip
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All (name, tensor) of a folder's safetensors or .bin shards, one file open at a time, nothing read before its
     turn."""

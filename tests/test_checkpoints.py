@@ -124,6 +124,9 @@ def test_real_sizes_come_from_config_json():
             model = JanusForConditionalGeneration(checkpoints.config_from_deepseek(settings))
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert gotr1.image_token_count(model) == 576
+    for size, settings in (("1b", one), ("7b", seven)):
+        known, read = checkpoints.janus_pro_config(size), checkpoints.config_from_deepseek(settings)
+        assert known.text_config.to_dict() == read.text_config.to_dict() and known.vq_config == read.vq_config
 
 
 @pytest.fixture
