@@ -1,0 +1,651 @@
+"""Reading GoT data and its cache, against toy scenes whose prompts, boxes and pictures are known.
+pytest tests/test_got_data.py"""
+
+import copy
+import dataclasses
+import inspect
+import io
+import json
+import re
+import tarfile
+import threading
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import got_data
+import gotr1
+import token_cache
+import toy
+from got_data import BadRecord, Source
+from render_boxes import Box, chain_problems, draw_boxes, format_chain, parse_chain
+
+CAUSES = {"no text", "special token", "no box", "broken box", "box outside", "box format", "empty box", "no name"}
+CAUSES |= {"chain too long", "broken image"}
+WRITTEN = re.compile(  # what a chain holds for one object; written here on its own, so that it can judge
+    r"<\|obj_start\|>(.*?)<\|obj_end\|> <\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>"
+)
+SIDE = 250  # of the pictures in pixels: four grid units each
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def make_examples(n: int, seed: int = 0) -> list[toy.Example]:
+    rng = np.random.default_rng(seed)
+    return [toy.make_example(rng, faults={}) for _ in range(n)]
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(file, "png")
+    return file.getvalue()
+
+
+def inline(example: toy.Example) -> dict:
+    """Boxes in the words, no markers, as the GoT paper prints them."""
+    return {
+        "prompt": example.prompt,
+        "chain": WRITTEN.sub(r"\1 (\2,\3),(\4,\5)", example.chain),
+        "image": {"bytes": png(example.image), "path": None},
+    }
+
+
+def apart(example: toy.Example, name: str) -> dict:
+    """Placeholders, with pixels in JSON elsewhere; the picture is a file."""
+    coords = {}
+
+    def take(found):
+        coords[f"<coord_{len(coords) + 1}>"] = [int(edge) * SIDE / 1000 for edge in found.groups()[1:]]
+        return f"{found[1]} <coord_{len(coords)}>"
+
+    got = WRITTEN.sub(take, example.chain)
+    return {"caption": example.prompt, "got": got, "coord": json.dumps(coords), "file": name}
+
+
+def write_parquet(folder: Path, rows: list[dict]) -> Source:
+    """Two files, so that order and counting cross them."""
+    folder.mkdir()
+    schema = datasets.Features(
+        {"prompt": datasets.Value("string"), "chain": datasets.Value("string"), "image": datasets.Image()}
+    ).arrow_schema
+    for part in range(2):
+        half = rows[part * len(rows) // 2 : (part + 1) * len(rows) // 2]
+        pa.parquet.write_table(pa.Table.from_pylist(half, schema=schema), folder / f"train-{part}.parquet")
+    return Source(str(folder), box_format="0..999")
+
+
+def write_lines(folder: Path, examples: list[toy.Example]) -> tuple[Source, list[dict]]:
+    (folder / "pictures").mkdir(parents=True)
+    rows = [apart(example, f"pictures/{k}.png") for k, example in enumerate(examples)]
+    for row, example in zip(rows, examples, strict=True):
+        (folder / row["file"]).write_bytes(png(example.image))
+    return save_lines(folder, rows), rows
+
+
+def save_lines(folder: Path, rows: list[dict]) -> Source:
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"prompt_field": "caption", "chain_field": "got", "image_field": "file", "coords_field": "coord"}
+    return Source(str(folder / "data.jsonl"), **fields, box_format="pixels")
+
+
+def write_tar(folder: Path, examples: list[toy.Example]) -> Source:
+    folder.mkdir()
+    with tarfile.open(folder / "000.tar", "w") as tar:
+        for k, example in enumerate(examples):
+            row = inline(example)
+            text = json.dumps({"prompt": row["prompt"], "got": row["chain"]}).encode()
+            for name, content in ((f"{k:04d}.png", row["image"]["bytes"]), (f"{k:04d}.json", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    fields = {"prompt_field": "json.prompt", "chain_field": "json.got", "image_field": "png"}
+    return Source(str(folder), **fields, box_format="0..999")
+
+
+def in_memory(n: int, seed: int = 0) -> list[dict]:
+    return [example._asdict() for example in make_examples(n, seed)]
+
+
+MEMORY = Source("toy", box_format="0..999")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("style", ["parquet", "lines", "tar"])
+def test_every_style_gives_the_same_records(style, streaming, tmp_path, policy):
+    examples = make_examples(12)
+    if style == "parquet":
+        source = write_parquet(tmp_path / "set", [inline(example) for example in examples])
+    else:
+        source = write_tar(tmp_path / "set", examples) if style == "tar" else write_lines(tmp_path / "set", examples)[0]
+    source.streaming = streaming
+    rows = got_data.open_rows(source)
+    assert hasattr(rows, "__len__") != streaming
+    records = [got_data.read_record(get(), source, policy[1]) for _, get in got_data.numbered(rows, source)]
+    assert [record.prompt for record in records] == [example.prompt for example in examples]
+    assert [record.chain for record in records] == [example.chain for example in examples]
+    for record, example in zip(records, examples, strict=True):
+        want = np.asarray(example.image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        assert (np.asarray(record.image) == want).all()
+
+
+def test_coordinates_may_be_a_dict_with_other_keys_in_each_row(tmp_path, policy):
+    """JSON lines become columns: each row gets the keys of all rows."""
+    examples = make_examples(8)
+    _, rows = write_lines(tmp_path / "set", examples)
+    for k, row in enumerate(rows):
+        row["got"] = row["got"].replace("coord_", f"row{k}_")
+        row["coord"] = {key.replace("coord_", f"row{k}_"): value for key, value in json.loads(row["coord"]).items()}
+    source = save_lines(tmp_path / "set", rows)
+    chains = [got_data.read_record(row, source, policy[1]).chain for row in got_data.open_rows(source)]
+    assert chains == [example.chain for example in examples]
+
+
+def test_image_folder_and_max_records(tmp_path, policy):
+    source, _ = write_lines(tmp_path / "set", make_examples(6))
+    (tmp_path / "set" / "pictures").rename(tmp_path / "pictures")
+    source.image_folder, source.max_records = str(tmp_path), 4
+    for source.streaming in (False, True):
+        rows = got_data.open_rows(source)
+        pairs = list(got_data.numbered(rows, source))
+        assert [index for index, _ in pairs] == [0, 1, 2, 3]
+        got_data.read_record(pairs[3][1](), source, policy[1])
+
+
+def test_errors_are_one_line(tmp_path, policy, monkeypatch):
+    source, rows = write_lines(tmp_path / "set", make_examples(3))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.jsonl").write_text("")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+    (tmp_path / "two").mkdir()
+    for name in ("a.tar", "b.parquet"):
+        (tmp_path / "two" / name).write_bytes(b"")
+    told = {
+        str(tmp_path / "gone.jsonl"): "gone.jsonl: expected a hub id, or files",
+        "gone": "expected a hub id",
+        str(tmp_path / "empty"): "files of one kind",
+        str(tmp_path / "two"): "files of one kind",
+        str(tmp_path / "nothing.jsonl"): "nothing.jsonl",
+        str(tmp_path / "torn.parquet"): "torn.parquet",
+    }
+    for data, words in told.items():
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=re.escape(words)) as caught:
+                got_data.open_rows(Source(data, streaming=streaming, box_format="0..1"))
+            assert "\n" not in str(caught.value), caught.value
+    for flag in ("prompt_field", "chain_field", "image_field", "coords_field"):
+        wrong = copy.copy(source)
+        setattr(wrong, flag, "nothere")
+        with pytest.raises(ValueError, match=f"--{flag} nothere: .* there are caption, got, coord, file"):
+            got_data.open_rows(wrong)
+    source.box_format = ""
+    with pytest.raises(ValueError, match="--box_format"):
+        got_data.open_rows(source)
+
+
+def test_every_setting_is_explained():
+    """The trailing comments are what --help shows."""
+    lines = [line for line in inspect.getsource(Source).splitlines() if re.match(r"    \w+: ", line)]
+    assert len(lines) == len(dataclasses.fields(Source)) and all("  # " in line for line in lines)
+
+
+def test_a_hub_id_is_passed_on(monkeypatch):
+    asked = []
+
+    def load(**how):
+        asked.append(how)
+        return datasets.Dataset.from_list([{"prompt": "p", "chain": "c", "image": "i"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    got_data.open_rows(Source("owner/set:small", split="test", streaming=True, box_format="0..1"))
+    assert asked == [{"path": "owner/set", "name": "small", "split": "test", "streaming": True}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One record
+
+
+def chain(*parts) -> str:
+    return format_chain([Box(*part) if isinstance(part, tuple) else part for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("A dog (1,2),(30,40) sleeps.", chain("A", ("dog", 1, 2, 30, 40), "sleeps.")),
+        ("A dog: [1, 2, 30, 40] sleeps", chain("A", ("dog", 1, 2, 30, 40), "sleeps")),
+        ("A dog ((1, 2), (30, 40))", chain("A", ("dog", 1, 2, 30, 40))),
+        ("<|obj_start|>old dog<|obj_end|> (1,2),(30,40)", chain(("old dog", 1, 2, 30, 40))),
+        ("an old dog <|box_start|>(1,2),(30,40)<|box_end|>", chain("an", ("old dog", 1, 2, 30, 40))),
+        ("his dog (1,2),(30,40) and <|obj_start|>fog<|obj_end|>", chain("his", ("dog", 1, 2, 30, 40), "and fog")),
+        ("a <|obj_start|>man in a hat<|obj_end|> (1,2),(30,40)", chain("a", ("man in a hat", 1, 2, 30, 40))),
+        ("with a man in a red hat (1,2),(30,40)", chain("with a man in a", ("red hat", 1, 2, 30, 40))),
+        ("a glass of wine (1,2),(30,40)", chain("a", ("glass of wine", 1, 2, 30, 40))),
+        ("fog in front of trees (1,2),(30,40)", chain("fog in front of", ("trees", 1, 2, 30, 40))),
+        ("a large, red ball (1,2),(30,40)", chain("a large,", ("red ball", 1, 2, 30, 40))),
+        ("a1 b2 c3 d4 e5 f6 g7 h8 (1,2),(30,40)", chain("a1 b2", ("c3 d4 e5 f6 g7 h8", 1, 2, 30, 40))),
+        ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
+    ],
+)
+def test_names_are_found(text, want):
+    assert got_data.normalize_chain(text, "0..999") == want
+
+
+def test_several_boxes_of_one_name():
+    text = got_data.normalize_chain("two red balls (1,2),(30,40), (50,60),(70,80) fly", "0..999")
+    assert parse_chain(text) == [Box("two red balls", 1, 2, 30, 40), Box("two red balls", 50, 60, 70, 80)]
+    assert text.endswith("<|box_end|> fly") and not chain_problems(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "box_format", "result"),
+    [
+        ("(100,0),(250,125)", "0..999", (100, 0, 250, 125)),
+        ("(0,0),(1000,999)", "0..999", (0, 0, 999, 999)),
+        ("(0.1,0),(0.25,1)", "0..1", (100, 0, 250, 999)),
+        ("(1e-1,0.0),(.5,1)", "0..1", "no box"),  # .5 is nothing that Python or JSON writes
+        ("(20,0),(50,50)", "pixels", (100, 0, 250, 500)),  # of 200 x 100 pixels
+        ("(20.5,0),(200,100)", "pixels", (102, 0, 999, 999)),
+        ("(0.1,0.2),(0.3,0.4)", "0..999", "box format"),
+        ("(10.5,20),(30,40)", "0..999", "box format"),
+        ("(0.1,0.2),(0.3,0.4)", "pixels", "box format"),
+        ("(100,200),(300,400)", "0..1", "box outside"),
+        ("(100,200),(300,1001)", "0..999", "box outside"),
+        ("(-1,200),(300,400)", "0..999", "box outside"),
+        ("(0,0),(50,101)", "pixels", "box outside"),
+        ("(300,200),(100,400)", "0..999", "empty box"),
+        ("(0.1,0.2),(0.1001,0.3)", "0..1", "empty box"),
+        ("(1,2),(3", "0..999", "no box"),
+        ("(10,20),(30,40) and cat (1,2),(3", "0..999", "broken box"),
+        ("(10,20),(30,40) <|box_start|>", "0..999", "broken box"),
+    ],
+)
+def test_coordinates(text, box_format, result):
+    if isinstance(result, tuple):
+        assert parse_chain(got_data.normalize_chain("A dog " + text, box_format, (200, 100))) == [Box("dog", *result)]
+    else:
+        with pytest.raises(BadRecord) as caught:
+            got_data.normalize_chain("A dog " + text, box_format, (200, 100))
+        assert caught.value.cause == result
+
+
+BOXES = st.tuples(*[st.integers(0, 999)] * 4).map(lambda b: (min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2])))
+OBJECTS = st.lists(st.tuples(st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True), BOXES), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(OBJECTS, st.integers(1, 4000), st.integers(1, 4000))
+def test_any_layout_comes_back(objects, width, height):
+    objects = [(name, box) for name, box in objects if box[0] < box[2] and box[1] < box[3] and max(box) > 1]
+    if not objects:
+        return
+    whole = chain(*sum([["the", (name, *box)] for name, box in objects], []))
+    assert got_data.normalize_chain(whole, "0..999") == whole
+    plain = " ".join(f"the {name} ({a / 1000},{b / 1000}),({c / 1000},{d / 1000})" for name, (a, b, c, d) in objects)
+    if not any(word in got_data.BREAKS.split("|") for name, _ in objects for word in name.split()):
+        assert got_data.normalize_chain(plain, "0..1") == whole
+    sides = np.array([width, height, width, height]) / 1000
+    coords = {f"{{{k}}}": list(np.array(box) * sides) for k, (_, box) in enumerate(objects)}
+    text = " ".join(f"the <|obj_start|>{name}<|obj_end|> {{{k}}}" for k, (name, _) in enumerate(objects))
+    if all(max(box) > 1 for box in coords.values()):
+        filled = got_data.fill_placeholders(text, json.dumps(coords))
+        assert got_data.normalize_chain(filled, "pixels", (width, height)) == whole
+
+
+PIECES = st.sampled_from(
+    "<|obj_start|> <|obj_end|> <|box_start|> <|box_end|> ( ) [ ] , . : 1 20 999 0.5 -3 1e-2 of a dog red \n".split(" ")
+    + ["(1,2),(30,40)", "(0.1,0.2),(0.3,0.4)", " ", "<|", "١", "\ud800", "<begin_of_image>"]
+)
+TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=30).map("".join), st.lists(PIECES, max_size=30).map(" ".join))
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.binary()),
+    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(st.text(max_size=6), inner, max_size=5)),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.sampled_from(["0..999", "0..1", "pixels"]))
+def test_any_text_gives_a_sound_chain_or_a_cause(text, box_format):
+    try:
+        found = got_data.normalize_chain(text, box_format, (640, 480))
+    except BadRecord as bad:
+        assert bad.cause in CAUSES and "\n" not in str(bad)
+    else:
+        assert not chain_problems(found) and parse_chain(found)
+        assert got_data.normalize_chain(found, "0..999") == found
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES, VALUES, VALUES, VALUES)
+def test_any_row_is_survived(policy, prompt, text, image, coords):
+    row = {"prompt": prompt, "chain": text, "image": image, "coords": coords}
+    for coords_field in ("", "coords"):
+        source = Source("x", coords_field=coords_field, box_format="pixels")
+        with pytest.raises(BadRecord) as caught:  # none of these is a picture
+            got_data.read_record(row, source, policy[1])
+        assert caught.value.cause == "broken image"
+        try:
+            read = got_data.read_text(row, source, policy[1], (9, 9))
+        except BadRecord as bad:
+            assert bad.cause in CAUSES
+        else:
+            assert read[0] and not chain_problems(read[1])
+
+
+def test_placeholders():
+    fill = got_data.fill_placeholders
+    coords = {f"box_{k}": [k, 0, 100, 100] for k in (1, 12, 2)}
+    assert fill("a box_12 b box_1 c", coords) == "a (12,0),(100,100) b (1,0),(100,100) c"
+    assert fill("a box_2", {"box_2": [[1, 2], [3, 4]], "box_3": None}) == "a (1,2),(3,4)"
+    assert fill("a $x$", b'{"$x$": "(1,2),(3,4)"}') == "a (1,2),(3,4)"
+    assert fill("a $x$", {"$x$": [[1, 2, 3, 4], [5, 6, 7, 8]]}) == "a (1,2),(3,4) (5,6),(7,8)"
+    for wrong in ({"x": [1, 2, 3]}, {"x": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}}, '{"x": [NaN, 1, 2, 3]}', "[]", "{", 7):
+        with pytest.raises(BadRecord, match="^broken box: coordinates"):
+            fill("a x", wrong)
+    for more in ({}, {"box_3": None}):
+        with pytest.raises(BadRecord, match="box_3 has no coordinates"):
+            fill("a box_1 and b box_3", coords | more)
+    assert fill("a dog", {"": [1, 2, 3, 4]}) == "a dog"
+
+
+def test_words_that_would_break_the_sequence(policy):
+    row = {**in_memory(1)[0]}
+    for name in ("prompt", "chain"):
+        for token in gotr1.SPECIAL_TOKENS.values():
+            with pytest.raises(BadRecord, match="special token"):
+                got_data.read_record({**row, name: f"a {token} {row[name]}"}, MEMORY, policy[1])
+    closed = got_data.read_record({**row, "chain": row["chain"] + "<begin_of_image>"}, MEMORY, policy[1])
+    assert closed.chain == row["chain"]  # the end of a chain is no fault
+    half = got_data.read_record({**row, "prompt": "half a letter \ud800\n of\0it"}, MEMORY, policy[1])
+    assert half.prompt == "half a letter ? of\0it"  # JSON can say it, files and tokenizers cannot
+
+
+def test_the_longest_chain(policy):
+    row, tokenizer = in_memory(1)[0], policy[1]
+    tokens = len(gotr1.encode_chain(tokenizer, row["chain"]))
+    fits = Source("toy", box_format="0..999", max_chain=tokens)
+    assert got_data.read_record(row, fits, tokenizer).chain == row["chain"]
+    with pytest.raises(BadRecord, match=f"chain too long: {tokens} tokens"):
+        got_data.read_record(row, Source("toy", box_format="0..999", max_chain=tokens - 1), tokenizer)
+    prompt = len(gotr1.encode_prompt(tokenizer, row["prompt"]))
+    got_data.read_record(row, fits, tokenizer, room=tokens + prompt)
+    with pytest.raises(BadRecord, match="chain too long"):
+        got_data.read_record(row, fits, tokenizer, room=tokens + prompt - 1)
+
+
+def test_pictures_as_people_see_them(tmp_path):
+    """A phone's picture is turned upright, what is transparent is white."""
+    picture = Image.new("RGB", (40, 20), "blue")
+    picture.paste("red", (0, 0, 10, 20))  # red at the left; turned by 90 degrees clockwise, at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "phone.png", exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("P", (8, 8), 3).save(tmp_path / "palette.png")
+    source = Source(str(tmp_path), box_format="pixels")
+    image, size = got_data.read_image({"image": "phone.png"}, source)
+    assert size == image.size == (20, 40) and image.getpixel((10, 3)) == (255, 0, 0)
+    assert got_data.read_image({"image": "clear.png"}, source)[0].getpixel((3, 3)) == (255, 255, 255)
+    assert got_data.read_image({"image": "palette.png"}, source, side=4)[0].size == (4, 4)
+    for wrong in (None, "gone.png", "https://example.org/a.png", b"", b"GIF89a", {"bytes": None, "path": None}, 3):
+        with pytest.raises(BadRecord, match="broken image"):
+            got_data.read_image({"image": wrong}, source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]:
+    """Plants bad records in 100; returns what has to be counted: cause -> (how many, the first one)."""
+    rows[3][text] = "a red ball and nothing else"
+    rows[90][text] = "words"
+    rows[7][text] = None
+    rows[20][image] = {"bytes": b"no picture", "path": None} if isinstance(rows[20][image], dict) else "gone.png"
+    rows[21][image] = {"bytes": rows[0][image]["bytes"][:90]} if isinstance(rows[21][image], dict) else "gone.png"
+    rows[33][text] = "a ball (10,20),(3000,30)"
+    rows[34][text] = "a ball (30,20),(10,30)"
+    rows[35][text] = "(30,20),(40,30) a ball"
+    rows[50][text] = "a ball (30,20),(40,50) " + "very " * 300
+    rows[51][text] = "a ball (30,20),(40,50) and a cone <|box_start|>(2,3)"
+    return {
+        "no box": (2, 3),
+        "no text": (1, 7),
+        "broken image": (2, 20),
+        "box outside": (1, 33),
+        "empty box": (1, 34),
+        "no name": (1, 35),
+        "chain too long": (1, 50),
+        "broken box": (1, 51),
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("style", ["parquet", "lines"])
+def test_planted_faults_are_counted_and_the_rest_is_prepared(style, streaming, tmp_path, policy, monkeypatch):
+    """Over blocks and ranks; tokens as `encode_images` gives them for the pictures one by one."""
+    monkeypatch.setattr(token_cache, "BLOCK", 32)
+    examples = make_examples(100)
+    if style == "parquet":
+        rows = [inline(example) for example in examples]
+        planted = spoil(rows, "chain", "image")
+        source = write_parquet(tmp_path / "set", rows)
+    else:
+        _, rows = write_lines(tmp_path / "set", examples)
+        planted = spoil(rows, "got", "file")
+        source = save_lines(tmp_path / "set", rows)
+    source.streaming, source.max_chain = streaming, 250
+    prepared = token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache", batch=8)
+    assert prepared.report.read == 100
+    assert {cause: number for cause, (number, _) in prepared.report.bad.items()} == {
+        cause: number for cause, (number, _) in planted.items()
+    }
+    for cause, (number, first) in planted.items():
+        assert re.search(rf"^ +{number} {cause} +first: record {first}: \S", str(prepared.report), re.M)
+    assert str(prepared.report).startswith("10 of 100 records skipped (10.0%)\n")
+    bad = {3, 90, 7, 20, 21, 33, 34, 35, 50, 51}
+    good = [example for k, example in enumerate(examples) if k not in bad]
+    assert len(prepared) == len(good) == 90
+    chosen = [89, 0, 31, 32, 5, 5, 60]
+    prompts, chains, tokens = prepared.batch(chosen)
+    assert prompts == [good[k].prompt for k in chosen]
+    assert chains == [good[k].chain for k in chosen]
+    pictures = [Image.open(io.BytesIO(png(good[k].image))) for k in chosen]
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, torch.cat([gotr1.encode_images(policy[0], [picture]) for picture in pictures]))
+    for outside in (-1, 90):
+        with pytest.raises(IndexError):
+            prepared.batch([outside])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    rows = in_memory(60)
+    rows[11]["chain"] = "nothing"
+    one = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "one", batch=4)
+    many, results = tmp_path / "three", {}
+
+    def work(rank):
+        stream = rows if rank else iter(rows)  # rank 0 is given a stream: it has no length
+        results[rank] = token_cache.prepare(stream, *policy, MEMORY, many, rank, 3, batch=4)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(results) == [0, 1, 2]  # else one waits for blocks that nobody writes
+    assert files(tmp_path / "one") == files(many)
+    assert len(files(many)) == 1 + 8
+    for rank in range(3):
+        assert len(results[rank]) == 59 and str(results[rank].report) == str(one.report)
+
+
+def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    rows, cache = in_memory(40), tmp_path / "cache"
+    whole = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "whole", batch=4)
+    encode, seen = gotr1.encode_images, []
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def count(model, images):
+        seen.append(len(images))
+        return encode(model, images)
+
+    monkeypatch.setattr(gotr1, "encode_images", lambda *how: killed() if sum(seen) >= 20 else count(*how))
+    with pytest.raises(KeyboardInterrupt):
+        token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
+    assert sorted(files(cache)) == ["cache.json", "tokens_000000.safetensors", "tokens_000001.safetensors"]
+    # killed while writing, and a file that a full disk cut off
+    monkeypatch.setattr(gotr1, "encode_images", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
+    assert "tokens_000002.safetensors" not in files(cache)
+    path = cache / "tokens_000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    seen.clear()
+    resumed = token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
+    assert sum(seen) == 32  # all but block 0
+    indices = list(range(40))
+    for a, b in zip(whole.batch(indices), resumed.batch(indices), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
+    rows = in_memory(20)
+    first = token_cache.prepare(lambda: rows, *policy, MEMORY, tmp_path)
+
+    def never(*_):
+        raise AssertionError("data or pixels were touched")
+
+    monkeypatch.setattr(gotr1, "encode_images", never)
+    monkeypatch.setattr(token_cache, "read_image", never)
+    again = token_cache.prepare(never, *policy, MEMORY, tmp_path)
+    assert again.batch([19, 2])[:2] == first.batch([19, 2])[:2] == tuple(
+        [rows[k][name] for k in (19, 2)] for name in ("prompt", "chain")
+    )
+
+
+def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
+    model, tokenizer = policy
+    source, rows = write_lines(tmp_path / "set", make_examples(10))
+    cache = tmp_path / "cache"
+
+    def prepare(model=model, **changes):
+        changed = copy.copy(source)
+        for key, value in changes.items():
+            setattr(changed, key, value)
+        return token_cache.prepare(lambda: got_data.open_rows(changed), model, tokenizer, changed, cache)
+
+    prepare()
+    prepare(streaming=True)  # the way does not matter
+    with pytest.raises(ValueError, match=r"was made with --box_format pixels \(now 0..999\): take another --cache"):
+        prepare(box_format="0..999")
+    with pytest.raises(ValueError, match="--max_chain 600 .now 500."):
+        prepare(max_chain=500)
+    other = copy.deepcopy(model)
+    other.model.vqmodel.encoder.conv_in.weight.data[0] += 1e-3
+    with pytest.raises(ValueError, match="was made with picture tokenizer"):
+        prepare(other)
+    other = copy.deepcopy(model)
+    other.model.language_model.layers[0].mlp.up_proj.weight.data += 1
+    prepare(other)  # what training changes does not matter
+    save_lines(tmp_path / "set", rows[:9])
+    with pytest.raises(ValueError, match="was made with data files"):
+        prepare()
+
+
+def test_too_many_bad_records_stop_the_run(tmp_path, policy):
+    rows = in_memory(300)
+    for row in rows[50:80]:
+        row["chain"] = "nothing"
+    got = []
+
+    class Rows(list):
+        def __getitem__(self, index):
+            got.append(index)
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match=r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50"):
+        token_cache.prepare(Rows(rows), *policy, MEMORY, tmp_path / "a")
+    assert max(got) < 128 and not list((tmp_path / "a").glob("tokens_*"))
+    assert len(token_cache.prepare(rows[:50] * 3 + rows[50:80], *policy, MEMORY, tmp_path / "b")) == 150  # 17 %
+    few = rows[:15] + rows[50:55]  # twenty pictures: 25 % at the end, although fewer than 100
+    with pytest.raises(ValueError, match="5 of 20 records"):
+        token_cache.prepare(few, *policy, MEMORY, tmp_path / "c")
+    with pytest.raises(ValueError, match="0 of 0 records"):
+        token_cache.prepare([], *policy, MEMORY, tmp_path / "d")
+
+
+def test_no_file_stays_open(tmp_path, policy, monkeypatch):
+    """Thousands of blocks must not meet the limit of open files."""
+    monkeypatch.setattr(token_cache, "BLOCK", 1)
+    prepared = token_cache.prepare(in_memory(30), *policy, MEMORY, tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert len(prepared.batch(list(range(30)))[0]) == 30
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order, dry run
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 3), (3, 8), (7, 7), (1, 2)])
+def test_each_record_once_an_epoch(count, batch):
+    places = [index for step in range(4 * count) for index in token_cache.order(count, step, batch, seed=1)]
+    epochs = [places[k * count : (k + 1) * count] for k in range(4 * batch)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    if count == 10:
+        assert epochs[0] != epochs[1]
+        assert token_cache.order(count, 0, count, seed=1) == epochs[0] != token_cache.order(count, 0, count, seed=2)
+
+
+def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
+    rows = in_memory(12)
+    rows[1]["chain"] = "nothing"
+    path = token_cache.dry_run(rows, *policy, MEMORY, tmp_path / "new" / "folder")
+    said = capsys.readouterr().out
+    good = [rows[k] for k in (0, 2, 3, 4, 5, 6, 7, 8)]
+    assert "1 of 9 records skipped" in said and "first: record 1" in said
+    tokenizer = policy[1]
+    for row in good:
+        prompt, written = gotr1.encode_prompt(tokenizer, row["prompt"]), gotr1.encode_chain(tokenizer, row["chain"])
+        assert row["prompt"] in said and row["chain"] in said
+        assert f"{len(prompt)} + {len(written)} + 64 tokens" in said
+    sheet, side = Image.open(path), 384
+    assert sheet.size == (3 * (side + 8) + 8, 8 * (side + 32) + 8)
+    for k, row in enumerate(good):
+        y = k * (side + 32) + 28
+        panels = [sheet.crop((x, y, x + side, y + side)) for x in (8, 16 + side, 24 + 2 * side)]
+        large = row["image"].resize((side, side), Image.Resampling.BICUBIC)
+        boxes = parse_chain(row["chain"])
+        assert (np.asarray(panels[0]) == np.asarray(large)).all()
+        assert (np.asarray(panels[1]) == np.asarray(draw_boxes(boxes, image=large))).all()
+        # the toy's VQ is nearly perfect: what is drawn over it differs little, and the outlines not at all
+        difference = np.abs(np.asarray(panels[1], int) - np.asarray(panels[2], int))
+        assert difference.mean() < 6
+    with pytest.raises(ValueError, match="none of the first 1"):
+        token_cache.dry_run(rows[1:2], *policy, MEMORY, tmp_path)
