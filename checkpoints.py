@@ -3,17 +3,23 @@
 DeepSeek's format is that of deepseek-ai/Janus-Pro-1B and -7B and of the released GoT-R1-1B and -7B. Its tensors go one
 by one into transformers' `JanusForConditionalGeneration`, every key used or dropped on purpose, every shape checked;
 the files are mapped, so that host memory stays near the size of the checkpoint.
+
+    python checkpoints.py out/grpo/step_001000 merged        # an adapter merged into its base, or DeepSeek's format
+                                                             # converted: a folder in transformers' format
 """
 
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import safetensors
 import torch
 import torch.nn.functional as F
+import tyro
 from transformers import (
     JanusConfig,
     JanusForConditionalGeneration,
@@ -24,6 +30,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+import runtime
 from render_boxes import MARKERS
 
 TOY = Path(__file__).parent / "toy_janus"
@@ -220,3 +227,27 @@ def load_policy(name_or_path: str, device="cpu", dtype=torch.float32):
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
     return model.to(device).eval(), tokenizer
+
+
+@dataclass
+class Args:
+    source: tyro.conf.Positional[str]  # an adapter, a folder or a hub id: whatever `--model` takes
+    out: tyro.conf.Positional[str]  # new folder for the whole model, in transformers' format, with its tokenizer
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights that are written
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = runtime.parse_args(Args, __doc__, argv)
+    if Path(args.out).exists():
+        runtime.fail(f"{args.out} exists: name a new folder")
+    try:
+        model, tokenizer = load_policy(args.source, dtype=getattr(torch, args.dtype))
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    except (OSError, ValueError) as problem:
+        runtime.fail(str(problem))
+    print(f"wrote {args.out}: --model {args.out} uses it")
+
+
+if __name__ == "__main__":
+    main()

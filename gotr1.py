@@ -125,6 +125,21 @@ class Rollout:
         blank, no = torch.zeros_like(mask), torch.zeros(n, dtype=torch.bool, device=device)
         return cls([], prompt_ids, ids, lens, image_tokens, mask, blank, blank, no, pad, 1.0, 1.0, "cond")
 
+    @classmethod
+    def join(cls, parts: list["Rollout"]) -> "Rollout":
+        """Rollouts with the same settings, one after the other; text is padded to the longest T."""
+        longest = max(part.chain_ids.shape[1] for part in parts)
+
+        def wide(value, fill, part):  # text stands on the left, so that its padding is in the middle of a (N, S) tensor
+            text = value[:, : part.chain_ids.shape[1]]
+            return torch.cat([F.pad(text, (0, longest - text.shape[1]), value=fill), value[:, text.shape[1] :]], 1)
+
+        values = {name: torch.cat([wide(getattr(part, name), fill, part) for part in parts]) for name, fill in (
+            ("chain_ids", parts[0].pad_id), ("mask", 0), ("logp", 0), ("entropy", 0))}  # fmt: skip
+        values |= {k: torch.cat([getattr(part, k) for part in parts]) for k in ("chain_lens", "image_tokens", "forced")}
+        values |= {k: [x for part in parts for x in getattr(part, k)] for k in ("chains", "prompt_ids")}
+        return replace(parts[0], **values)
+
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
@@ -146,7 +161,8 @@ class KVBuffer:
     def __init__(self, model, rows: int, width: int):
         config = model.config.text_config
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, width, config.head_dim)
-        self.data = torch.zeros(shape, device=model.device, dtype=model.dtype)  # masked columns must not hold NaN
+        like = model.lm_head.weight
+        self.data = torch.zeros(shape, device=like.device, dtype=like.dtype)  # masked columns must not hold NaN
         self.rows, self.start = slice(None), 0
 
     def update(self, keys, values, layer: int, *_, **__):
@@ -170,7 +186,7 @@ def run_layers(model, embeds, positions, visible, cache: KVBuffer, start: int, r
         mask = (mask & own.tril(start)) | (own.tril(start) & own.triu(start))
     rope = lm.rotary_emb(embeds, position_ids=positions)
     for layer in lm.layers:
-        embeds = layer(embeds, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
+        embeds = layer.forward(embeds, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
     return lm.norm(embeds)
 
 
@@ -221,9 +237,9 @@ def prefill(model, embed, rows: list[list[int]], pad: int):
     """R lists of ids, aligned on the right -> hidden state of the last token (R, D), their KVBuffer, visible columns
     (R, P) bool."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    lens = torch.tensor([len(row) for row in rows], device=model.device)
-    visible = torch.arange(width, device=model.device) >= width - lens[:, None]
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.lm_head.weight.device)
+    lens = torch.tensor([len(row) for row in rows], device=model.lm_head.weight.device)
+    visible = torch.arange(width, device=model.lm_head.weight.device) >= width - lens[:, None]
     cache = KVBuffer(model, len(rows), width)
     positions = (visible.cumsum(-1) - 1).clamp(min=0)
     return run_layers(model, embed(ids), positions, visible, cache, 0, slice(None))[:, -1], cache, visible
@@ -253,7 +269,7 @@ def rollout(
     recorded: "cond" (the conditional one) or "guided" (the one it was sampled from). `draw=False` stops after the
     chains (then I is 0). `progress(1)` is called after each token, at most `max_chain` + 1 + I times. Raises ValueError
     when the sequence would not fit the model's context."""
-    device, n = model.device, len(prompts) * group
+    device, n = model.lm_head.weight.device, len(prompts) * group
     images, limit = image_token_count(model), model.config.text_config.max_position_embeddings
     bos, pad, boi = special_ids(tokenizer)
     embed = model.get_input_embeddings()
@@ -418,9 +434,11 @@ def token_logps(model, batch: Rollout, logp_mode: str | None = None, blank=None,
     if blank is not None:
         mask[blank, :-images] = 0
     trained = mask[:, :-images].bool()
-    rows = text_hidden[trained]
-    text = chunked_logps(lambda part: model.lm_head(rows[part]), batch.chain_ids[trained], batch.temperature, chunk)
-    text = torch.zeros(trained.shape, device=text.device).masked_scatter(trained, text)
+    scored = trained.clone()
+    scored[0, 0] |= ~trained.any()  # in shards each weight takes part in each pass, or the processes wait forever
+    rows = text_hidden[scored]
+    text = chunked_logps(lambda part: model.lm_head(rows[part]), batch.chain_ids[scored], batch.temperature, chunk)
+    text = torch.zeros(scored.shape, device=text.device).masked_scatter(scored, text).where(trained, 0.0)
 
     cond = image_hidden.flatten(0, 1)  # (N * I, D)
     head = model.model.generation_head
@@ -477,9 +495,10 @@ def decode_images(model, image_tokens, batch_size: int = 32) -> list[Image.Image
 
 def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) -> None:
     """For each row (prompt, note, chain, image): the plan on a blank canvas, beside it the picture with the planned
-    boxes."""
+    boxes, and the picture with the boxes that a judge `found`, if the rows have them."""
+    panels = 3 if "found" in rows[0] else 2
     font, margin, head = ImageFont.load_default(size=13), 12, 42
-    width, height = 2 * side + margin, side + head + margin
+    width, height = panels * side + margin, side + head + margin
     columns = min(columns, len(rows))
     sheet = Image.new("RGB", (columns * (width + margin) + margin, -(-len(rows) // columns) * height + margin), "white")
     pen = ImageDraw.Draw(sheet)
@@ -490,9 +509,11 @@ def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) 
         prompt = row["prompt"] if len(row["prompt"]) < 66 else row["prompt"][:63] + "..."
         pen.text((x, y), prompt, "black", font)
         pen.text((x, y + 18), row["note"], "gray", font)
-        sheet.paste(draw_boxes(boxes, size=side), (x, y + head))
-        sheet.paste(draw_boxes(boxes, image=picture), (x + side, y + head))
-        pen.rectangle((x, y + head, x + 2 * side, y + head + side), outline="lightgray")
+        drawn = (draw_boxes(boxes, size=side), draw_boxes(boxes, image=picture))
+        drawn += (draw_boxes(row["found"], image=picture),) if panels == 3 else ()
+        for panel, picture in enumerate(drawn):
+            sheet.paste(picture, (x + panel * side, y + head))
+        pen.rectangle((x, y + head, x + panels * side, y + head + side), outline="lightgray")
     sheet.save(path)
 
 

@@ -6,6 +6,7 @@ What comes out is an ordinary `JanusForConditionalGeneration` with an ordinary t
 
 import functools
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import rewards
 import toy
-from gotr1 import INSTRUCTION, SPECIAL_TOKENS
-from render_boxes import MARKERS
+from gotr1 import INSTRUCTION, SPECIAL_TOKENS, decode_images, rollout
+from render_boxes import MARKERS, chain_problems
 from toy import CELL, GRID, SIZE
 
 
@@ -183,3 +185,33 @@ def new_model(vq_steps: int, seed: int):
                 module.reset_parameters()
     train_vq(model.model.vqmodel, vq_steps, seed)
     return model, tokenizer
+
+
+def save_new_model(folder: Path, vq_steps: int, seed: int) -> None:
+    """`new_model` as a folder, if it is not there yet; written beside and renamed."""
+    beside = folder.with_name(folder.name + ".tmp")
+    if not folder.exists():
+        torch.manual_seed(seed)
+        for part in new_model(vq_steps, seed):
+            part.save_pretrained(beside)
+        beside.rename(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is trained on, and how well it does
+
+
+def training_rows(examples: int, seed: int) -> list[dict]:
+    """The training set for train_sft.py, as records with the default field names."""
+    rng = np.random.default_rng([seed, 2])
+    scenes = (toy.make_example(rng) for _ in tqdm(range(examples), desc="scenes"))
+    return [{"prompt": scene.prompt, "chain": scene.chain, "image": scene.image} for scene in scenes]
+
+
+def look(model, tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
+    """Rewards of one sample for each prompt, judged exactly; and the share of chains with a readable box."""
+    sampled = rollout(model, tokenizer, prompts, seed=seed, max_chain=96)
+    images = decode_images(model, sampled.image_tokens)
+    rows = rewards.score(toy.ToyJudge(), toy.crispness, prompts, sampled.chains, images)
+    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "judge_fail"}
+    return {"well_formed": float(np.mean([not chain_problems(chain) for chain in sampled.chains])), **means}

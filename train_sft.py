@@ -1,184 +1,251 @@
 """The paper's first stage: teach Janus-Pro to write a chain of objects and boxes, then to draw it (supervised
 fine-tuning).
 
-Here it makes the toy checkpoint from nothing, in two parts: the picture tokenizer (VQ), then the language model. The
-loss is the negative log-probability, by the same `token_logps` that GRPO uses, of the chain's tokens (with the
+The loss is the negative log-probability, by the same `token_logps` that GRPO uses, of the chain's tokens (with the
 <begin_of_image> that ends it) and of the image tokens; the prompt is given and not trained. One mean over all chain
-tokens of the batch, one over all image tokens, added with weights. What the paper does not state and is chosen here:
-AdamW (0.9, 0.95), cosine with warm-up, weights 1 : 1, and 10 % of the samples drawn without their condition, in the
-form that guidance uses when sampling (pads between bos and <begin_of_image>).
+tokens of the step, one over all its image tokens, on all ranks; added with weights.
 
-    python train_sft.py --model toy --from_scratch              # everything from nothing -> out/sft/
+The paper says 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released), and no more. Chosen
+here, after the same authors' GoT where it says something: AdamW (0.9, 0.95), cosine with warm-up, weights 1 : 1; and
+10 % of the samples drawn without their condition, in the form that guidance uses when sampling (pads between bos and
+<begin_of_image>).
+
+    python train_sft.py --model toy --from_scratch              # the toy checkpoint from nothing -> out/sft/
+    python train_sft.py --data pictures.jsonl --box_format pixels --model deepseek-community/Janus-Pro-1B --dry_run
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+import engine as engines
+import got_data
 import gotr1
-import rewards
+import run_folder
 import runtime
+import token_cache
 import toy
 import toy_model
-from render_boxes import chain_problems
 
 
 @dataclass
-class Config:
+class Config(got_data.Source):
+    # Data, beside the flags above
+    data: str = "toy"  # `toy`, a hub id, a folder of .parquet, .jsonl or .tar, or one such file
+    cache: str = ""  # folder for texts and image tokens, made once; default: `cache` in the folder of the run
+    dry_run: bool = False  # only print 8 records and draw them with their boxes: look before training
     # Model
-    model: str = "toy"  # what to start from; only the toy's data can be made here
-    from_scratch: bool = False  # begin with random weights and train the picture tokenizer first
-    out: str = "out/sft"  # folder for the checkpoint, the log and the curves; must not hold another run
+    model: str = "toy"  # what to start from: `toy`, or a folder or hub id of a checkpoint
+    from_scratch: bool = False  # begin with random weights of the toy and train its picture tokenizer first
+    out: str = "out/sft"  # folder of this run; with the same flags again, the run continues from its last checkpoint
     # Training
-    steps: int = 1500  # optimizer steps of the language model
-    batch_size: int = 64  # sequences a step
-    lr: float = 3e-3  # peak learning rate, reached after `warmup`, then a cosine to 0
+    steps: int = 1500  # optimizer steps of the language model (paper: 70000)
+    batch_size: int = 64  # sequences a step, over all ranks (GoT: 128)
+    micro_batch: int = 64  # sequences a forward and backward pass; changes memory and speed, not the gradient
+    lr: float = 3e-3  # peak learning rate, reached after `warmup`, then a cosine to 0 (GoT: 1e-4)
     warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.01  # AdamW's
+    weight_decay: float = 0.01  # AdamW's (GoT: 0.05)
     clip_grad: float = 1.0  # largest gradient norm
     chain_weight: float = 1.0  # of the mean loss over chain tokens
     image_weight: float = 1.0  # of the mean loss over image tokens
     condition_dropout: float = 0.1  # share of the samples that learn to draw without prompt and chain, for guidance
-    # Toy data and picture tokenizer
+    lora: int = 0  # rank of the LoRA adapter; 0 trains all weights of the language model
+    lora_alpha: float = 32.0  # its scale: the adapter counts lora_alpha / lora times
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; what AdamW changes is always float32
+    shard: Literal["auto", "yes", "no"] = "auto"  # FSDP2; auto: in full over several processes, or in bfloat16
+    gradient_checkpointing: bool = False  # keep one vector a token and layer, compute the rest again: less memory
+    # The toy
     examples: int = 40_000  # scenes in the training set
     vq_steps: int = 1500  # optimizer steps of the picture tokenizer
     # Looking at it
-    eval_every: int = 250  # steps between looks at sampled pictures: the loss does not tell if they follow the plan
-    eval_prompts: int = 240  # held-out prompts for it
-    save_every: int = 250  # steps between checkpoints
+    eval_every: int = 250  # steps between looks: the toy's rewards; else the held-out loss and a sheet of pictures
+    eval_prompts: int = 240  # held-out: the toy's prompts; or the last records of the data, at most a tenth of them
+    save_every: int = 250  # steps between checkpoints; also at the end, on SIGTERM and on Ctrl-C
+    keep: int = 2  # checkpoints that stay
+    wandb: str = ""  # name of a Weights & Biases project that gets the log too
     seed: int = 0  # of weights, data and order
 
-CURVES = {"loss (nats a token)": ["chain_loss", "image_loss"], "held-out rewards": ["sem", "spa", "ri", "pi", "total"]}
+
+CURVES = {
+    "loss (nats a token)": ["chain_loss", "image_loss", "held_out_chain", "held_out_image"],
+    "held-out rewards": ["sem", "spa", "ri", "pi", "total"],
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The language model
+def sft_loss(logp, mask, images: int, n_chain, n_image, chain_weight: float = 1.0, image_weight: float = 1.0):
+    """logp, mask (N, S), the last `images` columns the image; `n_chain`, `n_image`: trained tokens of the whole step.
 
-
-def encode_data(model, tokenizer, examples: list[toy.Example]) -> tuple[list, list, torch.Tensor]:
-    """Examples -> prompt ids, chain ids (lists of lists) and image tokens (len, I); each picture is encoded once."""
-    prompt_ids = [gotr1.encode_prompt(tokenizer, example.prompt) for example in examples]
-    chain_ids = [gotr1.encode_chain(tokenizer, example.chain) for example in examples]
-    parts = [examples[i : i + 256] for i in range(0, len(examples), 256)]
-    images = [gotr1.encode_images(model, [example.image for example in part]) for part in tqdm(parts, desc="encoding")]
-    return prompt_ids, chain_ids, torch.cat(images)
-
-
-def sft_loss(logp, mask, images: int, chain_weight: float = 1.0, image_weight: float = 1.0):
-    """logp, mask (N, S), the last `images` columns the image -> (loss, mean nats a chain token, mean nats an image
-    token)."""
+    Returns (loss, chain, image): this call's share of the step's loss, and of the mean nats a chain and an image token;
+    the shares of all calls and ranks add up."""
     nll = -logp * mask
-    chain = nll[:, :-images].sum() / mask[:, :-images].sum().clamp(min=1)
-    image = nll[:, -images:].sum() / mask[:, -images:].sum().clamp(min=1)
+    chain, image = nll[:, :-images].sum() / n_chain, nll[:, -images:].sum() / n_image
     return chain_weight * chain + image_weight * image, chain.detach(), image.detach()
 
 
-def look(model, tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
-    """Rewards of one sample for each prompt, judged exactly; and the share of chains with a readable box."""
-    model.eval()
-    sampled = gotr1.rollout(model, tokenizer, prompts, seed=seed, max_chain=96)
-    images = gotr1.decode_images(model, sampled.image_tokens)
-    rows = rewards.score(toy.ToyJudge(), toy.crispness, prompts, sampled.chains, images)
-    model.train()
-    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "judge_fail"}
-    return {"well_formed": float(np.mean([not chain_problems(chain) for chain in sampled.chains])), **means}
+def rows_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.ndarray]:
+    """Which of `count` records a step takes, and which of them lose their condition: fixed by (seed, step)."""
+    rng = np.random.default_rng([config.seed, 3, step])
+    if config.data == "toy":  # drawn anew every time: the set is itself a draw from an endless one
+        chosen = rng.integers(0, count, config.batch_size).tolist()
+    else:
+        chosen = token_cache.order(count, step, config.batch_size, config.seed)
+    return chosen, rng.random(config.batch_size) < config.condition_dropout
 
 
-def check(config: Config) -> None:
-    for name in ("steps", "batch_size", "examples", "vq_steps", "eval_every", "eval_prompts", "save_every"):
-        if getattr(config, name) < 1:
-            runtime.fail(f"--{name} is {getattr(config, name)}: expected 1 or more")
-    for name in ("lr", "clip_grad"):
-        if not getattr(config, name) > 0:
-            runtime.fail(f"--{name} is {getattr(config, name)}: expected a number above 0")
-    for name in ("warmup", "weight_decay", "chain_weight", "image_weight", "condition_dropout", "seed"):
-        if not getattr(config, name) >= 0:
-            runtime.fail(f"--{name} is {getattr(config, name)}: expected 0 or more")
-    if config.from_scratch and config.model != "toy":
-        runtime.fail(f"--from_scratch builds the toy model, but --model is {config.model}: leave one of them out")
+def make_batch(tokenizer, prepared, chosen: list[int], device) -> gotr1.Rollout:
+    prompts, chains, image_tokens = prepared.batch(chosen)
+    prompt_ids = [gotr1.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    chain_ids = [gotr1.encode_chain(tokenizer, chain) for chain in chains]
+    return gotr1.Rollout.from_data(tokenizer, prompt_ids, chain_ids, image_tokens.to(device))
+
+
+@torch.no_grad()
+def look_at_data(engine, prepared, held_out: list[int], config: Config, path: Path) -> dict[str, float]:
+    """Mean nats a token of held-out records, and a sheet of what the model draws for the first six of their prompts."""
+    sums = torch.zeros(4)
+    for first in range(0, len(held_out), config.micro_batch):
+        batch = make_batch(engine.tokenizer, prepared, held_out[first : first + config.micro_batch], engine.device)
+        logp, mask = engine.score(batch)
+        images = batch.image_tokens.shape[1]
+        nll = -logp * mask
+        parts = (nll[:, :-images], nll[:, -images:], mask[:, :-images], mask[:, -images:])
+        sums += torch.stack([part.sum() for part in parts]).cpu()
+    prompts = prepared.batch(held_out[:6])[0]
+    with engine.gathered() as model:
+        sampled = gotr1.rollout(model, engine.tokenizer, prompts, seed=config.seed, max_chain=config.max_chain)
+    images = gotr1.decode_images(engine.model, sampled.image_tokens)
+    columns = zip(prompts, sampled.chains, images, strict=True)
+    if runtime.rank() == 0:
+        gotr1.draw_sheet([{"prompt": p, "chain": c, "image": i, "note": ""} for p, c, i in columns], path)
+    return {"held_out_chain": (sums[0] / sums[2]).item(), "held_out_image": (sums[1] / sums[3]).item()}
+
+
+def check(config: Config, world: int) -> None:
+    runtime.check_ranges(
+        config,
+        at_least_one="steps batch_size micro_batch examples vq_steps eval_every eval_prompts save_every keep max_chain",
+        above_zero="lr clip_grad lora_alpha",
+        not_negative="warmup weight_decay chain_weight image_weight condition_dropout lora max_records seed",
+    )
+    if config.from_scratch and (config.model, config.data) != ("toy", "toy"):
+        runtime.fail("--from_scratch builds the toy model from the toy's data: leave out --model and --data, or itself")
+    if config.batch_size % world:
+        runtime.fail(f"--batch_size {config.batch_size} sequences cannot be shared evenly by {world} processes")
+    if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
+        runtime.fail("--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora")
+
+
+def load(config: Config, device, folder: Path) -> engines.Engine:
+    """What the run goes on with: its last checkpoint, what `--model` names, or a new toy model, which rank 0 makes."""
+    saved, source = run_folder.latest_checkpoint(folder), config.model
+    if config.from_scratch:
+        source = str(folder / "from_scratch")
+        if runtime.rank() == 0:
+            toy_model.save_new_model(Path(source), config.vq_steps, config.seed)
+        if dist.is_initialized():
+            dist.barrier()
+    dtype = engines.DTYPES[config.dtype] if config.lora else torch.float32
+    policy = gotr1.load_policy(source if config.lora or not saved else str(saved), "cpu", dtype)
+    torch.manual_seed(config.seed)
+    names = ("lora", "lora_alpha", "dtype", "shard", "gradient_checkpointing", "weight_decay")
+    settings = {name: getattr(config, name) for name in names}
+    return engines.Engine(*policy, device, source, saved, betas=(0.9, 0.95), **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_args(Config, __doc__, argv)
-    check(config)
     rank, world, device = runtime.start_processes()
-    if world > 1:
-        runtime.fail("train_sft.py runs in one process: start it with python")
-    began = time.time()
-    torch.manual_seed(config.seed)
-    if not config.from_scratch:
-        try:
-            model, tokenizer = gotr1.load_policy(config.model, device)
-        except (OSError, ValueError) as problem:
-            runtime.fail(str(problem))
-    folder = runtime.open_run(config.out, config, rank)
-    saved = runtime.latest_checkpoint(folder)
-    if saved:
-        model, tokenizer = gotr1.load_policy(str(saved), device)
-    elif config.from_scratch:
-        model, tokenizer = toy_model.new_model(config.vq_steps, config.seed)
-        model.to(device)
-    parameters = gotr1.trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    start = runtime.load_checkpoint(saved, model, optimizer) if saved else 0
-    runtime.write_log(folder, runtime.read_log(folder, before=start), "w")
-    stopped = runtime.watch_signals(device)
+    check(config, world)
+    source = got_data.Source(**{field.name: getattr(config, field.name) for field in fields(got_data.Source)})
+    began, folder, toys = time.time(), Path(config.out), config.data == "toy"
+    source = replace(source, box_format="0..999") if toys else source
 
-    def save(step):
-        runtime.save_checkpoint(folder, step, model, tokenizer, {"optimizer": optimizer.state_dict()})
+    def rows():
+        return toy_model.training_rows(config.examples, config.seed) if toys else got_data.open_rows(source)
 
-    if not saved:
-        save(0)  # the picture tokenizer took minutes
-    rng = np.random.default_rng([config.seed, 2])
-    examples = [toy.make_example(rng) for _ in tqdm(range(config.examples), desc="scenes")]
-    prompt_ids, chain_ids, image_tokens = encode_data(model, tokenizer, examples)
-    held_out = toy.toy_prompts(config.eval_prompts, seed=7, held_out=True)
-    images = image_tokens.shape[1]
-
-    model.train()
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="SFT")
-    for step in bar:
-        # 1) A batch, fixed by (seed, step); some of it without its condition
-        rng = np.random.default_rng([config.seed, 3, step])
-        chosen = rng.integers(0, len(examples), config.batch_size)
-        blank = torch.from_numpy(rng.random(config.batch_size) < config.condition_dropout).to(device)
-        batch = gotr1.Rollout.from_data(
-            tokenizer, [prompt_ids[i] for i in chosen], [chain_ids[i] for i in chosen], image_tokens[chosen].to(device)
-        )
-
-        # 2) Loss, gradient, step
-        logp, mask = gotr1.token_logps(model, batch, blank=blank, chunk=8192)
-        loss, chain, image = sft_loss(logp, mask, images, config.chain_weight, config.image_weight)
-        for group in optimizer.param_groups:
-            group["lr"] = runtime.cosine_lr(step, config.steps, config.lr, config.warmup)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
-        if not torch.isfinite(norm):
-            raise RuntimeError(f"the gradient is not finite at step {step}: lower --lr. {folder}/latest is good")
-        optimizer.step()
-
-        # 3) Log, look at sampled pictures, save
-        row = {"step": step, "chain_loss": chain.item(), "image_loss": image.item(), "grad_norm": norm.item()}
-        bar.set_postfix_str(f"chain {row['chain_loss']:.3f} image {row['image_loss']:.3f}")
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            means = look(model, tokenizer, held_out, config.seed)
-            row |= means
-            bar.write(f"step {step + 1:5d}  " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
-        runtime.write_log(folder, [row])
-        stopping = stopped()
-        if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save(step + 1)
-        if stopping:
-            print(f"stopped after step {step + 1} of {config.steps}; the same command continues from {folder}")
+    try:
+        if config.dry_run:
+            token_cache.dry_run(rows(), *gotr1.load_policy(config.model, device), source, folder)
             return
-    runtime.plot_curves(runtime.read_log(folder), CURVES, folder / "curves.png")
-    minutes = (time.time() - began) / 60
-    newest = runtime.latest_checkpoint(folder)
-    print(f"wrote {newest}, {folder / 'curves.png'} and {folder / 'log.jsonl'} in {minutes:.1f} minutes")
+        if not toys and not run_folder.latest_checkpoint(folder):
+            rows()  # bad flags are found before anything is written
+        if config.from_scratch:
+            run_folder.open_run(config.out, config)
+        engine = load(config, device, folder)
+        folder, start = run_folder.open_run(config.out, config), engine.first_step
+        cache = config.cache or folder / "cache"
+        prepared = token_cache.prepare(rows, engine.model, engine.tokenizer, source, cache, rank, world)
+    except (OSError, ValueError) as problem:
+        runtime.fail(str(problem))
+    log, stopped = run_folder.Log(folder, start, config.wandb), runtime.watch_signals(device)
+    count, held_out = len(prepared), toy.toy_prompts(config.eval_prompts, seed=7, held_out=True)
+    if not toys:
+        count -= max(1, min(config.eval_prompts, count // 10))
+        held_out = list(range(count, len(prepared)))
+    images, share = gotr1.image_token_count(engine.model), config.batch_size // world
+
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="SFT", disable=rank > 0)
+    for step in bar:
+        clock = time.time()
+
+        # 1) A batch, fixed by (seed, step), of which every rank takes its share; some of it without its condition
+        chosen, blank = rows_of_step(config, count, step)
+        chosen, blank = chosen[rank * share :][:share], torch.from_numpy(blank[rank * share :][:share]).to(device)
+        batch = make_batch(engine.tokenizer, prepared, chosen, device)
+        n_chain = runtime.all_sum(batch.mask[~blank][:, :-images].sum()).clamp(min=1)
+        n_image = torch.tensor(float(config.batch_size * images), device=device)
+
+        # 2) Loss and gradient: micro-batches and ranks add up to one mean a modality
+        sums = torch.zeros(2, device=device)
+        for first in range(0, share, config.micro_batch):
+            rows_here = list(range(first, min(first + config.micro_batch, share)))
+            logp, mask = engine.score(batch.select(rows_here), blank=blank[rows_here], chunk=8192)
+            weights = (config.chain_weight, config.image_weight)
+            loss, *parts = sft_loss(logp, mask, images, n_chain, n_image, *weights)
+            engine.backward(loss)
+            sums += torch.stack(parts)
+
+        # 3) Step: the gradient is summed over ranks, then clipped
+        lr = runtime.cosine_lr(step, config.steps, config.lr, config.warmup)
+        norm = engine.step(lr, config.clip_grad)
+        if not np.isfinite(norm):
+            raise RuntimeError(f"the gradient is not finite at step {step}: lower --lr, look at the data (--dry_run)")
+
+        # 4) Log, look at sampled pictures, save
+        chain, image = runtime.all_sum(sums).tolist()
+        seconds = time.time() - clock
+        row = {"step": step, "chain_loss": chain, "image_loss": image, "grad_norm": norm, "lr": lr, "seconds": seconds}
+        row |= {"samples_s": config.batch_size / seconds, "peak_gib": runtime.peak_gib(device)}
+        bar.set_postfix_str(f"chain {chain:.3f} image {image:.3f}")
+        done = step + 1
+        if done % config.eval_every == 0 or done == config.steps:
+            if toys:
+                with engine.gathered() as model:
+                    means = toy_model.look(model, engine.tokenizer, held_out, config.seed)
+            else:
+                means = look_at_data(engine, prepared, held_out, config, folder / f"samples_{done:06d}.png")
+            row |= means
+            bar.write(f"step {done:5d}  " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+        log.write(row)
+        if not toys and done * config.batch_size // count > step * config.batch_size // count:
+            bar.write(f"epoch {done * config.batch_size // count}: {prepared.report}")
+        stopping = stopped()
+        if stopping or done % config.save_every == 0 or done == config.steps:
+            engine.save(folder, done, config.keep)
+            log.plot(CURVES)
+        if stopping:
+            if rank == 0:
+                print(f"stopped after step {done} of {config.steps}; the same command continues from {folder}")
+            return
+    if rank == 0:
+        minutes, newest = (time.time() - began) / 60, run_folder.latest_checkpoint(folder)
+        print(f"wrote {newest}, {folder / 'curves.png'} and {folder / 'log.jsonl'} in {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

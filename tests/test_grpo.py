@@ -31,28 +31,38 @@ def test_docstring_examples():
     assert doctest.testmod(train_grpo).failed == 0
 
 
-def plain_loss(logp, old, ref, advantages, mask, n_tokens, low, high, kl):
+def test_advantages_without_the_standard_deviation_are_differences_from_the_mean():
+    got = group_advantages(torch.tensor([1.0, 0, 0, 0, 0.3, 0.3, 0.3, 0.3]), group=4, std=False)
+    assert got.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+
+
+def plain_loss(logp, old, ref, advantages, mask, total, low, high, kl, loss_mean="token"):
     """The objective as two loops over floats, written from the formula."""
-    total = 0.0
+    loss = 0.0
     for n in range(len(logp)):
+        row, tokens = 0.0, 0
         for s in range(len(logp[n])):
             if not mask[n][s]:
                 continue
             ratio = math.exp(logp[n][s] - old[n][s])
             clipped = min(max(ratio, 1 - low), 1 + high)
             k3 = math.exp(ref[n][s] - logp[n][s]) - (ref[n][s] - logp[n][s]) - 1
-            total += -min(ratio * advantages[n], clipped * advantages[n]) + kl * k3
-    return total / n_tokens
+            row += -min(ratio * advantages[n], clipped * advantages[n]) + kl * k3
+            tokens += 1
+        loss += row / tokens if loss_mean == "sequence" else row
+    return loss / total
 
 
+@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
 @pytest.mark.parametrize("low, high, kl", [(0.2, 0.2, 0.0), (0.2, 0.28, 0.04), (0.05, 0.1, 1.0)])
-def test_loss_equals_a_double_loop(low, high, kl):
+def test_loss_equals_a_double_loop(low, high, kl, loss_mean):
     torch.manual_seed(0)
     logp, old, ref = (-torch.rand(5, 7) * 2 for _ in range(3))
     advantages, mask = torch.randn(5), (torch.rand(5, 7) < 0.7).float()
     inputs = [t.clone() for t in (logp, old, ref, advantages, mask)]
-    loss, sums = grpo_loss(logp, old, ref, advantages, mask, 23, low, high, kl)
-    want = plain_loss(*(t.tolist() for t in inputs[:3]), advantages.tolist(), mask.tolist(), 23, low, high, kl)
+    loss, sums = grpo_loss(logp, old, ref, advantages, mask, 23, low, high, kl, loss_mean)
+    floats = [t.tolist() for t in (logp, old, ref, advantages, mask)]
+    want = plain_loss(*floats, 23, low, high, kl, loss_mean)
     assert loss.item() == pytest.approx(want, rel=1e-5)
     ratios = (logp - old).exp()[mask.bool()]
     assert sums["ratio"].item() == pytest.approx(ratios.sum().item(), rel=1e-5)
@@ -75,26 +85,28 @@ def test_kl_is_not_needed_when_its_weight_is_zero():
     assert loss.item() == -1 and sums["kl"].item() == 0
 
 
-def gradients(model, sampled, advantages, micro_batch):
+def gradients(model, sampled, advantages, micro_batch, loss_mean):
     model.zero_grad()
-    n_tokens = sampled.mask.sum()
+    total = sampled.mask.sum() if loss_mean == "token" else len(sampled)
     for first in range(0, len(sampled), micro_batch):
         rows = list(range(first, min(first + micro_batch, len(sampled))))
         logp, mask = gotr1.token_logps(model, sampled.select(rows))
-        loss, _ = grpo_loss(logp, logp.detach(), logp.detach() - 0.1, advantages[rows], mask, n_tokens)
+        inputs = (logp, logp.detach(), logp.detach() - 0.1, advantages[rows], mask)
+        loss, _ = grpo_loss(*inputs, total, loss_mean=loss_mean)
         loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_gradient_does_not_depend_on_the_micro_batches(policy):
+@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
+def test_gradient_does_not_depend_on_the_micro_batches(policy, loss_mean):
     model, tokenizer = policy
     gotr1.trainable_parameters(model)
     sampled = gotr1.rollout(model, tokenizer, PROMPTS, group=3, max_chain=70, seed=1)
     assert sampled.chain_lens.unique().numel() > 1, "chains of one length would hide a normaliser that is local"
     advantages = torch.randn(9, generator=torch.Generator().manual_seed(0))
-    whole = gradients(model, sampled, advantages, 9)
+    whole = gradients(model, sampled, advantages, 9, loss_mean)
     for micro_batch in (1, 2, 4):
-        assert (gradients(model, sampled, advantages, micro_batch) - whole).abs().max() < 1e-6
+        assert (gradients(model, sampled, advantages, micro_batch, loss_mean) - whole).abs().max() < 1e-6
     model.zero_grad(set_to_none=True)
 
 
@@ -111,12 +123,56 @@ def test_at_step_0_ratio_is_1_and_kl_is_0_with_guidance_and_temperature(policy, 
 
 def test_self_test_catches_a_rollout_that_is_not_the_policy(policy):
     logp, mask = torch.randn(2, 3), torch.ones(2, 3)
-    train_grpo.self_test(logp, logp + 1e-5, logp, mask, 1e-3)
+    train_grpo.self_test(logp, logp + 1e-5, logp, mask, exact=True)
     with pytest.raises(RuntimeError, match="between rollout and training"):
-        train_grpo.self_test(logp, logp + 0.01, logp, mask, 1e-3)
+        train_grpo.self_test(logp, logp + 0.01, logp, mask, exact=True)
     with pytest.raises(RuntimeError, match="reference"):
-        train_grpo.self_test(logp, logp, logp + 0.01, mask, 1e-3)
-    train_grpo.self_test(logp, logp + 9, logp + 9, torch.zeros(2, 3), 1e-3)  # what is masked does not count
+        train_grpo.self_test(logp, logp, logp + 1e-6, mask, exact=True)
+    train_grpo.self_test(logp, logp + 9, logp + 9, torch.zeros(2, 3), exact=True)  # what is masked does not count
+
+
+def test_self_test_in_bfloat16_allows_rounding_but_no_other_distribution():
+    logp, mask = torch.randn(2, 300), torch.ones(2, 300)
+    train_grpo.self_test(logp, logp + 0.02 * torch.randn(2, 300), logp, mask, exact=False)
+    for gap in (0.1, float("nan")):
+        with pytest.raises(RuntimeError, match="between rollout and training"):
+            train_grpo.self_test(logp, logp + gap, logp, mask, exact=False)
+    with pytest.raises(RuntimeError, match="reference"):
+        train_grpo.self_test(logp, logp, logp + 0.1, mask, exact=False)
+
+
+def test_only_one_update_needs_no_second_scoring_and_several_keep_the_first_ones(tmp_path, monkeypatch):
+    """With one update a micro-batch is scored once; with three, three times, against the log-probabilities of the
+    first: later ratios are not 1."""
+    import engine
+
+    score, loss, calls, ratios = engine.Engine.score, train_grpo.grpo_loss, [], []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return score(*args, **kwargs)
+
+    def looking(logp, logp_old, *rest):
+        ratios.append((logp - logp_old).abs().max().item())
+        return loss(logp, logp_old, *rest)
+
+    monkeypatch.setattr(engine.Engine, "score", counting)
+    monkeypatch.setattr(train_grpo, "grpo_loss", looking)
+    flags = ["--steps", "1", "--batch_size", "1", "--group", "4", "--micro_batch", "2", "--eval_prompts", "2"]
+    for updates in (1, 3):
+        calls.clear(), ratios.clear()
+        train_grpo.main([*flags, "--updates", str(updates), "--out", str(tmp_path / str(updates))])
+        assert len(calls) == 2 * updates
+        assert ratios[:2] == [0, 0] and all(gap > 1e-4 for gap in ratios[2:])
+
+
+def test_no_kl_needs_no_reference(tmp_path, monkeypatch):
+    import engine
+
+    monkeypatch.setattr(engine.Engine, "score_reference", None)
+    monkeypatch.setattr(engine.Engine, "keep_reference", None)
+    flags = ["--steps", "1", "--batch_size", "1", "--group", "4", "--eval_prompts", "2", "--kl", "0"]
+    train_grpo.main([*flags, "--out", str(tmp_path)])
 
 
 def test_every_prompt_is_taken_once_an_epoch_and_the_order_is_a_function_of_the_step():

@@ -1,0 +1,309 @@
+"""What is trained and where it lies: every mode learns the same, resumes bitwise, and its checkpoints are models.
+pytest tests/test_engine.py"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch.distributed.tensor import DTensor
+
+import checkpoints
+import engine as engines
+import gotr1
+import train_grpo
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a red ball left of a blue cube", "a green cone and a yellow ball"]
+SMALL = ["--batch_size", "2", "--group", "4", "--eval_prompts", "4", "--lr", "1e-4", "--save_every", "100"]
+MODES = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "shards": {"shard": "yes"},
+    "shards, checkpointing": {"shard": "yes", "gradient_checkpointing": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "lora": {"lora": 4},
+    "lora, bfloat16": {"lora": 4, "dtype": "bfloat16", "gradient_checkpointing": True},
+}
+
+
+def make(mode: dict, saved: Path | None = None) -> engines.Engine:
+    dtype = engines.DTYPES[mode.get("dtype", "float32")] if "lora" in mode else torch.float32
+    source = str(saved) if saved and "lora" not in mode else "toy"
+    torch.manual_seed(0)  # LoRA's initial weights
+    engine = engines.Engine(*gotr1.load_policy(source, "cpu", dtype), torch.device("cpu"), saved=saved, **mode)
+    if "lora" not in mode:
+        engine.keep_reference(gotr1.load_policy("toy")[0])
+    return engine
+
+
+@pytest.fixture(scope="module")
+def sampled(policy):
+    return gotr1.rollout(*policy, PROMPTS, group=3, max_chain=70, seed=1)
+
+
+def train(engine, sampled, steps: int) -> list[float]:
+    """Steps that make the samples 0 and 2 more likely and the others less; the norms."""
+    signs = torch.tensor([1.0, -1, 1, -1, -1, -1])
+    norms = []
+    for _ in range(steps):
+        for rows in ([0, 1, 2], [3, 4, 5]):
+            logp, mask = engine.score(sampled.select(rows))
+            engine.backward(-(logp * mask * signs[rows][:, None]).sum() / sampled.mask.sum())
+        norms.append(engine.step(1e-3, 1.0))
+    return norms
+
+
+def whole(engine) -> dict:
+    return {name: engines.whole(value.detach()).clone() for name, value in engine.model.state_dict().items()}
+
+
+def largest_gap(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("name", ["checkpointing", "shards", "shards, checkpointing"])
+def test_shards_and_checkpointing_take_the_same_steps_as_the_plain_model(sampled, name):
+    plain, other = make({}), make(MODES[name])
+    assert any(isinstance(p, DTensor) for p in other.parameters) == ("shard" in MODES[name])
+    norms = train(plain, sampled, 3)
+    assert train(other, sampled, 3) == pytest.approx(norms, rel=1e-5) and norms[0] > 0
+    assert largest_gap(whole(plain), whole(other)) < 1e-6
+    assert largest_gap(whole(plain), dict(gotr1.load_policy("toy")[0].state_dict())) > 1e-4, "nothing was trained"
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(sampled):
+    """A step of 1e-6 is far below bfloat16's resolution; float32 masters remember it."""
+    engine = make(MODES["bfloat16"])
+    before = whole(engine)
+    assert all(p.dtype == torch.float32 for p in engine.parameters)
+    with engine.gathered() as model:
+        assert model.lm_head.weight.dtype == torch.bfloat16 and not isinstance(model.lm_head.weight, DTensor)
+    logp, mask = engine.score(sampled)
+    engine.backward(-(logp * mask).mean())
+    engine.step(1e-6, 1.0)
+    moved = (whole(engine)["lm_head.weight"] - before["lm_head.weight"]).abs().max().item()
+    assert 0 < moved < 2e-6
+    exact = gotr1.token_logps(gotr1.load_policy("toy")[0], sampled)[0]
+    assert 0 < ((logp - exact) * mask).abs().max() < 0.5 and ((logp - exact) * mask).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_reference_is_where_training_starts_and_stays_there(sampled, name):
+    engine = make(MODES[name])
+    start = engine.score(sampled)[0].detach()
+    reference = engine.score_reference(sampled)[0]
+    assert torch.equal(start, reference) and not reference.requires_grad
+    train(engine, sampled, 2)
+    assert torch.equal(engine.score_reference(sampled)[0], reference)
+    assert (engine.score(sampled)[0] - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_checkpoint_continues_bitwise_and_is_a_model(sampled, name, tmp_path):
+    through, cut = make(MODES[name]), make(MODES[name])
+    train(through, sampled, 4)
+    train(cut, sampled, 2)
+    cut.save(tmp_path, 2)
+    continued = make(MODES[name], tmp_path / "step_000002")
+    assert continued.first_step == 2
+    train(continued, sampled, 2)
+    assert largest_gap(whole(through), whole(continued)) == 0
+    with continued.gathered() as model:
+        trained = gotr1.token_logps(model, sampled)[0]
+    continued.save(tmp_path, 4)
+    loaded = gotr1.load_policy(str(tmp_path / "step_000004"))[0]
+    gap = (gotr1.token_logps(loaded, sampled)[0] - trained).abs()
+    assert gap.max() < (0.5 if "bfloat16" in name else 1e-4)
+    base = gotr1.token_logps(gotr1.load_policy("toy")[0], sampled)[0]
+    assert gap.mean() < 0.2 * (base - trained).abs().mean(), "what was loaded is not what was trained"
+
+
+def test_only_the_adapter_is_trained_and_saved_in_peft_s_format(sampled, tmp_path):
+    engine = make(MODES["lora"])
+    base = {name: value.clone() for name, value in engine.model.state_dict().items() if "lora_" not in name}
+    train(engine, sampled, 2)
+    after = engine.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+    assert len(engine.parameters) == 4 * 7 * 2  # 4 layers, 7 linear maps, A and B
+    engine.save(tmp_path, 2)
+    settings = json.loads((tmp_path / "step_000002" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA" and settings["r"] == 4 and settings["base_model_name_or_path"] == "toy"
+    assert len(safetensors.torch.load_file(tmp_path / "step_000002" / "adapter_model.safetensors")) == 56
+
+
+def test_an_adapter_is_merged_by_one_command(sampled, tmp_path, capsys):
+    engine = make(MODES["lora"])
+    train(engine, sampled, 3)
+    engine.save(tmp_path, 3)
+    checkpoints.main([str(tmp_path / "step_000003"), str(tmp_path / "merged"), "--dtype", "float32"])
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    merged = gotr1.load_policy(str(tmp_path / "merged"))[0]
+    trained = engine.score(sampled)[0].detach()
+    assert (gotr1.token_logps(merged, sampled)[0] - trained).abs().max() < 1e-4
+    with pytest.raises(SystemExit) as stop:
+        checkpoints.main(["toy", str(tmp_path / "merged")])
+    assert stop.value.code == 2 and "exists: name a new folder" in capsys.readouterr().err
+
+
+def test_logits_exist_only_where_they_are_needed_and_only_in_chunks(sampled):
+    """Every tensor that any operation makes, forward and backward: none with a vocabulary as its last dimension has
+    more rows than a chunk."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    engine, chunk, shapes = make({}), 16, []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            parameters = {tuple(p.shape) for p in engine.parameters} | {tuple(p.T.shape) for p in engine.parameters
+                                                                        if p.dim() == 2}  # fmt: skip
+            found = [x for x in torch.utils._pytree.tree_leaves(result) if torch.is_tensor(x) and x.dim() > 1]
+            shapes.extend(tuple(x.shape) for x in found if tuple(x.shape) not in parameters)
+            return result
+
+    with Recorder():
+        logp, mask = engine.score(sampled, chunk=chunk)
+        engine.backward((logp * mask).mean())
+    vocabularies = (engine.model.lm_head.out_features, engine.model.config.vq_config.num_embeddings)
+    rows = [math.prod(shape[:-1]) for shape in shapes if shape[-1] in vocabularies]
+    assert len(rows) > 10 and max(rows) == chunk
+    assert math.prod(logp.shape) > 10 * chunk
+
+
+def test_a_gradient_that_is_zero_or_not_finite_changes_nothing(sampled):
+    engine = make({})
+    train(engine, sampled, 1)
+    before = whole(engine)
+    for factor in (0.0, float("nan"), float("inf")):
+        logp, mask = engine.score(sampled)
+        engine.backward((logp * mask).mean() * factor)
+        assert not 0 < engine.step(1e-3, 1.0) < float("inf")
+        assert largest_gap(whole(engine), before) == 0
+    assert train(engine, sampled, 1)[0] > 0 and largest_gap(whole(engine), before) > 0
+
+
+def test_image_understanding_stays_on_the_host_and_out_of_the_optimizer():
+    model = gotr1.load_policy("toy")[0]
+    engines.to_device(model, torch.device("meta"), torch.float32, sharded=False)  # meta stands for a GPU
+    hosts = {name.split(".")[1] for name, p in model.named_parameters() if p.device.type == "cpu"}
+    assert hosts == {"vision_model", "aligner"}
+    engine = make({})
+    understanding = {id(p) for part in ("vision_model", "aligner", "vqmodel")
+                     for p in getattr(engine.model.model, part).parameters()}  # fmt: skip
+    assert engine.parameters and not understanding & {id(p) for p in engine.parameters}
+
+
+def test_checkpoints_are_pruned_and_a_later_one_from_before_a_kill_is_not_taken_for_news(tmp_path):
+    engine = make({})
+    for step in (5, 10, 15):
+        engine.save(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000010", "step_000015"]
+    (tmp_path / "step_000099").mkdir()  # written, but the process died before it was named
+    engine.save(tmp_path, 20, keep=1)
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_000020"]
+    assert (tmp_path / "latest").read_text() == "step_000020"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
+    """Real: the operating system refuses files of more than 1 MB to a process that has already saved once."""
+    program = f"""
+import resource, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {str(ROOT)!r})
+import train_grpo, engine, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = engine.Engine.save
+def saving(self, folder, step, keep):
+    if step > 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    save(self, folder, step, keep)
+engine.Engine.save = saving
+train_grpo.main({[*SMALL[:-2], "--steps", "3", "--save_every", "1", "--out", str(tmp_path)]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert f"cannot save {tmp_path}/step_000002" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == f"{tmp_path}/step_000001 is whole: the same command continues from it"
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000001"]
+    safetensors.torch.load_file(tmp_path / "step_000001" / "model.safetensors")
+
+
+def launch(count: int, program: str, tmp_path: Path) -> None:
+    script = tmp_path / f"run_{count}.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), script]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("shard", ["auto", "no"])
+def test_two_processes_take_the_same_steps_as_one_whatever_their_groups_look_like(tmp_path, shard):
+    """All rewards of rank 1's prompt are equal in step 1, and of both in step 2: no gradient there, no deadlock. In
+    shards (auto) and replicated."""
+    program = """
+import rewards, train_grpo
+prompts = train_grpo.read_prompts("toy", False, 2000)
+second = prompts[train_grpo.prompts_of_step(len(prompts), 1, 2, seed=0)[1]]
+score, steps = rewards.score, []
+def flat(judge, hps, batch, *rest):
+    rows = score(judge, hps, batch, *rest)
+    if len(batch) < 4:
+        return rows  # an evaluation
+    steps.append(1)
+    return [row | {"total": 0.5} if len(steps) == 3 or (len(steps) == 2 and prompt == second) else row
+            for row, prompt in zip(rows, batch, strict=True)]
+rewards.score = flat
+train_grpo.main(FLAGS)
+"""
+    weights = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        flags = [*SMALL[:-6], "--eval_prompts", "2", "--lr", "1e-4", "--micro_batch", "3", "--steps", "5",
+                 "--shard", shard, "--out", str(out)]  # fmt: skip
+        launch(count, program.replace("FLAGS", repr(flags)), tmp_path)
+        weights[count] = safetensors.torch.load_file(out / "step_000005" / "model.safetensors")
+    assert largest_gap(weights[1], weights[2]) < 1e-6
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "12"]
+    assert [row["zero_var"] for row in logs[0]][1:3] == [0.5, 1.0] and logs[0][2]["grad_norm"] == 0
+    for a, b in zip(*logs, strict=True):
+        assert a["reward"] == b["reward"] and a["zero_var"] == b["zero_var"]
+        assert a["kl"] == pytest.approx(b["kl"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert largest_gap(weights[1], safetensors.torch.load_file(ROOT / "toy_janus" / "model.safetensors")) > 1e-5
+
+
+def test_memory_table_counts_the_published_models():
+    """By hand, from the published sizes: all parameters less image understanding (SigLIP and its aligner)."""
+    full = engines.memory("7b", 0, 1, samples=16, cfg=True, micro_batch=4, kl=True)
+    shared = engines.memory("7b", 0, 8, samples=16, cfg=True, micro_batch=4, kl=True)
+    blocks = 30 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+    heads = 2 * 102400 * 4096 + (8 * 4096 + 4096) + (4096**2 + 4096) + (4096**2 + 4096) + (4096 * 16384 + 16384)
+    embeddings = 16384 * 8
+    assert full["AdamW"] == 8 * (blocks + heads + embeddings) == 8 * shared["AdamW"]
+    assert full["cache"] == 2 * 30 * 32 * 886 * 4096 * 2  # keys and values, 32 rows, two bytes
+    lora = engines.memory("7b", 32, 1, samples=16, cfg=True, micro_batch=4, kl=True)
+    adapter = 30 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert lora["AdamW"] == 8 * adapter and lora["reference"] == 0 and full["reference"] > 0
+    assert engines.memory("7b", 0, 1, 16, True, 4, kl=False)["reference"] == 0
+    assert full["judge"] == 2 * (8_292_166_656 + 986_109_441)  # Qwen2.5-VL-7B's published count
+    engines.main([])
+
+
+def test_preset_is_the_papers_recipe_and_flags_still_win(monkeypatch):
+    import runtime
+
+    paper = runtime.parse_args(train_grpo.Config, "", ["--preset", "paper", "--lr", "3e-5"], train_grpo.PRESETS)
+    stated = {"group": 16, "batch_size": 8, "steps": 1000, "lora": 32, "lora_alpha": 32.0, "temperature": 1.0}
+    assert {name: getattr(paper, name) for name in stated} == stated and paper.lr == 3e-5
+    assert runtime.parse_args(train_grpo.Config, "", ["--preset", "paper"], train_grpo.PRESETS).lr == 1e-5
+    assert runtime.parse_args(train_grpo.Config, "", [], train_grpo.PRESETS) == train_grpo.Config()
