@@ -492,7 +492,7 @@ def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=20)
     assert sorted(results) == [0, 1, 2]  # else one waits for blocks that nobody writes
     assert files(tmp_path / "one") == files(many)
     assert len(files(many)) == 1 + 8
