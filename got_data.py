@@ -224,7 +224,9 @@ def read_text(row: dict, source: Source, tokenizer, size: tuple[int, int], room:
     if source.coords_field:
         chain = fill_placeholders(chain, pick(row, source.coords_field))
     chain = normalize_chain(chain, source.box_format, size)
-    given, written = len(gotr1.encode_prompt(tokenizer, prompt)), len(gotr1.encode_chain(tokenizer, chain))
+    # as gotr1.encode_prompt and encode_chain, which look up special tokens in the whole vocabulary every time
+    texts = (gotr1.format_prompt(prompt), chain)
+    given, written = (1 + len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     if written > min(source.max_chain, room - given):
         raise BadRecord("chain too long", f"{written} tokens after {given} of the prompt (--max_chain, or the context)")
     return prompt, chain

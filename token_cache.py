@@ -259,7 +259,7 @@ def dry_run(rows, model, tokenizer, source: Source, folder, count: int = 8, side
     for k, (record, decoded) in enumerate(zip(records, gotr1.decode_images(model, tokens), strict=True)):
         boxes, y = parse_chain(record.chain), k * (side + 32) + 4
         lengths = len(gotr1.encode_prompt(tokenizer, record.prompt)), len(gotr1.encode_chain(tokenizer, record.chain))
-        note = "{} + {} + {} tokens".format(*lengths, tokens.shape[1])
+        note = "{} prompt + {} chain + {} image tokens".format(*lengths, tokens.shape[1])
         print(f"\n{k}: {note}, {len(boxes)} boxes\n  prompt  {record.prompt}\n  chain   {record.chain}")
         ImageDraw.Draw(sheet).text((8, y + 4), f"{k}: {record.prompt[:110]} ({note})", "black", font)
         picture, decoded = (image.resize((side, side), Image.Resampling.BICUBIC) for image in (record.image, decoded))

@@ -492,7 +492,7 @@ def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=20)
     assert sorted(results) == [0, 1, 2]  # else one waits for blocks that nobody writes
     assert files(tmp_path / "one") == files(many)
     assert len(files(many)) == 1 + 8
@@ -634,7 +634,7 @@ def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
     for row in good:
         prompt, written = gotr1.encode_prompt(tokenizer, row["prompt"]), gotr1.encode_chain(tokenizer, row["chain"])
         assert row["prompt"] in said and row["chain"] in said
-        assert f"{len(prompt)} + {len(written)} + 64 tokens" in said
+        assert f"{len(prompt)} prompt + {len(written)} chain + 64 image tokens" in said
     sheet, side = Image.open(path), 384
     assert sheet.size == (3 * (side + 8) + 8, 8 * (side + 32) + 8)
     for k, row in enumerate(good):
