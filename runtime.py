@@ -1,6 +1,7 @@
 """What the scripts need of the machine: command line, processes and what they tell each other, signals."""
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -9,6 +10,7 @@ import resource
 import signal
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -111,6 +113,18 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def order_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Which of `count` prompts or records a step takes: each once an epoch, in an order fixed by (seed, epoch). A batch
+    may begin in one epoch and end in the next. Nothing to save or replay: a run that resumes needs its step only."""
+    places = (divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size))
+    return [int(permutation(count, epoch, seed)[place]) for epoch, place in places]
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: float, floor: float = 0.0) -> float:

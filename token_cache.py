@@ -149,8 +149,9 @@ def encode_block(pairs, model, tokenizer, source: Source, batch: int, total: Rep
     return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(here))})
 
 
-def encode_blocks(rows, model, tokenizer, source: Source, cache: Path, rank=0, world=1, batch=32) -> int:
-    """Writes what is missing of the blocks rank, rank + world, ...; returns the number of records of all ranks."""
+def encode_blocks(rows, model, tokenizer, source: Source, cache: Path, rank=0, world=1, batch=32) -> tuple[int, int]:
+    """Writes what is missing of the blocks rank, rank + world, ...; returns the number of records of all ranks, and of
+    those that were encoded here."""
     total, records = Report(), 0
     length = len(range(len(rows))[: source.max_records or None]) if hasattr(rows, "__len__") else None
     with tqdm(total=length, desc="pictures to tokens", unit=" records", disable=rank > 0) as bar:
@@ -163,7 +164,7 @@ def encode_blocks(rows, model, tokenizer, source: Source, cache: Path, rank=0, w
                 skipped = sum(1 for _ in pairs)
                 records += skipped
                 bar.update(skipped)
-    return records
+    return records, total.read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,11 +209,12 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
     when the cache is not complete. All ranks must see the same folder. Raises ValueError when the cache was made with
     other settings, or too many records are bad."""
     cache = Path(cache).expanduser()
-    records = claim(cache, made := fingerprint(model, tokenizer, source), rank)
+    records, encoded = claim(cache, made := fingerprint(model, tokenizer, source), rank), 0
     blocks = range(-(-records // BLOCK))
     if not records or not all(block_report(block_path(cache, block)) for block in blocks):
-        rows = rows() if callable(rows) else rows
-        records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
+        rows, began = rows() if callable(rows) else rows, time.time()
+        records, encoded = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
+        seconds = time.time() - began
         blocks = range(-(-records // BLOCK))
         while not all(block_report(block_path(cache, block)) for block in blocks):
             time.sleep(1)  # not a barrier: those time out when another rank has minutes more to do
@@ -220,19 +222,17 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
             replace(cache / "cache.json", json.dumps(made | {"records": records}, indent=2).encode(), rank)
     prepared = Prepared(cache, len(blocks))
     prepared.report.check()
+    if encoded and rank == 0:
+        print(f"records a second: {encoded / seconds:.0f} from pictures, {reading_speed(prepared):.0f} from the cache")
     return prepared
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(count: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, 5, epoch]).permutation(count)
-
-
-def order(count: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """The records of a step: each of `count` once an epoch, in an order fixed by (seed, epoch). A batch may begin in
-    one epoch and end in the next; a run that resumes needs to know its step only."""
-    places = (divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size))
-    return [int(permutation(count, epoch, seed)[place]) for epoch, place in places]
+def reading_speed(prepared: Prepared, batch: int = 64) -> float:
+    """Records a second of batches drawn at random."""
+    rng, began = np.random.default_rng(0), time.time()
+    for _ in range(16):
+        prepared.batch(rng.integers(0, len(prepared), batch).tolist())
+    return 16 * batch / (time.time() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

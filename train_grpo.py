@@ -244,13 +244,6 @@ def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
     return prompts[:count] if held_out else prompts
 
 
-def prompts_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Which prompts step `step` takes: every prompt once an epoch, in an order fixed by (seed, epoch). Nothing to save
-    or replay."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(np.random.default_rng([seed, place // count]).permutation(count)[place % count]) for place in places]
-
-
 def sample_rows(sampled, scores: list[dict], group: int) -> list[dict]:
     """What the log wants to know of each sample; `group_std` and `zero_var` of a sample are those of its group."""
     text, image = sampled.mask.clone(), sampled.mask.clone()
@@ -361,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         clock = [time.time()]
 
         # 1) Prompts: every rank takes its share of the step's
-        chosen = prompts_of_step(len(prompts), step, config.batch_size, config.seed)
+        chosen = runtime.order_of_step(len(prompts), step, config.batch_size, config.seed)
         share = config.batch_size // world
         indices = list(range(rank * share, (rank + 1) * share))
         batch = [prompts[chosen[i]] for i in indices]

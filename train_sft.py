@@ -94,7 +94,7 @@ def rows_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.n
     if config.data == "toy":  # drawn anew every time: the set is itself a draw from an endless one
         chosen = rng.integers(0, count, config.batch_size).tolist()
     else:
-        chosen = token_cache.order(count, step, config.batch_size, config.seed)
+        chosen = runtime.order_of_step(count, step, config.batch_size, config.seed)
     return chosen, rng.random(config.batch_size) < config.condition_dropout
 
 
@@ -108,19 +108,19 @@ def make_batch(tokenizer, prepared, chosen: list[int], device) -> gotr1.Rollout:
 @torch.no_grad()
 def look_at_data(engine, prepared, held_out: list[int], config: Config, path: Path) -> dict[str, float]:
     """Mean nats a token of held-out records, and a sheet of what the model draws for the first six of their prompts."""
-    sums = torch.zeros(4)
+    sums, codes = torch.zeros(4), gotr1.image_token_count(engine.model)
     for first in range(0, len(held_out), config.micro_batch):
         batch = make_batch(engine.tokenizer, prepared, held_out[first : first + config.micro_batch], engine.device)
         logp, mask = engine.score(batch)
-        images = batch.image_tokens.shape[1]
-        nll = -logp * mask
-        parts = (nll[:, :-images], nll[:, -images:], mask[:, :-images], mask[:, -images:])
-        sums += torch.stack([part.sum() for part in parts]).cpu()
+        parts = sft_loss(logp, mask, codes, 1, 1)[1:]
+        sums += torch.stack([*parts, mask[:, :-codes].sum(), mask[:, -codes:].sum()]).cpu()
     prompts = prepared.batch(held_out[:6])[0]
+    longest = max(len(gotr1.encode_prompt(engine.tokenizer, prompt)) for prompt in prompts)
+    room = engine.model.config.text_config.max_position_embeddings - longest - codes - 1
     with engine.gathered() as model:
-        sampled = gotr1.rollout(model, engine.tokenizer, prompts, seed=config.seed, max_chain=config.max_chain)
-    images = gotr1.decode_images(engine.model, sampled.image_tokens)
-    columns = zip(prompts, sampled.chains, images, strict=True)
+        how = {"seed": config.seed, "max_chain": min(config.max_chain, room)}
+        sampled = gotr1.rollout(model, engine.tokenizer, prompts, **how)
+    columns = zip(prompts, sampled.chains, gotr1.decode_images(engine.model, sampled.image_tokens), strict=True)
     if runtime.rank() == 0:
         gotr1.draw_sheet([{"prompt": p, "chain": c, "image": i, "note": ""} for p, c, i in columns], path)
     return {"held_out_chain": (sums[0] / sums[2]).item(), "held_out_image": (sums[1] / sums[3]).item()}

@@ -252,9 +252,9 @@ def test_two_processes_take_the_same_steps_as_one_whatever_their_groups_look_lik
     """All rewards of rank 1's prompt are equal in step 1, and of both in step 2: no gradient there, no deadlock. In
     shards (auto) and replicated."""
     program = """
-import rewards, train_grpo
+import rewards, runtime, train_grpo
 prompts = train_grpo.read_prompts("toy", False, 2000)
-second = prompts[train_grpo.prompts_of_step(len(prompts), 1, 2, seed=0)[1]]
+second = prompts[runtime.order_of_step(len(prompts), 1, 2, seed=0)[1]]
 score, steps = rewards.score, []
 def flat(judge, hps, batch, *rest):
     rows = score(judge, hps, batch, *rest)

@@ -610,17 +610,7 @@ def test_no_file_stays_open(tmp_path, policy, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Order, dry run
-
-
-@pytest.mark.parametrize(("count", "batch"), [(10, 3), (3, 8), (7, 7), (1, 2)])
-def test_each_record_once_an_epoch(count, batch):
-    places = [index for step in range(4 * count) for index in token_cache.order(count, step, batch, seed=1)]
-    epochs = [places[k * count : (k + 1) * count] for k in range(4 * batch)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    if count == 10:
-        assert epochs[0] != epochs[1]
-        assert token_cache.order(count, 0, count, seed=1) == epochs[0] != token_cache.order(count, 0, count, seed=2)
+# Dry run
 
 
 def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):

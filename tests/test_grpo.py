@@ -2,7 +2,6 @@
 
 import doctest
 import math
-import random
 
 import pytest
 import torch
@@ -173,11 +172,3 @@ def test_no_kl_needs_no_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Engine, "keep_reference", None)
     flags = ["--steps", "1", "--batch_size", "1", "--group", "4", "--eval_prompts", "2", "--kl", "0"]
     train_grpo.main([*flags, "--out", str(tmp_path)])
-
-
-def test_every_prompt_is_taken_once_an_epoch_and_the_order_is_a_function_of_the_step():
-    taken = [i for step in range(5) for i in train_grpo.prompts_of_step(20, step, 8, seed=3)]
-    assert sorted(taken[:20]) == list(range(20)) and sorted(taken[20:40]) == list(range(20))
-    assert train_grpo.prompts_of_step(20, 2, 8, seed=3) == taken[16:24]
-    random.seed(1)
-    assert train_grpo.prompts_of_step(20, 2, 8, seed=3) == taken[16:24]
