@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from geneval import Clip, normalised, detector_pixels, in_equal_batches, load, on_grid
+from geneval import Clip, detector_pixels, in_batches, load, normalised, on_grid, read_lines
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 
@@ -113,6 +113,38 @@ def three_in_one(prompt: str, attribute: float, spatial: float, action: float, s
     if listed(action_list):
         return (attribute + action) / 2
     return (attribute + spatial + action) / 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folders. A picture is (path, prompt, category, prompt's number, sample, {}), as in geneval.py
+
+
+def plan_pictures(file: str, folder: Path, samples: int = 10) -> list[tuple]:
+    """The pictures of color_val.txt, ...: color/samples/{prompt}_{number:06d}.png, numbers running through the
+    category. Raises ValueError on a file with another name and on prompts that no file name can hold."""
+    category, pictures = Path(file).stem.removesuffix("_val"), []
+    if category not in CATEGORIES:
+        raise ValueError(f"{file}: expected one of {', '.join(f'{name}_val.txt' for name in CATEGORIES)}")
+    for index, prompt in enumerate(read_lines(file)):
+        if "/" in prompt or "_" in prompt:
+            raise ValueError(f"{file}, line {index + 1}: the layout has no place for / and _ in a prompt")
+        for sample in range(samples):
+            path = folder / category / "samples" / f"{prompt}_{index * samples + sample:06d}.png"
+            pictures.append((path, prompt, category, index, sample, {}))
+    return pictures
+
+
+def find_pictures(folder: Path) -> list[tuple]:
+    """The pictures that are in a folder. Prompts are numbered as they come."""
+    pictures = []
+    for category in CATEGORIES:
+        seen = {}  # prompt -> its number and how many pictures it has
+        for path in sorted(folder.glob(f"{category}/samples/*.png"), key=lambda path: path.stem.rsplit("_", 1)[-1]):
+            prompt = path.stem.split("_")[0]
+            place = seen.setdefault(prompt, [len(seen), 0])
+            pictures.append((path, prompt, category, *place, {}))
+            place[1] += 1
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +248,7 @@ class BlipVQA:
                 rows = [(k, tokens) for (k, _), tokens in zip(rows, ids, strict=True)]
                 # only questions of one length together: transformers does not mask padding in the answer's attention
                 lengths = [len(tokens) for tokens in ids]
-                answers = in_equal_batches(lambda part, seen=seen: self._answer(part, seen), rows, lengths, 64)
+                answers = in_batches(lambda part, seen=seen: self._answer(part, seen), rows, 64, lengths)
             answers = iter(answers)
             scores += [[next(answers) for _ in some] for some in asked[now]]
         return scores
@@ -265,7 +297,7 @@ class GroundingDino:
     def __call__(self, images: list[Image.Image], names: list[list[str]]) -> list[list[tuple]]:
         rows = list(zip(images, names, strict=True))
         keys = [(" . ".join(pair), image.size) for image, pair in rows]
-        return in_equal_batches(self._find, rows, keys, self.batch_size)
+        return in_batches(self._find, rows, self.batch_size, keys)
 
     def _find(self, rows):
         import torch

@@ -11,6 +11,7 @@ needed. Rules as in djghosh13/geneval af4902f (2025-03-03): evaluation/evaluate_
 """
 
 import functools
+import json
 import math
 import pickle
 import re
@@ -44,13 +45,10 @@ def load(loader, path: str, flag: str, **settings):
         raise FileNotFoundError(f"no {what} at {path}: get {file} from {source}, then --{flag} PATH") from error
 
 
-def in_batches(function, rows: list, size: int) -> list:
-    """function(up to `size` rows) -> list of results, over all rows."""
-    return [result for start in range(0, len(rows), size) for result in function(rows[start : start + size])]
-
-
-def in_equal_batches(function, rows: list, keys: list, size: int) -> list:
-    """As `in_batches`, but a batch holds rows of one key only (one size, one length: no padding); order is kept."""
+def in_batches(function, rows: list, size: int, keys: list | None = None) -> list:
+    """function(up to `size` rows) -> list of results, over all rows. With `keys`, a batch holds rows of one key only
+    (one size, one length: no padding); the order of the results is that of the rows."""
+    keys = keys or [0] * len(rows)
     places = sorted(range(len(rows)), key=lambda k: keys[k])
     results = [None] * len(rows)
     while places:
@@ -136,9 +134,47 @@ def colour_crop(image: Image.Image, box, mask: np.ndarray) -> Image.Image:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# GenEval: the folders. A picture is (path, prompt, tag, prompt's number, sample, metadata)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def plan_pictures(file: str, folder: Path, samples: int = 4) -> list[tuple]:
+    """The pictures of evaluation_metadata.jsonl: 00000/samples/0000.png. Raises ValueError on any other file."""
+    pictures = []
+    for index, line in enumerate(read_lines(file)):
+        try:
+            metadata = json.loads(line)
+            prompt, tag = metadata["prompt"], metadata["tag"]
+            names = [clause["class"] for clause in metadata["include"] + metadata.get("exclude", [])]
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ValueError(f"{file}, line {index + 1}: no GenEval metadata ({problem})") from None
+        if unknown := [name for name in names if name not in CLASSES] + [tag] * (tag not in TAGS):
+            raise ValueError(f"{file}, line {index + 1}: GenEval knows no {unknown[0]}")
+        for sample in range(samples):
+            path = folder / f"{index:05d}" / "samples" / f"{sample:04d}.png"
+            pictures.append((path, prompt, tag, index, sample, metadata))
+    return pictures
+
+
+def find_pictures(folder: Path) -> list[tuple]:
+    """The pictures that are in a folder, with the metadata.jsonl beside them."""
+    pictures = []
+    for path in sorted(folder.glob("*/samples/*.png")):
+        if path.stem.isdigit() and path.parts[-3].isdigit():
+            metadata = json.loads(read_lines(path.parent.parent / "metadata.jsonl")[0])
+            about = (metadata["prompt"], metadata["tag"], int(path.parts[-3]), int(path.stem))
+            pictures.append((path, *about, metadata))
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # GenEval: the detector
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, in grey levels, RGB
+SIDES = (1333, 800)  # pixels: the longer and the shorter side are made as large as these allow
 
 # mmdet's names -> transformers' names. 2.x calls a layer's attentions by number, 3.x by what they attend to
 SWIN, PIXEL = "model.pixel_level_module.encoder.", "model.pixel_level_module.decoder."
@@ -182,6 +218,7 @@ MMDET_NAMES = [
     (r"^panoptic_head\.level_embed", QUERIES + "level_embed"),
     (r"^panoptic_head\.cls_embed", "class_predictor"),
 ]
+UNUSED = r"swin\.layernorm\.|^criterion\."  # what transformers has and no output depends on
 
 
 def convert_mmdet(state_dict: dict) -> dict:
@@ -245,13 +282,13 @@ class Instance(NamedTuple):
 
 
 def detector_pixels(image: Image.Image, pad: int = 32):
-    """(3, H, W) network input of one picture and the (h, w) of it that is not padding. The sides become at most 1333
-    and 800, rounded to whole grey levels as mmdet 2.x does, with bilinear weights that do not widen when shrinking."""
+    """(3, H, W) network input of one picture and the (h, w) of it that is not padding. Resized to SIDES with bilinear
+    weights that do not widen when shrinking, and rounded to whole grey levels, as mmdet 2.x does."""
     import torch
     import torch.nn.functional as F
 
     x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()
-    ratio = min(1333 / max(image.size), 800 / min(image.size))
+    ratio = min(SIDES[0] / max(image.size), SIDES[1] / min(image.size))
     h, w = (int(side * ratio + 0.5) for side in x.shape[1:])
     x = F.interpolate(x[None], (h, w), mode="bilinear", antialias=False)[0].round()
     x = F.pad(x, (0, -w % pad, 0, -h % pad), value=128)
@@ -308,16 +345,16 @@ class Mask2Former:
             state = load_tensors(path, "detector")
             state = convert_mmdet(state.get("state_dict", state))
             self.model = Mask2FormerForUniversalSegmentation(config)
-            missing, unknown = self.model.load_state_dict(state, strict=False)
-            unused = ("swin.layernorm.", "criterion.")  # no output depends on these
-            if unknown or any(not any(part in name for part in unused) for name in missing):
-                raise ValueError(f"--detector {path}: no Swin-S Mask2Former, {len(missing)} tensors are missing")
+            wanted = {name: value.shape for name, value in self.model.state_dict().items()}
+            wanted = {name: shape for name, shape in wanted.items() if not re.search(UNUSED, name)}
+            if wanted != {name: value.shape for name, value in state.items()}:
+                raise ValueError(f"--detector {path} is no Mask2Former with Swin-S of mmdet: its tensors do not fit")
+            self.model.load_state_dict(state, strict=False)
         self.model.to(device).eval().requires_grad_(False)
 
     def __call__(self, images: list[Image.Image], threshold: float = 0.3) -> list[list[Instance]]:
-        return in_equal_batches(
-            lambda batch: self._detect(batch, threshold), images, [im.size for im in images], self.batch_size
-        )
+        sizes = [image.size for image in images]
+        return in_batches(lambda batch: self._detect(batch, threshold), images, self.batch_size, sizes)
 
     def _detect(self, images, threshold):
         import torch
