@@ -18,7 +18,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from geneval import Clip, detector_pixels, in_batches, load, normalised, on_grid, read_lines
+from geneval import (
+    Clip,
+    detector_pixels,
+    fill,
+    in_batches,
+    load,
+    load_tensors,
+    normalised,
+    read_lines,
+)
+from report import on_grid
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 
@@ -156,10 +166,10 @@ TWO_THINGS = re.compile(rf"(an? (?:{WORD} ){{0,3}}{WORD}) and (an? (?:{WORD} ){{
 PLACED = re.compile(rf"an? ((?:{WORD} )?{WORD}) (?:{'|'.join(RELATIONS)}) an? ((?:{WORD} )?{WORD})\.?", re.I)
 
 
-def parse_prompts(prompts: list[str], path: str = "") -> tuple[dict[str, dict], str]:
+def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] = ()) -> tuple[dict[str, dict], str]:
     """A parse of each prompt, and who made them. spaCy's en_core_web_sm when it is installed (then `path`, when given,
-    is written for others); else templates for "a X and a Y" and "a X on the left of a Y", and `path` for the rest.
-    Raises ValueError naming the first prompt that nobody can parse."""
+    is written for others); else templates for "a X and a Y" and "a X on the left of a Y", unless the prompt is one of
+    `in_full`, and `path` for the rest. Raises ValueError naming the first prompt that nobody can parse."""
     try:
         import spacy
 
@@ -177,9 +187,10 @@ def parse_prompts(prompts: list[str], path: str = "") -> tuple[dict[str, dict], 
     cache = json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).exists() else {"prompts": {}}
     parses, sources = {}, {}
     for prompt in prompts:
-        if two := TWO_THINGS.fullmatch(prompt.strip()):
+        simple = "" if prompt in in_full else prompt.strip()
+        if two := TWO_THINGS.fullmatch(simple):
             parses[prompt], source = {"chunks": list(two.groups())}, "templates"
-        elif two := PLACED.fullmatch(prompt.strip()):
+        elif two := PLACED.fullmatch(simple):
             parses[prompt], source = {"chunks": [], "objects": list(two.groups())}, "templates"
         elif prompt in cache["prompts"]:
             parses[prompt], source = cache["prompts"][prompt], f"{path} ({cache['made by']})"
@@ -222,18 +233,48 @@ def without_adjectives(parse: dict) -> str:
 ENC, DEC, YES, NO = 30523, 30522, 2748, 2053  # ids in BLIP's vocabulary: two markers, two answers
 
 
-class BlipVQA:
-    """blip(images, lists of questions) -> for each picture the score of each question. `path`: a folder or hub id."""
+def convert_blip(state_dict: dict) -> dict:
+    """The tensors of Salesforce's BLIP-VQA by the names of transformers' `BlipForQuestionAnswering`: the vision half is
+    renamed, the two BERTs are called the same."""
+    names = [
+        (r"^visual_encoder\.(cls_token)", "vision_model.embeddings.class_embedding"),
+        (r"^visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
+        (r"^visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
+        (r"^visual_encoder\.norm", "vision_model.post_layernorm"),
+        (r"^visual_encoder\.blocks\.(\d+)\.norm", r"vision_model.encoder.layers.\1.layer_norm"),
+        (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj", r"vision_model.encoder.layers.\1.self_attn.projection"),
+        (r"^visual_encoder\.blocks\.(\d+)\.attn", r"vision_model.encoder.layers.\1.self_attn"),
+        (r"^visual_encoder\.blocks", "vision_model.encoder.layers"),
+    ]
+    converted = {}
+    for name, value in state_dict.items():
+        for old, new in names:
+            name = re.sub(old, new, name)
+        if not name.endswith("position_ids"):
+            converted[name] = value
+    return converted
 
-    def __init__(self, path: str, device="cpu", batch_size: int = 16):
-        from transformers import AutoConfig, AutoTokenizer, BlipForQuestionAnswering
+
+class BlipVQA:
+    """blip(images, lists of questions) -> for each picture the score of each question. `path`: the official .pth, made
+    for 480 x 480, or a folder or hub id (the hub's weights were made smaller, for 384, and are stretched again). The
+    official ViT's layer norms add 1e-6; transformers' default is 1e-5."""
+
+    def __init__(self, path: str, device="cpu", batch_size: int = 16, tokenizer: str = "", config=None):
+        from transformers import AutoConfig, AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
         self.device, self.batch_size = device, batch_size
-        config = load(AutoConfig, path, "blip")
-        config.vision_config.layer_norm_eps = 1e-6  # of the original ViT; transformers' default is 1e-5
-        self.model = load(BlipForQuestionAnswering, path, "blip", config=config)
+        if str(path).endswith(".pth"):
+            config = config or BlipConfig(vision_config={"image_size": 480, "layer_norm_eps": 1e-6})
+            self.model = BlipForQuestionAnswering(config)
+            fill(self.model, convert_blip(load_tensors(path, "blip")), "blip", path)
+            self.tokenizer = load(AutoTokenizer, tokenizer, "blip_tokenizer")
+        else:
+            config = load(AutoConfig, path, "blip")
+            config.vision_config.layer_norm_eps = 1e-6
+            self.model = load(BlipForQuestionAnswering, path, "blip", config=config)
+            self.tokenizer = load(AutoTokenizer, path, "blip")
         self.model.to(device).eval().requires_grad_(False)
-        self.tokenizer = load(AutoTokenizer, path, "blip")
 
     def __call__(self, images: list[Image.Image], asked: list[list[str]]) -> list[list[float]]:
         import torch
@@ -254,7 +295,7 @@ class BlipVQA:
         return scores
 
     def _see(self, images):
-        """(n, patches + 1, D): squashed to 480 x 480. The hub's weights were made for 384 and are stretched."""
+        """(n, patches + 1, D): squashed to 480 x 480."""
         import numpy as np
         import torch
 
@@ -327,6 +368,11 @@ class GroundingDino:
         return results
 
 
+def cosines(clip: Clip, images: list[Image.Image], texts: list[str]) -> list[float]:
+    """The cosine of each picture with its text: raw, not times 100, not cut off at 0."""
+    return (clip.images(images) * clip.texts(texts)).sum(-1).tolist()
+
+
 class CompBench:
     """compbench(images, prompts) -> a dict a picture, as GenEval's: `score` in [0, 1], `reason`, `boxes`. `parses` and
     `lists` (spatial and action prompts) are those of the category's prompts; networks it does not use can be None."""
@@ -339,16 +385,16 @@ class CompBench:
         if self.category == "spatial":
             return self._spatial(images, prompts, [spatial_objects(self.parses[prompt]) for prompt in prompts])
         if self.category == "non_spatial":
-            return [_row(cosine, f"cosine {cosine:.3f}") for cosine in self.clip.cosines(images, prompts)]
+            return [_row(cosine, f"cosine {cosine:.3f}") for cosine in cosines(self.clip, images, prompts)]
         attributes = self._attributes(images, prompts)
         if self.category != "complex":
             return attributes
         parses = [self.parses[prompt] for prompt in prompts]
         objects = [complex_objects(parse["tokens"], parse["pos"]) for parse in parses]
         places = self._spatial(images, prompts, objects)
-        cosines = self.clip.cosines(images, [without_adjectives(parse) for parse in parses])
+        actions = cosines(self.clip, images, [without_adjectives(parse) for parse in parses])
         rows = []
-        for prompt, attribute, place, cosine in zip(prompts, attributes, places, cosines, strict=True):
+        for prompt, attribute, place, cosine in zip(prompts, attributes, places, actions, strict=True):
             score = three_in_one(prompt, attribute["score"], place["score"], cosine, *self.lists)
             rows.append(_row(score, f"{attribute['reason']}; {place['reason']}; cosine {cosine:.3f}", place["boxes"]))
         return rows

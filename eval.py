@@ -16,7 +16,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import re
 import sys
@@ -62,7 +61,8 @@ class Settings:
     detector: str = "facebook/mask2former-swin-small-coco-instance"  # GenEval: the official .pth, or this stand-in
     clip: str = geneval.WEIGHTS["clip"][1]  # ViT-L/14: GenEval's colours
     clip_b32: str = geneval.WEIGHTS["clip_b32"][1]  # ViT-B/32: T2I-CompBench's non_spatial and complex
-    blip: str = geneval.WEIGHTS["blip"][1]  # T2I-CompBench's color, shape, texture and complex
+    blip: str = "Salesforce/blip-vqa-capfilt-large"  # color, shape, texture, complex: the official .pth, or this
+    blip_tokenizer: str = geneval.WEIGHTS["blip_tokenizer"][1]  # of a .pth, which has none
     gdino: str = geneval.WEIGHTS["gdino"][1]  # spatial-gdino and complex-gdino
     phrases: str = ""  # json of noun phrases: written where spaCy's en_core_web_sm is installed, read elsewhere
     complex_lists: tuple[str, ...] = ()  # complex_val_spatial.txt and complex_val_action.txt, for complex prompts
@@ -116,19 +116,13 @@ def measures(prompt: str, scores: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def place(measure: str) -> int:
-    """The order of the table: rewards, then categories."""
-    order = ["color", "spatial", *toy.RELATIONS, "complex"]
-    return order.index(measure.split(":")[0]) if ":" in measure else -1
-
-
 def summarise(rows: list[dict]) -> dict[str, float]:
     """The mean of each measure over the rows of `evaluate` that have it."""
     found = {}
     for row in rows:
         for name, value in measures(row["prompt"], row["scores"]).items():
             found.setdefault(name, []).append(value)
-    return {name: float(np.mean(found[name])) for name in sorted(found, key=place)}
+    return {name: float(np.mean(found[name])) for name in sorted(found, key=report.place)}
 
 
 def toy_faults(prompt: str, boxes: list[Box]) -> str:
@@ -246,11 +240,14 @@ def generate(settings: Settings, pictures: list[Picture], folder: Path, rank: in
 
 
 @functools.cache
-def network(flag: str, path: str, device, batch_size: int):
+def network(flag: str, path: str, device, batch_size: int, blip_tokenizer: str):
     """A network of a benchmark, loaded once."""
-    makers = {"detector": geneval.Mask2Former, "blip": compbench.BlipVQA, "gdino": compbench.GroundingDino}
-    if flag in makers:
-        return makers[flag](path, device, batch_size)
+    if flag == "detector":
+        return geneval.Mask2Former(path, device, batch_size)
+    if flag == "blip":
+        return compbench.BlipVQA(path, device, batch_size, blip_tokenizer)
+    if flag == "gdino":
+        return compbench.GroundingDino(path, device, batch_size)
     return geneval.Clip(path, flag, device, batch_size)
 
 
@@ -263,15 +260,17 @@ NETWORKS = {  # of each group of pictures
 }
 
 
-def make_scorer(settings: Settings, group: str, prompts: list[str], device):
-    """(a function of images and pictures to rows, who parsed the prompts) for a tag or category."""
-    networks = {flag: network(flag, getattr(settings, flag), device, settings.score_batch) for flag in NETWORKS[group]}
+PARSED = ("color", "shape", "texture", "spatial", "complex")  # categories that need to know what a prompt says
+
+
+def make_scorer(settings: Settings, group: str, parses: dict, device):
+    """A function of images and pictures to rows, for a tag or category."""
+    about = (device, settings.score_batch, settings.blip_tokenizer)
+    networks = {flag: network(flag, getattr(settings, flag), *about) for flag in NETWORKS[group]}
     if settings.bench == "geneval":
         judge = geneval.GenEval(networks["detector"], networks["clip"])
         return lambda images, pictures: judge(images, [picture.metadata for picture in pictures])
-    needs_parse = group != "non_spatial"
-    parses = compbench.parse_prompts(prompts, settings.phrases)[0] if needs_parse else {}
-    lists = [geneval.read_lines(path) for path in settings.complex_lists] if group == "complex" else ()
+    lists = [geneval.read_lines(path) for path in settings.complex_lists]
     judge = compbench.CompBench(group, parses, lists, *(networks.get(flag) for flag in ("blip", "clip_b32", "gdino")))
     return lambda images, pictures: judge(images, [picture.prompt for picture in pictures])
 
@@ -283,14 +282,15 @@ def read_rows(folder: Path) -> dict[tuple, dict]:
     return {(row["path"], row["crc"], row["by"]): row for row in rows}
 
 
-def score_pictures(settings: Settings, pictures: list[Picture], out: Path, rank: int, world: int, device) -> list[dict]:
-    """A row a picture; those are kept whose picture (by its checksum) and networks have not changed."""
+def score_pictures(settings: Settings, pictures: list[Picture], parses: dict, folder: Path, rank, world, device):
+    """A row a picture; those are kept whose picture (by its checksum), networks and parse have not changed."""
     if broken := runtime.gather_list([p.path for p in pictures[rank::world] if not is_whole(p.path)]):
         raise ValueError(f"{len(broken)} of {len(pictures)} pictures cannot be read, the first is {broken[0]}")
-    keys = []
+    keys, out = [], Path(settings.out)
     for picture in pictures:
-        by = " ".join(f"{flag}={getattr(settings, flag)}" for flag in NETWORKS[picture.group])
-        keys.append((str(picture.path), zlib.crc32(picture.path.read_bytes()), by))
+        by = {flag: getattr(settings, flag) for flag in NETWORKS[picture.group]} | parses.get(picture.prompt, {})
+        about = (picture.path.read_bytes(), json.dumps([by, settings.complex_lists, picture.metadata]).encode())
+        keys.append((str(picture.path.relative_to(folder)), *map(zlib.crc32, about)))
     done = read_rows(out)
     runtime.gather_list([])  # nobody writes while another one reads
     if rank == 0:
@@ -305,9 +305,9 @@ def score_pictures(settings: Settings, pictures: list[Picture], out: Path, rank:
     bar = tqdm(total=len(todo), desc="scores", disable=rank > 0)
     with (out / f"scores_{rank}.jsonl").open("a") as file, bar:
         for group, places in groups.items():
-            scorer = make_scorer(settings, group, sorted({p.prompt for p in pictures if p.group == group}), device)
-            for start in range(0, len(places), 4 * settings.score_batch):
-                part = places[start : start + 4 * settings.score_batch]
+            scorer = make_scorer(settings, group, parses, device)
+            for start in range(0, len(places), settings.score_batch):
+                part = places[start : start + settings.score_batch]
                 images = [Image.open(pictures[k].path).convert("RGB") for k in part]
                 for k, image, row in zip(part, images, scorer(images, [pictures[k] for k in part]), strict=True):
                     about = dict(zip(("path", "crc", "by"), keys[k], strict=True)) | {"size": image.size}
@@ -323,63 +323,25 @@ def score_pictures(settings: Settings, pictures: list[Picture], out: Path, rank:
 # 3) Report
 
 NAMES = {"spatial": "spatial-gdino", "complex": "complex-gdino"}  # not UniDet's: never beside published numbers
-VERSIONS = ("torch", "transformers", "numpy", "pillow", "scipy", "spacy")
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def describe(settings: Settings, pictures: list[Picture], rows: list[dict], folder: Path) -> dict:
+def describe(settings: Settings, rows: list[dict], folder: Path, parsed_by: str) -> dict:
     """What made the pictures and what scored them: everything that changes a score."""
     made = {"model": settings.model or "not told", "images": str(folder)}
     if (folder / "config.json").exists():
         made = json.loads((folder / "config.json").read_text())
-    groups = {picture.group for picture in pictures}
-    flags = sorted({flag for group in groups for flag in NETWORKS[group]})
+    flags = sorted({flag for row in rows for flag in NETWORKS[row["group"]]})
     scoring, notes = {flag: getattr(settings, flag) for flag in flags}, []
     if "detector" in flags and "20220504_001756" not in settings.detector:
         notes.append(f"detector {settings.detector} is not GenEval's own: scores differ from published ones")
     if "gdino" in flags:
         scoring["gdino_threshold"] = compbench.GroundingDino.THRESHOLD
         notes.append("spatial-gdino and complex-gdino are not the published 2D-spatial and complex (UniDet)")
-    parsed = sorted({p.prompt for p in pictures if p.group in compbench.CATEGORIES and p.group != "non_spatial"})
-    if parsed:
-        scoring["phrases"] = compbench.parse_prompts(parsed, settings.phrases)[1]
+    if parsed_by:
+        scoring["phrases"] = parsed_by
     sizes = sorted({tuple(row["size"]) for row in rows})
     made["size"] = ", ".join(f"{width} x {height}" for width, height in sizes)
     return {"generation": made, "scoring": scoring, "notes": notes}
-
-
-def write_report(bench: str, about: dict, rows: list[dict], cells: list[dict], out: Path) -> None:
-    """Prints the table; writes results.json and, for each group of cells, a sheet of right and wrong pictures."""
-    summary = report.intervals(rows, geneval.TAGS if bench == "geneval" else ())
-    summary = dict(sorted(summary.items(), key=lambda item: place(item[0])))
-    for name, line in summary.items() if bench == "toy" else ():
-        seeds = {}
-        for row in rows:
-            seeds.setdefault(row["sample"], []).extend([row["measures"][name]] if name in row["measures"] else [])
-        line["seeds"] = [float(np.mean(values)) for values in seeds.values()]
-        line["notes"] = [f"{min(line['seeds']):.3f} to {max(line['seeds']):.3f} over {len(seeds)} seeds"]
-    about |= {"versions": {package: version(package) for package in VERSIONS}}
-    content = json.dumps({"bench": bench, "summary": summary, **about, "rows": rows})
-    beside = out / "results.tmp"
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(out / "results.json")
-    for group in sorted({cell["group"] for cell in cells}):
-        chosen = report.choose([cell for cell in cells if cell["group"] == group])
-        report.draw_sheet(chosen, out / f"sheet_{group.replace(' ', '_')}.png")
-    print(report.table(summary))
-    if bench == "geneval":
-        print(f"{'mean over all pictures':28} {np.mean([cell['score'] for cell in cells]):6.4f}")
-    for part in ("generation", "scoring"):
-        print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in about[part].items()))
-    for note in about["notes"]:
-        print(f"note: {note}")
-    print(f"wrote {out / 'results.json'} and sheets of right and wrong pictures, {out / 'sheet_*.png'}")
 
 
 def measure_speed(settings: Settings, device) -> None:
@@ -394,7 +356,7 @@ def measure_speed(settings: Settings, device) -> None:
     for flag in given:
         rates = []
         for size in (1, 16):
-            judge = network(flag, getattr(settings, flag), device, size)
+            judge = network(flag, getattr(settings, flag), device, size, settings.blip_tokenizer)
             call, rest = getattr(judge, "images", judge), []
             if flag in ("blip", "gdino"):  # what they are asked
                 rest = [[["a red ball?"] if flag == "blip" else ["cat", "tree"]] * len(images)]
@@ -423,6 +385,8 @@ def check(settings: Settings) -> None:
     if settings.bench in ("geneval", "compbench"):
         if bool(settings.images) == bool(settings.prompts):
             runtime.fail(f"--bench {settings.bench}: give --prompts and --model to draw, or --images to score")
+        if settings.images and settings.generate_only:
+            runtime.fail("--generate_only draws, --images does not")
         if settings.prompts and not settings.model:
             runtime.fail("--model is missing: a folder or hub id of the checkpoint that draws, or toy")
         if settings.bench == "geneval" and len(settings.prompts) > 1:
@@ -454,26 +418,37 @@ def run(settings: Settings, rank: int, world: int, device) -> None:
         made = {name: getattr(settings, name) for name in names} | {"model": settings.model or "toy"}
         about = {"generation": made, "scoring": {"judge": "toy (exact)"}, "notes": []}
     else:
-        # 1) Pictures
         kind, folder = geneval if settings.bench == "geneval" else compbench, Path(settings.images or out / "images")
-        if not settings.images:
+        if settings.images:
+            pictures = kind.find_pictures(folder)
+        else:
             samples = {"samples": settings.samples} if settings.samples else {}
-            planned = [row for file in settings.prompts for row in kind.plan_pictures(file, folder, **samples)]
-            generate(settings, [Picture(*row) for row in planned], folder, rank, world, device)
-            if settings.generate_only:
-                print(f"{folder}: {len(planned)} pictures in the official layout of {settings.bench}" * (rank == 0))
-                return
-        pictures = [Picture(*row) for row in (kind.find_pictures(folder) if settings.images else planned)]
+            pictures = [row for file in settings.prompts for row in kind.plan_pictures(file, folder, **samples)]
+        pictures = [Picture(*row) for row in pictures]
         if not pictures:
-            raise ValueError(f"{folder} holds no pictures in the official layout of {settings.bench}")
+            raise ValueError(f"{settings.images or settings.prompts[0]} holds nothing for {settings.bench} to look at")
+        parses, parsed_by = {}, ""
+        if not settings.generate_only:  # what cannot be scored is not drawn either
+            in_full = [picture.prompt for picture in pictures if picture.group == "complex"]
+            if in_full and len(settings.complex_lists) != 2:
+                raise ValueError("--complex_lists: give complex_val_spatial.txt and complex_val_action.txt")
+            prompts = sorted({picture.prompt for picture in pictures if picture.group in PARSED})
+            if prompts:
+                parses, parsed_by = compbench.parse_prompts(prompts, settings.phrases, tuple(in_full))
+        # 1) Pictures
+        if not settings.images:
+            generate(settings, pictures, folder, rank, world, device)
+        if settings.generate_only:
+            print(f"{folder}: {len(pictures)} pictures in the official layout of {settings.bench}" * (rank == 0))
+            return
         # 2) Scores
-        rows = score_pictures(settings, pictures, out, rank, world, device)
-        cells = [row | {"image": row["path"]} for row in rows]
+        rows = score_pictures(settings, pictures, parses, folder, rank, world, device)
+        cells = [row | {"image": folder / row["path"]} for row in rows]
         rows = [row | {"measures": {NAMES.get(row["group"], row["group"]): row["score"]}} for row in rows]
-        about = describe(settings, pictures, rows, folder)
+        about = describe(settings, rows, folder, parsed_by)
     # 3) Report
     if rank == 0:
-        write_report(settings.bench, about, rows, cells, out)
+        report.write(settings.bench, about, rows, cells, out, geneval.TAGS if settings.bench == "geneval" else ())
 
 
 if __name__ == "__main__":

@@ -21,18 +21,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from report import on_grid
+
+MASK2FORMER = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 WEIGHTS = {  # flag: (what it is, file or hub id, where to get it)
     "detector": (
-        "Mask2Former of GenEval",
-        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
-        "download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco",
+        "Mask2Former of GenEval", f"{MASK2FORMER}_20220504_001756-743b7d99.pth",
+        f"download.openmmlab.com/mmdetection/v2.0/mask2former/{MASK2FORMER}",
     ),
     "clip": ("CLIP ViT-L/14", "openai/clip-vit-large-patch14", "huggingface.co"),
     "clip_b32": ("CLIP ViT-B/32", "openai/clip-vit-base-patch32", "huggingface.co"),
-    "blip": ("BLIP-VQA", "Salesforce/blip-vqa-capfilt-large", "huggingface.co"),
+    "blip": ("BLIP-VQA", "model_base_vqa_capfilt_large.pth", "github.com/salesforce/BLIP (VQA, ViT-B and CapFilt-L)"),
     "blip_tokenizer": ("BERT's tokenizer", "google-bert/bert-base-uncased", "huggingface.co"),
     "gdino": ("Grounding DINO", "IDEA-Research/grounding-dino-base", "huggingface.co"),
-}
+}  # fmt: skip
 
 
 def load(loader, path: str, flag: str, **settings):
@@ -178,7 +180,7 @@ SIDES = (1333, 800)  # pixels: the longer and the shorter side are made as large
 
 # mmdet's names -> transformers' names. 2.x calls a layer's attentions by number, 3.x by what they attend to
 SWIN, PIXEL = "model.pixel_level_module.encoder.", "model.pixel_level_module.decoder."
-QUERIES, MASKS = "model.transformer_module.", "model.transformer_module.decoder.mask_predictor.mask_embedder"
+QUERIES, MASKS = "model.transformer_module.", "decoder.mask_predictor.mask_embedder"
 MMDET_NAMES = [
     (r"^backbone\.patch_embed\.projection", SWIN + "swin.embeddings.patch_embeddings.projection"),
     (r"^backbone\.patch_embed\.norm", SWIN + "swin.embeddings.norm"),
@@ -191,15 +193,6 @@ MMDET_NAMES = [
     (r"(blocks\.\d+)\.norm2", r"\1.layernorm_after"),
     (r"(blocks\.\d+)\.ffn\.layers\.0\.0", r"\1.mlp.fc1"),
     (r"(blocks\.\d+)\.ffn\.layers\.1", r"\1.mlp.fc2"),
-    (r"^panoptic_head\.pixel_decoder\.input_convs\.(\d)\.conv", PIXEL + r"input_projections.\1.0"),
-    (r"^panoptic_head\.pixel_decoder\.input_convs\.(\d)\.gn", PIXEL + r"input_projections.\1.1"),
-    (r"^panoptic_head\.pixel_decoder\.lateral_convs\.0\.conv", PIXEL + "adapter_1.0"),
-    (r"^panoptic_head\.pixel_decoder\.lateral_convs\.0\.gn", PIXEL + "adapter_1.1"),
-    (r"^panoptic_head\.pixel_decoder\.output_convs\.0\.conv", PIXEL + "layer_1.0"),
-    (r"^panoptic_head\.pixel_decoder\.output_convs\.0\.gn", PIXEL + "layer_1.1"),
-    (r"^panoptic_head\.pixel_decoder\.mask_feature", PIXEL + "mask_projection"),
-    (r"^panoptic_head\.pixel_decoder\.level_encoding\.weight", PIXEL + "level_embed"),
-    (r"^panoptic_head\.pixel_decoder\.encoder", PIXEL + "encoder"),
     (r"(decoder\.encoder\.layers\.\d+)\.attentions\.0", r"\1.self_attn"),
     (r"(decoder\.encoder\.layers\.\d+)\.norms\.0", r"\1.self_attn_layer_norm"),
     (r"(decoder\.encoder\.layers\.\d+)\.norms\.1", r"\1.final_layer_norm"),
@@ -210,13 +203,21 @@ MMDET_NAMES = [
     (r"(transformer_decoder\.layers\.\d+)\.norms\.2", r"\1.final_layer_norm"),
     (r"ffns?(?:\.0)?\.layers\.0\.0", "fc1"),
     (r"ffns?(?:\.0)?\.layers\.1", "fc2"),
+    (r"^panoptic_head\.pixel_decoder\.", PIXEL),
+    (r"input_convs", "input_projections"),
+    (r"lateral_convs\.0", "adapter_1"),
+    (r"output_convs\.0", "layer_1"),
+    (r"\.conv\.", ".0."),
+    (r"\.gn\.", ".1."),
+    (r"mask_feature", "mask_projection"),
+    (r"level_encoding\.weight", "level_embed"),
+    (r"^panoptic_head\.cls_embed", "class_predictor"),
+    (r"^panoptic_head\.mask_embed\.([024])", lambda m: f"{QUERIES}{MASKS}.{int(m[1]) // 2}.0"),
     (r"^panoptic_head\.transformer_decoder\.post_norm", QUERIES + "decoder.layernorm"),
     (r"^panoptic_head\.transformer_decoder", QUERIES + "decoder"),
-    (r"^panoptic_head\.mask_embed\.([024])", lambda m: f"{MASKS}.{int(m[1]) // 2}.0"),
     (r"^panoptic_head\.query_embed", QUERIES + "queries_embedder"),
     (r"^panoptic_head\.query_feat", QUERIES + "queries_features"),
-    (r"^panoptic_head\.level_embed", QUERIES + "level_embed"),
-    (r"^panoptic_head\.cls_embed", "class_predictor"),
+    (r"^panoptic_head\.", QUERIES),
 ]
 UNUSED = r"swin\.layernorm\.|^criterion\."  # what transformers has and no output depends on
 
@@ -249,12 +250,11 @@ class Metadata:
     def __init__(self, *_):
         pass
 
-    def __setstate__(self, _):
-        pass
+    __setstate__ = __init__
 
 
 def load_tensors(path: str, flag: str) -> dict:
-    """A .pth file, its tensors only. Raises FileNotFoundError when it is not there, ValueError when it is something
+    """The state dict of a .pth file. Raises FileNotFoundError when it is not there, ValueError when it is something
     else."""
     import torch
 
@@ -265,12 +265,21 @@ def load_tensors(path: str, flag: str) -> dict:
     while True:
         try:
             with torch.serialization.safe_globals(foreign):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                file = torch.load(path, map_location="cpu", weights_only=True)
+            return file.get("state_dict") or file.get("model") or file
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             name = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
             if not name or name[1] in [known for _, known in foreign]:
                 raise ValueError(f"--{flag} {path}: cannot be read without running its code, or is no .pth") from error
             foreign.append((Metadata, name[1]))
+
+
+def fill(model, state: dict, flag: str, path: str) -> None:
+    """Puts converted tensors into a model: every one that an output depends on, and no other, in its shape."""
+    wanted = {name: value.shape for name, value in model.state_dict().items() if not re.search(UNUSED, name)}
+    if wanted != {name: value.shape for name, value in state.items()}:
+        raise ValueError(f"--{flag} {path} is no {WEIGHTS[flag][0]}: its tensors do not fit")
+    model.load_state_dict(state, strict=False)
 
 
 class Instance(NamedTuple):
@@ -308,22 +317,26 @@ def fuse_masks(class_logits, mask_logits, padded, valid, original, most: int = 1
     places = places[probs > threshold]
     queries, labels = places // 80, places % 80
     used, place = queries.unique(return_inverse=True)
-    instances = []
     if not len(used):
-        return instances
+        return []
     logits = F.interpolate(mask_logits[used][None].float(), tuple(padded), mode="bilinear")
     logits = F.interpolate(logits[:, :, : valid[0], : valid[1]], tuple(original), mode="bilinear")[0]  # (U, H, W)
     binary = logits > 0
     inside = (logits.sigmoid() * binary).sum((1, 2)) / (binary.sum((1, 2)) + 1e-6)
     edges = []
     for mask in binary:
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        spans = [(int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0) for found in (columns, rows)]
-        edges.append((spans[0][0], spans[1][0], spans[0][1], spans[1][1]))
+        (x1, x2), (y1, y2) = (_span(mask.any(axis)) for axis in (0, 1))
+        edges.append((x1, y1, x2, y2))
     scores, binary = (probs[: len(places)] * inside[place]).tolist(), binary.cpu().numpy()
-    for score, label, query, k in zip(scores, labels.tolist(), queries.tolist(), place.tolist(), strict=True):
-        instances.append(Instance(CLASSES[label], score, edges[k], binary[k], query))
+    rows = zip(scores, labels.tolist(), queries.tolist(), place.tolist(), strict=True)
+    instances = [Instance(CLASSES[label], score, edges[k], binary[k], query) for score, label, query, k in rows]
     return sorted(instances, key=lambda found: -found.score)
+
+
+def _span(used) -> tuple[int, int]:
+    """(L,) bool -> where it begins and, exclusive, ends; (0, 0) when nothing is set."""
+    places = used.nonzero().flatten().tolist()
+    return (places[0], places[-1] + 1) if places else (0, 0)
 
 
 class Mask2Former:
@@ -342,14 +355,10 @@ class Mask2Former:
             stages = [f"stage{k}" for k in (1, 2, 3, 4)]
             swin = SwinConfig(**sizes, out_features=stages)
             config = config or Mask2FormerConfig(backbone_config=swin, num_labels=80, num_queries=100)
-            state = load_tensors(path, "detector")
-            state = convert_mmdet(state.get("state_dict", state))
             self.model = Mask2FormerForUniversalSegmentation(config)
-            wanted = {name: value.shape for name, value in self.model.state_dict().items()}
-            wanted = {name: shape for name, shape in wanted.items() if not re.search(UNUSED, name)}
-            if wanted != {name: value.shape for name, value in state.items()}:
-                raise ValueError(f"--detector {path} is no Mask2Former with Swin-S of mmdet: its tensors do not fit")
-            self.model.load_state_dict(state, strict=False)
+            fill(self.model, convert_mmdet(load_tensors(path, "detector")), "detector", path)
+        if self.model.config.num_labels != len(CLASSES):
+            raise ValueError(f"--detector {path} knows {self.model.config.num_labels} classes, not COCO's 80")
         self.model.to(device).eval().requires_grad_(False)
 
     def __call__(self, images: list[Image.Image], threshold: float = 0.3) -> list[list[Instance]]:
@@ -414,12 +423,10 @@ class Clip:
     def texts(self, texts: list[str]):
         import torch
 
-        def features(batch):
-            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=77, return_tensors="pt")
-            return [*self.model.get_text_features(**tokens.to(self.device)).pooler_output.float().cpu()]
-
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         with torch.inference_mode():
-            return torch.nn.functional.normalize(torch.stack(in_batches(features, texts, 64)), dim=-1)
+            found = self.model.get_text_features(**tokens.to(self.device)).pooler_output
+            return torch.nn.functional.normalize(found.float().cpu(), dim=-1)
 
     @functools.cache  # noqa: B019 - one object a run
     def _color_vectors(self, name: str):
@@ -436,18 +443,9 @@ class Clip:
         rows = zip(self.images(crops), names, strict=True)
         return [COLORS[int((self._color_vectors(name) @ image).argmax())] for image, name in rows]
 
-    def cosines(self, images: list[Image.Image], texts: list[str]) -> list[float]:
-        """The cosine of each picture with its text: raw, not times 100, not cut off at 0."""
-        return (self.images(images) * self.texts(texts)).sum(-1).tolist()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GenEval: pictures to verdicts
-
-
-def on_grid(box, size) -> list[float]:
-    """A box in pixels of a picture of `size` (w, h) -> the 0..1000 grid that draw_boxes wants."""
-    return [round(1000 * edge / side, 1) for edge, side in zip(box, (*size, *size), strict=True)]
 
 
 class GenEval:
@@ -462,22 +460,23 @@ class GenEval:
         for image, instances, line in zip(images, self.detector(images), metadata, strict=True):
             classes = {clause["class"]: [] for clause in line["include"] + line.get("exclude", [])}
             for name in classes:
-                instances_of = [instance for instance in instances if instance.name == name]
-                classes[name] = [instances_of[k] for k in kept([one.score for one in instances_of], line["tag"])]
+                ones = [instance for instance in instances if instance.name == name]
+                classes[name] = [ones[k] for k in kept([one.score for one in ones], line["tag"])]
+                if any("color" in clause for clause in line["include"]):
+                    crops += [colour_crop(image.convert("RGB"), one.box, one.mask) for one in classes[name]]
+                    names += [name] * len(classes[name])
             found.append(classes)
-            for name in {clause["class"]: 0 for clause in line["include"] if "color" in clause}:
-                crops += [colour_crop(image.convert("RGB"), one.box, one.mask) for one in classes[name]]
-                names += [name] * len(classes[name])
         colors, rows = iter(self.clip.colors(crops, names)), []
         for image, classes, line in zip(images, found, metadata, strict=True):
-            asked = {clause["class"]: 0 for clause in line["include"] if "color" in clause}
-            seen = {name: [next(colors) for _ in classes[name]] for name in asked}
+            seen = {}
+            if any("color" in clause for clause in line["include"]):
+                seen = {name: [next(colors) for _ in ones] for name, ones in classes.items()}
             faults = judge_geneval(line, {name: [one.box for one in ones] for name, ones in classes.items()}, seen)
             boxes = []
             for name, ones in classes.items():
                 for k, one in enumerate(ones):
-                    color = seen[name][k] + " " if name in seen else ""
-                    boxes.append([f"{color}{name} {one.score:.2f}", *on_grid(one.box, image.size)])
+                    label = " ".join([*(seen[name][k : k + 1] if seen else []), name, f"{one.score:.2f}"])
+                    boxes.append([label, *on_grid(one.box, image.size)])
             reason = "; ".join(words for _, words in faults)
             rows.append({"score": float(not faults), "reason": reason, "boxes": boxes})
         return rows

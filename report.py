@@ -4,6 +4,7 @@ A row is one picture: {"index": prompt's number, "prompt", "sample", "measures":
 samples of a prompt resemble each other, so prompts are what is drawn again (bootstrap) and what is compared (pairs).
 """
 
+import importlib.metadata
 import json
 import textwrap
 from pathlib import Path
@@ -15,6 +16,13 @@ from render_boxes import Box, draw_boxes
 
 RESAMPLES = 4000
 ALPHA = 0.05  # 95 % intervals; one false "real" in twenty tables
+VERSIONS = ("torch", "transformers", "numpy", "pillow", "scipy", "spacy")
+ORDER = ("color", "spatial", "left of", "right of", "above", "below", "complex")  # of the toy's categories
+
+
+def place(measure: str) -> int:
+    """Where a measure stands in the table: rewards as they come, then the toy's categories."""
+    return ORDER.index(measure.split(":")[0]) if ":" in measure else -1
 
 
 def by_prompt(rows: list[dict]) -> dict[str, dict[tuple, list[float]]]:
@@ -133,6 +141,11 @@ def compare_files(paths: tuple[str, ...], overall: tuple[str, ...] = ()) -> str:
 # Pictures
 
 
+def on_grid(box, size) -> list[float]:
+    """A box in pixels of a picture of `size` (w, h) -> the 0..1000 grid that draw_boxes wants."""
+    return [round(1000 * edge / side, 1) for edge, side in zip(box, (*size, *size), strict=True)]
+
+
 def choose(cells: list[dict], count: int = 4) -> list[dict]:
     """`count` right and `count` wrong ones, evenly from the whole run; where scores are shades, the best and worst."""
     if not {cell["score"] for cell in cells} <= {0.0, 1.0}:
@@ -165,3 +178,46 @@ def draw_sheet(cells: list[dict], path: Path, side: int = 256, columns: int = 4)
             short = short[:most] if len(short) <= most else [*short[: most - 1], short[most - 1][:-3] + "..."]
             pen.text((x, top), "\n".join(short), ink, font)
     sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole report
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def by_seed(rows: list[dict], name: str) -> list[float]:
+    """The mean of a measure in each run over the prompts; a row's `sample` is then its seed."""
+    values = {}
+    for row in rows:
+        if name in row["measures"]:
+            values.setdefault(row["sample"], []).append(row["measures"][name])
+    return [float(np.mean(some)) for some in values.values()]
+
+
+def write(bench: str, about: dict, rows: list[dict], cells: list[dict], out: Path, overall: tuple[str, ...]) -> None:
+    """Prints the table and what it was made with (`about`: generation, scoring, notes); writes results.json, in one
+    piece, and for each group of `cells` a sheet of right and wrong pictures."""
+    summary = dict(sorted(intervals(rows, overall).items(), key=lambda item: place(item[0])))
+    for name, line in summary.items() if bench == "toy" else ():
+        line["seeds"] = by_seed(rows, name)
+        line["notes"] = [f"{min(line['seeds']):.3f} to {max(line['seeds']):.3f} over {len(line['seeds'])} seeds"]
+    about = about | {"versions": {package: version(package) for package in VERSIONS}}
+    (out / "results.tmp").write_text(json.dumps({"bench": bench, "summary": summary, **about, "rows": rows}))
+    (out / "results.tmp").replace(out / "results.json")
+    for group in sorted({cell["group"] for cell in cells}):
+        chosen = choose([cell for cell in cells if cell["group"] == group])
+        draw_sheet(chosen, out / f"sheet_{group.replace(' ', '_')}.png")
+    print(table(summary))
+    if overall:
+        print(f"{'mean over all pictures':28} {np.mean([cell['score'] for cell in cells]):6.4f}")
+    for part in ("generation", "scoring"):
+        print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in about[part].items()))
+    for note in about["notes"]:
+        print(f"note: {note}")
+    print(f"wrote {out / 'results.json'} and sheets of right and wrong pictures, {out / 'sheet_*.png'}")
