@@ -258,8 +258,6 @@ NETWORKS = {  # of each group of pictures
     "non_spatial": ("clip_b32",),
     "complex": ("blip", "clip_b32", "gdino"),
 }
-
-
 PARSED = ("color", "shape", "texture", "spatial", "complex")  # categories that need to know what a prompt says
 
 
@@ -327,9 +325,10 @@ NAMES = {"spatial": "spatial-gdino", "complex": "complex-gdino"}  # not UniDet's
 
 def describe(settings: Settings, rows: list[dict], folder: Path, parsed_by: str) -> dict:
     """What made the pictures and what scored them: everything that changes a score."""
-    made = {"model": settings.model or "not told", "images": str(folder)}
+    made = {"model": settings.model or "not told"}
     if (folder / "config.json").exists():
         made = json.loads((folder / "config.json").read_text())
+    made["images"] = str(folder)
     flags = sorted({flag for row in rows for flag in NETWORKS[row["group"]]})
     scoring, notes = {flag: getattr(settings, flag) for flag in flags}, []
     if "detector" in flags and "20220504_001756" not in settings.detector:
@@ -430,7 +429,8 @@ def run(settings: Settings, rank: int, world: int, device) -> None:
         parses, parsed_by = {}, ""
         if not settings.generate_only:  # what cannot be scored is not drawn either
             in_full = [picture.prompt for picture in pictures if picture.group == "complex"]
-            if in_full and len(settings.complex_lists) != 2:
+            lists = [geneval.read_lines(path) for path in settings.complex_lists]
+            if in_full and len(lists) != 2:
                 raise ValueError("--complex_lists: give complex_val_spatial.txt and complex_val_action.txt")
             prompts = sorted({picture.prompt for picture in pictures if picture.group in PARSED})
             if prompts:
@@ -439,7 +439,8 @@ def run(settings: Settings, rank: int, world: int, device) -> None:
         if not settings.images:
             generate(settings, pictures, folder, rank, world, device)
         if settings.generate_only:
-            print(f"{folder}: {len(pictures)} pictures in the official layout of {settings.bench}" * (rank == 0))
+            if rank == 0:
+                print(f"{folder}: {len(pictures)} pictures in the official layout of {settings.bench}")
             return
         # 2) Scores
         rows = score_pictures(settings, pictures, parses, folder, rank, world, device)

@@ -37,14 +37,17 @@ WEIGHTS = {  # flag: (what it is, file or hub id, where to get it)
 }  # fmt: skip
 
 
+def missing(path: str, flag: str) -> str:
+    return "no {} at {}: get {} from {}, then --{} PATH".format(WEIGHTS[flag][0], path, *WEIGHTS[flag][1:], flag)
+
+
 def load(loader, path: str, flag: str, **settings):
-    """`loader.from_pretrained` of a folder, which never asks the network, or of a hub id. Raises FileNotFoundError with
-    one line: what is missing, where it is, under which flag to give it."""
+    """`loader.from_pretrained` of a folder, which never asks the network, or of a hub id. Raises FileNotFoundError when
+    it is neither."""
     try:
         return loader.from_pretrained(path, local_files_only=Path(path).exists(), **settings)
     except (OSError, ValueError) as error:
-        what, file, source = WEIGHTS[flag]
-        raise FileNotFoundError(f"no {what} at {path}: get {file} from {source}, then --{flag} PATH") from error
+        raise FileNotFoundError(missing(path, flag)) from error
 
 
 def in_batches(function, rows: list, size: int, keys: list | None = None) -> list:
@@ -167,8 +170,7 @@ def find_pictures(folder: Path) -> list[tuple]:
     for path in sorted(folder.glob("*/samples/*.png")):
         if path.stem.isdigit() and path.parts[-3].isdigit():
             metadata = json.loads(read_lines(path.parent.parent / "metadata.jsonl")[0])
-            about = (metadata["prompt"], metadata["tag"], int(path.parts[-3]), int(path.stem))
-            pictures.append((path, *about, metadata))
+            pictures.append((path, metadata["prompt"], metadata["tag"], int(path.parts[-3]), int(path.stem), metadata))
     return pictures
 
 
@@ -259,8 +261,7 @@ def load_tensors(path: str, flag: str) -> dict:
     import torch
 
     if not Path(path).is_file():
-        what, file, source = WEIGHTS[flag]
-        raise FileNotFoundError(f"no {what} at {path}: get {file} from {source}, then --{flag} PATH")
+        raise FileNotFoundError(missing(path, flag))
     foreign = []  # (stand-in, name) of each class that the file wants; torch names one at a time
     while True:
         try:
@@ -340,9 +341,8 @@ def _span(used) -> tuple[int, int]:
 
 
 class Mask2Former:
-    """detector(images) -> the instances of each picture. `path`: the official .pth (Swin-S), or a folder or hub id.
-
-    The hub's facebook/mask2former-swin-small-coco-instance is another training run: other scores near the cuts."""
+    """detector(images) -> the instances of each picture. `path`: the official .pth (Swin-S; `config` for other sizes),
+    or a folder or hub id. The hub's facebook/mask2former-swin-small-coco-instance is another training run."""
 
     def __init__(self, path: str, device="cpu", batch_size: int = 16, config=None):
         from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -352,8 +352,7 @@ class Mask2Former:
             self.model = load(Mask2FormerForUniversalSegmentation, path, "detector")
         else:
             sizes = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
-            stages = [f"stage{k}" for k in (1, 2, 3, 4)]
-            swin = SwinConfig(**sizes, out_features=stages)
+            swin = SwinConfig(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"])
             config = config or Mask2FormerConfig(backbone_config=swin, num_labels=80, num_queries=100)
             self.model = Mask2FormerForUniversalSegmentation(config)
             fill(self.model, convert_mmdet(load_tensors(path, "detector")), "detector", path)
@@ -474,9 +473,8 @@ class GenEval:
             faults = judge_geneval(line, {name: [one.box for one in ones] for name, ones in classes.items()}, seen)
             boxes = []
             for name, ones in classes.items():
-                for k, one in enumerate(ones):
-                    label = " ".join([*(seen[name][k : k + 1] if seen else []), name, f"{one.score:.2f}"])
-                    boxes.append([label, *on_grid(one.box, image.size)])
+                for color, one in zip(seen.get(name, [""] * len(ones)), ones, strict=True):
+                    boxes.append([f"{color} {name} {one.score:.2f}".strip(), *on_grid(one.box, image.size)])
             reason = "; ".join(words for _, words in faults)
             rows.append({"score": float(not faults), "reason": reason, "boxes": boxes})
         return rows

@@ -364,6 +364,36 @@ def test_blip_pads_nothing(networks):
         assert abs(padded[0] - blip._answer([(0, ids)], seen)[0]) > 1e-3
 
 
+def test_blip_from_the_official_file(networks, tmp_path):
+    """The same weights under the names of salesforce/BLIP give the same answers; a tensor too few is refused."""
+    blip = compbench.BlipVQA(str(networks / "blip"))
+    names = {
+        "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
+        "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
+        "vision_model.embeddings.patch_embedding.": "visual_encoder.patch_embed.proj.",
+        "vision_model.post_layernorm.": "visual_encoder.norm.",
+        "vision_model.encoder.layers.": "visual_encoder.blocks.",
+        ".self_attn.projection.": ".attn.proj.",
+        ".self_attn.qkv.": ".attn.qkv.",
+        ".layer_norm1.": ".norm1.",
+        ".layer_norm2.": ".norm2.",
+    }
+    state = {"text_encoder.embeddings.position_ids": torch.arange(512)[None]}
+    for name, value in blip.model.state_dict().items():
+        for new, old in names.items():
+            name = name.replace(new, old)
+        state[name] = value
+    torch.save({"model": state, "epoch": 9}, tmp_path / "blip.pth")
+    arguments = {"tokenizer": str(networks / "blip"), "config": blip.model.config}
+    official = compbench.BlipVQA(str(tmp_path / "blip.pth"), **arguments)
+    assert "visual_encoder.blocks.1.attn.qkv.weight" in state
+    assert official(noise(2), [["a dog?"]] * 2) == blip(noise(2), [["a dog?"]] * 2)
+    del state["visual_encoder.norm.bias"]
+    torch.save({"model": state}, tmp_path / "blip.pth")
+    with pytest.raises(ValueError, match="do not fit"):
+        compbench.BlipVQA(str(tmp_path / "blip.pth"), **arguments)
+
+
 def test_blip_is_transformers_generate(networks):
     """The first answer token that transformers would generate has the probabilities that the score is made of."""
     blip = compbench.BlipVQA(str(networks / "blip"))
@@ -505,6 +535,8 @@ def test_templates_then_cache_then_an_error(tmp_path, monkeypatch):
     assert compbench.spatial_objects(parses[placed]) == ["dog", "wine glass"]
     assert parses[long] == CACHE["prompts"][long] and source == f"templates 2, {path} (spaCy test) 1"
     assert compbench.without_adjectives(parses[long]) == "The book is next to the kite ."
+    with pytest.raises(ValueError, match="en_core_web_sm"):  # a template knows no parts of speech
+        compbench.parse_prompts([simple], str(path), in_full=(simple,))
     for hard in ("a dog and a cat and a bird", "a cup of tea and a spoon", "the dog", "a red apple on a table"):
         with pytest.raises(ValueError, match="en_core_web_sm"):
             compbench.parse_prompts([simple, hard])
@@ -735,6 +767,19 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     assert again["summary"] == summary and "overall" in capsys.readouterr().out
 
 
+def interrupted(detect, seen, calls):
+    """A detector that notes what it has seen, and is stopped after so many calls."""
+    left = iter(range(calls))
+
+    def call(self, images):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        seen.extend(images)
+        return detect(self, images)
+
+    return call
+
+
 def test_geneval_goes_on_where_it_was(geneval_run, tmp_path, capsys, monkeypatch):
     """A lost picture and a broken one are made again, bit by bit; the others keep their files and scores."""
     folder, flags, draw = geneval_run
@@ -756,6 +801,15 @@ def test_geneval_goes_on_where_it_was(geneval_run, tmp_path, capsys, monkeypatch
     noise(1, 32, 32)[0].save(lost)  # another picture: its row, and only its, is made anew
     run(*flags, *draw, "--out", tmp_path / "run")
     assert len(seen) == 1
+    seen.clear()
+    shutil.copytree(geneval_run[1][3], tmp_path / "detector")  # other weights: all rows are made anew
+    monkeypatch.setattr(geneval.Mask2Former, "__call__", interrupted(detect, seen, 2))
+    other = [*flags, *draw, "--out", tmp_path / "run", "--detector", tmp_path / "detector", "--score_batch", 2]
+    with pytest.raises(KeyboardInterrupt):
+        run(*other)
+    monkeypatch.setattr(geneval.Mask2Former, "__call__", interrupted(detect, seen, 99))
+    run(*other)
+    assert len(seen) == 6  # of three batches two were scored before the interruption, one after it
     assert "--cfg 1.0 (now 3.0)" in refused(capsys, *flags, *draw, "--out", tmp_path / "run", "--cfg", 3)
     shutil.copy(M2F / "config.json", broken)
     line = refused(capsys, *flags, "--images", images, "--out", tmp_path / "other")
@@ -880,6 +934,12 @@ def test_bad_input_is_one_line(geneval_run, tmp_path, capsys):
     assert "color_val.txt" in refused(capsys, *names, tmp_path / "names.txt")
     (tmp_path / "color_val.txt").write_text("a snake_case dog")
     assert "line 1" in refused(capsys, *names, tmp_path / "color_val.txt")
+    (tmp_path / "complex_val.txt").write_text("The red book is next to the kite.")
+    assert "--complex_lists" in refused(capsys, *names, tmp_path / "complex_val.txt")
+    assert "en_core_web_sm" in refused(
+        capsys, *names, tmp_path / "complex_val.txt", "--complex_lists", *[tmp_path / "complex_val.txt"] * 2
+    )
+    assert not list((out / "images").glob("complex"))  # what cannot be scored is not drawn
     assert "results.json" in refused(capsys, "--compare", tmp_path / "names.txt", tmp_path / "names.txt")
     assert "give two" in refused(capsys, "--compare", tmp_path / "names.txt")
     assert "give the path" in refused(capsys, "--bench", "speed")
