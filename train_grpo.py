@@ -22,7 +22,6 @@ Departures from the paper, which leaves these open (equation 2, section 4.1):
 
 import functools
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 import engine as engines
+import eval as evaluation
 import gotr1
 import rewards
 import run_folder
@@ -152,39 +152,7 @@ def grpo_loss(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and pictures
-
-RELATION = re.compile(r"\b(left|right|above|below|top|bottom|under|over)\b")
-
-
-def evaluate(policy, score, prompts: list[str], config: Config, rank: int, world: int, label: str) -> list[dict]:
-    """One sample a prompt, as in training, with the same random numbers every time: prompt, chain, image, rewards."""
-    model, tokenizer = policy
-    rows, mine = [], list(range(rank, len(prompts), world))
-    for start in tqdm(range(0, len(mine), 128), desc=label, disable=rank > 0, leave=False):
-        indices = mine[start : start + 128]
-        batch = [prompts[i] for i in indices]
-        seed = (config.seed, 2**31)  # no training step has this number
-        sampled = gotr1.rollout(
-            model, tokenizer, batch, 1, config.cfg, config.temperature, seed, config.max_chain, indices=indices
-        )
-        images = gotr1.decode_images(model, sampled.image_tokens)
-        scores = score(batch, sampled.chains, images)
-        for values in zip(indices, batch, sampled.chains, images, scores, strict=True):
-            rows.append(dict(zip(("index", "prompt", "chain", "image", "scores"), values, strict=True)))
-    return sorted(runtime.gather_list(rows), key=lambda row: row["index"])
-
-
-def summarise(rows: list[dict]) -> dict[str, float]:
-    """Mean rewards, and how often plan and picture are wholly right where prompts name one place, or several."""
-    parts = ["total", *(part for part in rewards.PARTS if part in rows[0]["scores"]), "judge_fail"]
-    means = {part: float(np.mean([row["scores"][part] for row in rows])) for part in parts}
-    for kind, counts in (("spatial", (1,)), ("complex", (2, 3, 4))):
-        placed = [row["scores"] for row in rows if len(RELATION.findall(row["prompt"])) in counts]
-        for what, part in (("plan", "spa"), ("picture", "pi")):
-            if placed and part in parts:
-                means[f"{kind}: {what} right"] = float(np.mean([scores[part] > 0.999 for scores in placed]))
-    return means
+# Looking at it
 
 
 def found_boxes(judge, rows: list[dict]) -> list[list]:
@@ -337,14 +305,16 @@ def main(argv: list[str] | None = None) -> None:
     def look(label, step, count):
         """The first `count` held-out prompts, their mean rewards, and a sheet of the first 12 with the boxes found."""
         with engine.gathered() as model:
-            rows = evaluate((model, engine.tokenizer), score, held_out[:count], config, rank, world, label)
+            how = (config.seed, config.cfg, config.temperature, config.max_chain, rank, world, label)
+            rows = evaluation.evaluate((model, engine.tokenizer), score, held_out[:count], *how)
         if rank == 0:
             for row, found in zip(rows[:12], found_boxes(judge, rows[:12]), strict=True):
                 row["note"] = "  ".join(f"{part} {row['scores'][part]:.2f}" for part in (*config.rewards, "total"))
                 row["found"] = found
             gotr1.draw_sheet(rows[:12], folder / f"samples_{label}.png", side=160)
             if count == len(held_out):
-                run_folder.write_whole(folder / f"eval_{label}.json", json.dumps({"step": step, **summarise(rows)}))
+                means = json.dumps({"step": step, **evaluation.summarise(rows)}, indent=2)
+                run_folder.write_whole(folder / f"eval_{label}.json", means)
 
     if start == 0:
         look("before", 0, len(held_out))
