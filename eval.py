@@ -34,6 +34,7 @@ import geneval
 import gotr1
 import report
 import rewards
+import run_folder
 import runtime
 import toy
 from render_boxes import Box
@@ -200,7 +201,7 @@ def generate(settings: Settings, pictures: list[Picture], folder: Path, rank: in
     """Draws every picture that is not there, or is there and cannot be read. A picture has its name only when it is
     whole."""
     wanted = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Generation)}
-    runtime.open_run(str(folder), Generation(**wanted), rank)
+    run_folder.open_run(str(folder), Generation(**wanted))
     for picture in pictures[rank::world]:
         picture.path.parent.mkdir(parents=True, exist_ok=True)
         (picture.path.parent.parent / "chains").mkdir(exist_ok=True)

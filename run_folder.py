@@ -32,7 +32,6 @@ def open_run(out: str, config) -> Path:
             write_whole(folder / "config.json", json.dumps(wanted, indent=2))
     except (OSError, ValueError) as problem:
         fail(f"cannot use {folder} as output folder: {problem}")
-    sys.excepthook = functools.partial(_last_words, folder)
     if dist.is_initialized():
         dist.barrier()  # nobody reads what rank 0 is still writing; if it failed, torchrun ends the others
     return folder
@@ -73,6 +72,7 @@ class Log:
 
     def __init__(self, folder: Path, start: int = 0, wandb: str = ""):
         self.folder, self.wandb = folder, None
+        sys.excepthook = functools.partial(_last_words, folder)
         if rank() > 0:
             return
         write_whole(folder / "log.jsonl", "".join(map(self.line, read_log(folder, before=start))))

@@ -62,6 +62,7 @@ def test_weights_and_biases_is_imported_only_when_asked_for_and_resumed_by_id(tm
 def test_whatever_ends_a_run_its_last_line_says_what_is_left(tmp_path, capsys, saved):
     hook = sys.excepthook
     folder = run_folder.open_run(str(tmp_path / "run"), Config())
+    run_folder.Log(folder)
     if saved:
         run_folder.write_whole(folder / "latest", "step_000007")
     try:
