@@ -33,6 +33,18 @@ import rewards
 import runtime
 import toy
 from checkpoints import convert_deepseek, load_policy  # noqa: F401 - part of this module's interface
+from decode import (  # noqa: F401 - likewise
+    decoder_for,
+    draw_code,
+    gather_logps,
+    guide,
+    image_step,
+    prefill,
+    run_layers,
+    sample_token,
+    text_step,
+    uniforms,
+)
 from render_boxes import chain_problems, draw_boxes, parse_chain
 
 INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
@@ -136,97 +148,10 @@ class Rollout:
         return replace(self, chains=chains, prompt_ids=[self.prompt_ids[r] for r in rows], **values)
 
 
-class KVBuffer:
-    """Keys and values of all layers in one tensor of fixed size, (2, layers, rows, heads, width, head_dim), written in
-    place.
-
-    A cache that grows by concatenation copies itself once a token. Only `[:rows]` and the columns written so far are
-    read."""
-
-    def __init__(self, model, rows: int, width: int):
-        config = model.config.text_config
-        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, width, config.head_dim)
-        self.data = torch.zeros(shape, device=model.device, dtype=model.dtype)  # masked columns must not hold NaN
-        self.rows, self.start = slice(None), 0
-
-    def update(self, keys, values, layer: int, *_, **__):
-        """What an attention layer calls: store (rows, heads, n, head_dim) from column `start` on, return all columns up
-        to there."""
-        stop = self.start + keys.shape[2]
-        data = self.data[:, layer, self.rows, :, :stop]
-        data[0, :, :, self.start :] = keys
-        data[1, :, :, self.start :] = values
-        return data[0], data[1]
-
-
-def run_layers(model, embeds, positions, visible, cache: KVBuffer, start: int, rows: slice):
-    """The language model on n new columns: embeds (R, n, D), positions (R, n), visible (R, start + n) bool -> hidden
-    (R, n, D)."""
-    lm, (_, n, _) = model.model.language_model, embeds.shape
-    cache.start, cache.rows = start, rows
-    mask = visible[:, None, None, :].expand(-1, 1, n, -1)
-    if n > 1:  # a column sees itself and what stands left of it; itself also when it is padding (no row of -inf)
-        own = torch.ones(n, start + n, dtype=torch.bool, device=embeds.device)
-        mask = (mask & own.tril(start)) | (own.tril(start) & own.triu(start))
-    rope = lm.rotary_emb(embeds, position_ids=positions)
-    for layer in lm.layers:
-        embeds = layer(embeds, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
-    return lm.norm(embeds)
-
-
-def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
-    """(B*G, length) float32 in [0, 1): one number for every token that may be sampled, fixed by (seed, prompt index,
-    sample).
-
-    The samples of a prompt are therefore the same in any batch, on any number of ranks and after a resume. `seed` is an
-    int or a tuple of ints, for instance (run, step)."""
-    seed = seed if isinstance(seed, tuple) else (seed,)
-    keys = [[*seed, index, g] for index in indices for g in range(group)]
-    return torch.from_numpy(np.stack([np.random.default_rng(key).random(length, np.float32) for key in keys]))
-
-
-def sample_token(logits, u, temperature: float):
-    """Inverse-CDF sampling: logits (N, V), u (N,) -> token (N,), its logp (N,), entropy (N,), all at this temperature,
-    in float32.
-
-    Temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
-    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    probs = logps.exp()
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cdf = probs.cumsum(-1)
-        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-        token = torch.minimum(token, (cdf < cdf[:, -1:]).sum(-1))  # rounding must not step past the last possible token
-    entropy = -(probs * logps.clamp(min=-1e4)).sum(-1)
-    return token, logps.gather(-1, token[:, None]).squeeze(-1), entropy
-
-
-def guide(hidden_logits, cfg: float):
-    """(2N, K) logits, conditional half first -> (conditional, guided), both (N, K). With N rows (no guidance) they are
-    the same."""
-    if cfg == 1.0:
-        return hidden_logits, hidden_logits
-    cond, uncond = hidden_logits.chunk(2)
-    return cond, uncond + cfg * (cond - uncond)
-
-
 def right_pad(rows: list[list[int]], pad: int, device) -> torch.Tensor:
     """R lists of ids -> (R, longest) int64."""
     width = max(map(len, rows))
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-
-
-def prefill(model, embed, rows: list[list[int]], pad: int):
-    """R lists of ids, aligned on the right -> hidden state of the last token (R, D), their KVBuffer, visible columns
-    (R, P) bool."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    lens = torch.tensor([len(row) for row in rows], device=model.device)
-    visible = torch.arange(width, device=model.device) >= width - lens[:, None]
-    cache = KVBuffer(model, len(rows), width)
-    positions = (visible.cumsum(-1) - 1).clamp(min=0)
-    return run_layers(model, embed(ids), positions, visible, cache, 0, slice(None))[:, -1], cache, visible
 
 
 @torch.no_grad()
@@ -253,10 +178,9 @@ def rollout(
     recorded: "cond" (the conditional one) or "guided" (the one it was sampled from). `draw=False` stops after the
     chains (then I is 0). `progress(1)` is called after each token, at most `max_chain` + 1 + I times. Raises ValueError
     when the sequence would not fit the model's context."""
-    device, n = model.device, len(prompts) * group
+    device, n = model.get_input_embeddings().weight.device, len(prompts) * group
     images, limit = image_token_count(model), model.config.text_config.max_position_embeddings
     bos, pad, boi = special_ids(tokenizer)
-    embed = model.get_input_embeddings()
     given = None if chains is None else [encode_chain(tokenizer, chain) for chain in chains]
     max_chain = max_chain if given is None else 0
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -268,84 +192,61 @@ def rollout(
             f"shorten the prompt or lower max_chain ({max_chain})"
         )
     u = uniforms(seed, indices or range(len(prompts)), group, images + max_chain).to(device)
+    s = decoder_for(model, n, longest, cfg, temperature, logp_mode, (pad, boi))
 
     # Prompt (and given chain): once a prompt, then its keys and values are copied to its G samples
-    hidden, prefix, seen = prefill(model, embed, prefixes, pad)
-    width = seen.shape[1]  # columns in use
-    cache = KVBuffer(model, n if cfg == 1.0 else 2 * n, longest)
-    cache.data[:, :, :n, :, :width] = prefix.data.repeat_interleave(group, dim=2)
-    visible = F.pad(seen.repeat_interleave(group, 0), (0, longest - width))  # (N, longest): what a row may look at
-    hidden, lens = hidden.repeat_interleave(group, 0), visible.sum(-1)  # (N, D) of the last token; (N,) tokens so far
+    hidden, cache, seen = prefill(model, prefixes, pad)
+    width = seen.shape[1]
+    s.start(u, images, width)
+    s.load(0, torch.arange(n, device=device) // group, hidden, cache, seen)
 
-    # Chain: all rows in step. A finished row waits: it is fed pads that it never sees, and keeps its last hidden state
-    tokens, logps, entropies, sampled = [], [], [], []
-    done = torch.full((n,), given is not None, device=device)
-    forced = torch.zeros_like(done)
-    for t in range(max_chain + 1):
-        if (device.type == "cpu" or t % 16 == 0) and bool(done.all()):  # the question makes a GPU wait: ask seldom
+    # Chain: all rows in step, until the last one has ended
+    for t in range(max_chain + 1 if given is None else 0):
+        if t % s.patience == 0 and bool(s.done.all()):  # the question makes a GPU wait: it is asked seldom
             break
-        if t < max_chain:
-            token, logp, entropy = sample_token(model.lm_head(hidden), u[:, images + t], temperature)
-        else:  # the cap: a chain that has not ended is ended for it, and not trained on that token
-            forced, token = ~done, torch.full_like(lens, boi)
-        token = torch.where(done, pad, token)
-        tokens, logps, entropies = [*tokens, token], [*logps, logp], [*entropies, entropy]
-        sampled.append(~(done | forced))
-        visible[:, width] = ~done
-        new = embed(token)[:, None]  # (N, 1, D)
-        new = run_layers(model, new, lens[:, None], visible[:, : width + 1], cache, width, slice(0, n))
-        hidden = torch.where(done[:, None], hidden, new[:, -1])
-        width, lens, done = width + 1, lens + ~done, done | (token == boi)
+        s.step(text_step, model)
         if progress:
             progress(1)
 
     if given is None:
-        chain_ids = torch.stack(tokens, dim=1)
-        chain_lens = torch.stack(sampled, dim=1).sum(-1) + forced
+        chain_lens = s.sampled[:, images:].sum(-1) + s.forced
+        chain_ids = s.token[:, images : images + int(chain_lens.max())].clone()
+        s.rewind(width + chain_ids.shape[1])  # columns that were filled after the last chain had ended
     else:
         chain_lens = torch.tensor([len(chain) for chain in given], device=device).repeat_interleave(group)
         chain_ids = right_pad(given, pad, device).repeat_interleave(group, 0)
-        sampled = [torch.zeros_like(done)] * chain_ids.shape[1]
-        logps = entropies = [torch.zeros(n, device=device)] * chain_ids.shape[1]
 
     # Unconditional rows: bos, pads, <begin_of_image>, each as long as its sample; equal lengths are computed once
     if cfg != 1.0 and draw:
-        sizes, which = lens.unique(return_inverse=True)
+        sizes, which = s.position[:n].unique(return_inverse=True)
         rows = [[bos] + [pad] * (size - 2) + [boi] for size in sizes.tolist()]
-        blank, prefix, seen = prefill(model, embed, rows, pad)
-        left = width - seen.shape[1]
-        cache.data[:, :, n:, :, left:width] = prefix.data[:, :, which]
-        visible = torch.cat([visible, F.pad(seen[which], (left, longest - width))])
-        hidden, lens = torch.cat([hidden, blank[which]]), torch.cat([lens, lens])
+        s.load(n, which, *prefill(model, rows, pad))
 
-    # Image
-    codes = []
+    # Image: the last token is sampled but no longer fed
+    s.place.zero_()
     for i in range(images if draw else 0):
-        cond, guided = guide(model.model.generation_head(hidden).float(), cfg)
-        code, logp, entropy = sample_token(guided, u[:, i], temperature)
-        if logp_mode == "cond" and cfg != 1.0:
-            logp = gather_logps(cond, code, temperature)
-        codes, logps, entropies = [*codes, code], [*logps, logp], [*entropies, entropy]
         if i + 1 < images:
-            new = model.prepare_embeddings_for_image_generation(code.repeat(len(lens) // n)[:, None])
-            visible[:, width] = True
-            hidden = run_layers(model, new, lens[:, None], visible[:, : width + 1], cache, width, slice(None))[:, -1]
-            width, lens = width + 1, lens + 1
+            s.step(image_step, model)
+        else:
+            draw_code(model, s)
         if progress:
             progress(1)
 
-    mask = torch.stack(sampled + [torch.ones_like(done)] * len(codes), dim=1).float()
+    def recorded(values):  # (N, places) -> (N, S), text first; copied, since the next rollout writes there again
+        return torch.cat([values[:, images:][:, : chain_ids.shape[1]], values[:, : images * draw]], dim=1)
+
+    mask = recorded(s.sampled).float()
     texts = [ids[: size - 1] for ids, size in zip(chain_ids.tolist(), chain_lens.tolist(), strict=True)]
     return Rollout(
         chains=[tokenizer.decode(ids) for ids in texts],
         prompt_ids=[ids for ids in prompt_ids for _ in range(group)],
         chain_ids=chain_ids,
         chain_lens=chain_lens,
-        image_tokens=torch.stack(codes, dim=1) if codes else chain_ids[:, :0],
+        image_tokens=s.token[:, : images * draw].clone(),
         mask=mask,
-        logp=torch.stack(logps, dim=1) * mask,
-        entropy=torch.stack(entropies, dim=1) * mask,
-        forced=forced,
+        logp=recorded(s.logp) * mask,
+        entropy=recorded(s.entropy) * mask,
+        forced=s.forced.clone(),
         pad_id=pad,
         cfg=cfg,
         temperature=temperature,
@@ -355,12 +256,6 @@ def rollout(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring: the log-probability of what was sampled, in one pass with gradients
-
-
-def gather_logps(logits, tokens, temperature: float = 1.0):
-    """logits (..., V), tokens (...) -> log-probability of each token (...), float32. Temperature 0 counts as 1."""
-    logits = logits.float() / (temperature or 1.0)
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def chunked_logps(head, tokens, temperature: float, chunk: int = 1024):
@@ -460,15 +355,16 @@ def encode_images(model, images) -> torch.Tensor:
     weight = vq.quant_conv.weight
     latent = F.normalize(vq.quant_conv(vq.encoder(images.to(weight.device, weight.dtype))), dim=1)  # (N, 8, h, w)
     codes = F.normalize(vq.quantize.embedding.weight, dim=-1)  # (K, 8)
-    return (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1)
+    tokens = (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1)
+    return tokens.to(model.get_input_embeddings().weight.device)
 
 
 @torch.no_grad()
 def decode_images(model, image_tokens, batch_size: int = 32) -> list[Image.Image]:
     """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in the official
     code."""
-    pictures = []
-    for part in image_tokens.split(batch_size):
+    pictures, device = [], model.model.vqmodel.quantize.embedding.weight.device  # not always the language model's
+    for part in image_tokens.to(device).split(batch_size):
         pixels = model.decode_image_tokens(part).float()  # (n, H, W, 3) in [-1, 1]
         pixels = ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
         pictures += [Image.fromarray(array) for array in pixels]
