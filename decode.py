@@ -4,11 +4,11 @@ A token needs all weights once, so a step's floor is (bytes of weights + bytes o
 about 1.5 ms for 32 rows of Janus-Pro-1B on an H200. Ordinary PyTorch takes 15 to 30 ms, since a step is a thousand tiny
 kernels that Python starts one by one. What is done about it:
 
-1. Static buffers. Keys, values, positions, masks, random numbers, results: all stay in place for the whole rollout.
-2. No host value that changes from step to step. The column to write and the random number to use are tensors on the
-   device. The only thing Python knows is the bucket: how many columns of the cache are read, rounded up.
-3. On GPUs a step is recorded once a bucket as a CUDA graph and then replayed, one launch a token. Elsewhere the same
-   functions run as they are: there is one code path, so both give the same tokens.
+1. Static buffers: keys, values, positions, masks, random numbers and results stay in place for the whole rollout.
+2. No host value that changes: also the column to write is a tensor on the device. All that Python knows is the bucket,
+   how many columns of the cache are read, rounded up.
+3. On GPUs a step is recorded as a CUDA graph, once a bucket, and replayed, one launch a token. Elsewhere the same
+   functions run as they are.
 4. Fewer kernels: a fused RMSNorm, and rotary embedding on queries and keys together: about 23 a layer instead of 41.
 
 Letters as in gotr1.py. R rows are the N samples, or 2N with guidance; W is the bucket; C the columns of the cache:
@@ -42,9 +42,7 @@ def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
 
 def sample_token(logits, u, temperature: float):
     """Inverse-CDF sampling: logits (N, V), u (N,) -> token (N,), its logp (N,), entropy (N,), all at this temperature,
-    in float32.
-
-    Temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
+    in float32. Temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
     logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     probs = logps.exp()
     if temperature == 0:
@@ -90,10 +88,9 @@ def run_layers(model, embeds, positions, mask, cache, columns, width: int):
     This is transformers' LlamaDecoderLayer, rounding included, but not called as a module: hooks (FSDP's, gradient
     checkpointing's) stay out. Linear layers are called, so adapters on them (LoRA) take part."""
     lm, (rows, n, _) = model.model.language_model, embeds.shape
-    cos, sin = lm.rotary_emb(embeds, position_ids=positions)  # (R, n, head_dim)
+    cos, sin = (part[:, :, None] for part in lm.rotary_emb(embeds, position_ids=positions))  # (R, n, 1, head_dim)
     half = cos.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # rotate_half(x) * sin is roll(x) * this
-    cos, sin = cos[:, :, None], sin[:, :, None]
     for layer, (keys, values) in zip(lm.layers, cache.unbind(1), strict=True):
         attention = layer.self_attn
         x = rms_norm(layer.input_layernorm, embeds)
@@ -103,14 +100,9 @@ def run_layers(model, embeds, positions, mask, cache, columns, width: int):
         q, k = qk.split([qk.shape[1] - keys.shape[1], keys.shape[1]], dim=1)
         keys.index_copy_(2, columns, k)
         values.index_copy_(2, columns, v.view(rows, n, -1, 2 * half).transpose(1, 2))
-        x = F.scaled_dot_product_attention(
-            q,
-            keys[:, :, :width],
-            values[:, :, :width],
-            attn_mask=mask,
-            scale=attention.scaling,
-            enable_gqa=q.shape[1] != keys.shape[1],
-        )
+        gqa = q.shape[1] != keys.shape[1]  # fewer heads of keys and values than of queries
+        k, v = keys[:, :, :width], values[:, :, :width]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=gqa)
         embeds = embeds + attention.o_proj(x.transpose(1, 2).reshape(rows, n, -1))
         embeds = embeds + layer.mlp(rms_norm(layer.post_attention_layernorm, embeds))
     return rms_norm(lm.norm, embeds)
@@ -118,14 +110,12 @@ def run_layers(model, embeds, positions, mask, cache, columns, width: int):
 
 def added_mask(visible, dtype):
     """bool -> 0 where visible, -inf elsewhere, made once a step: attention would convert a bool mask in every layer.
-
-    Not `torch.where` with two numbers, which copies them from the host and so cannot be captured."""
+    Not by `torch.where` with two numbers, which copies them from the host and so cannot be captured."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
 def new_cache(model, rows: int, columns: int):
-    """Room for keys and values of all layers, (2, layers, rows, heads, columns, head_dim). Zeros: masked columns are
-    multiplied by 0 and must not hold NaN."""
+    """Keys and values, (2, layers, rows, heads, columns, head_dim). Zeros: masked columns must not hold NaN."""
     config, weight = model.config.text_config, model.get_input_embeddings().weight
     shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, columns, config.head_dim)
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -137,9 +127,8 @@ def prefill(model, rows: list[list[int]], pad: int):
     embed, width = model.get_input_embeddings(), max(map(len, rows))
     device = embed.weight.device
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    lens = torch.tensor([len(row) for row in rows], device=device)
     columns = torch.arange(width, device=device)
-    seen = columns >= width - lens[:, None]
+    seen = columns >= width - torch.tensor([[len(row)] for row in rows], device=device)
     # a token sees what stands left of it, and itself: also when it is padding, or its row would be all -inf
     visible = (seen[:, None] & (columns <= columns[:, None])) | torch.eye(width, dtype=torch.bool, device=device)
     cache, embeds = new_cache(model, len(rows), width), embed(ids)
@@ -159,11 +148,11 @@ class Decoder:
         weight = model.get_input_embeddings().weight
         device, rows = weight.device, samples if cfg == 1.0 else 2 * samples
         self.cfg, self.temperature, self.logp_mode, (self.pad, self.boi) = cfg, temperature, logp_mode, ids
-        # device type -> what records a step; none: steps run as they are, then any bucket is free and small ones do
-        self.capture = CAPTURE.get(device.type)
-        self.bucket, self.patience = (128, 16) if self.capture else (1, 1)
+        self.capture = CAPTURE.get(device.type)  # records a step; None: steps run as they are, and any width is free
+        self.bucket, self.patience = (128, 16) if self.capture else (1, 1)  # patience: steps between looks at `done`
         self.capacity = -(-columns // self.bucket) * self.bucket  # so that prompts of other lengths often fit as well
         self.graphs, self.pool, self.used = {}, None, 0  # used: columns written so far; the host's copy of `column`
+        places = (samples, self.capacity)
 
         def buffer(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -174,11 +163,8 @@ class Decoder:
         self.position = buffer(rows)  # of the next token in its own sequence
         self.column, self.place, self.last = buffer(1), buffer(1), buffer(1)  # last: the place where chains must end
         self.done, self.forced = buffer(samples, dtype=torch.bool), buffer(samples, dtype=torch.bool)
-        self.u = buffer(samples, self.capacity, dtype=torch.float32)
-        self.token = buffer(samples, self.capacity)
-        self.sampled = buffer(samples, self.capacity, dtype=torch.bool)  # by the model: not padding, not forced
-        self.logp = buffer(samples, self.capacity, dtype=torch.float32)
-        self.entropy = buffer(samples, self.capacity, dtype=torch.float32)
+        self.token, self.sampled = buffer(*places), buffer(*places, dtype=torch.bool)  # sampled: not padding or forced
+        self.u, self.logp, self.entropy = (buffer(*places, dtype=torch.float32) for _ in range(3))
         self.buffers = [value for value in vars(self).values() if torch.is_tensor(value)]
 
     def start(self, u, images: int, columns: int) -> None:
@@ -226,8 +212,7 @@ def feed(model, s: Decoder, embeds, shown, width: int):
     n = len(embeds)
     s.visible[:n].index_copy_(1, s.column, shown[:, None])
     mask = added_mask(s.visible[:n, None, None, :width], s.hidden.dtype)
-    cache = s.cache[:, :, :n]
-    hidden = run_layers(model, embeds[:, None], s.position[:n, None], mask, cache, s.column, width)[:, -1]
+    hidden = run_layers(model, embeds[:, None], s.position[:n, None], mask, s.cache[:, :, :n], s.column, width)[:, -1]
     s.position[:n] += shown
     s.column += 1
     return hidden
@@ -270,9 +255,8 @@ def image_step(model, s: Decoder, width: int) -> None:
 
 def cuda_graph(step, decoder: Decoder):
     """Runs `step` once and returns a function that repeats it: the same kernels on the same addresses, in one launch.
-
-    The first run happens on a side stream, as the PyTorch documentation asks for: it loads kernels and sets libraries
-    up, which is not allowed during a capture. A capture itself computes nothing."""
+    The first run is on a side stream, as the PyTorch documentation asks for: it loads kernels and sets libraries up,
+    which is not allowed during a capture. A capture itself computes nothing."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -291,19 +275,17 @@ CAPTURE = {"cuda": cuda_graph}
 
 def fingerprint(model) -> tuple:
     """What a graph has baked in of a model: the addresses of its weights, and which adapters take part.
-
     Optimizers update weights in place, so the same graphs serve a whole training run."""
-    inner = model.model
-    parts = (inner.language_model, model.lm_head, inner.generation_embeddings, inner.generation_aligner)
-    modules = [module for part in (*parts, inner.generation_head) for module in part.modules()]
+    names = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
+    modules = [m for part in (model.lm_head, *(getattr(model.model, name) for name in names)) for m in part.modules()]
     tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     lora = [(tuple(m.active_adapters), m.disable_adapters, m.merged) for m in modules if hasattr(m, "merged_adapters")]
     return model.training, tuple(lora), tuple((t.device, t.dtype, t.data_ptr()) for t in tensors)
 
 
 def decoder_for(model, samples: int, columns: int, *settings) -> Decoder:
-    """A Decoder with empty buffers. One with graphs is kept for the next rollout that it fits: only the newest, and only
-    as long as the model lives. `KEPT.clear()` gives the memory back earlier."""
+    """A Decoder with empty buffers. One with graphs is kept for the next rollout that it fits: only the newest, and
+    only as long as the model lives. `KEPT.clear()` gives the memory back earlier."""
     key = (samples, *settings, fingerprint(model))
     kept = KEPT.pop(model, None)  # before a new one is made: there may not be room for both
     if kept is not None and kept.key == key and kept.capacity >= columns:
@@ -313,6 +295,6 @@ def decoder_for(model, samples: int, columns: int, *settings) -> Decoder:
         del kept
         kept = Decoder(model, samples, columns, *settings)
         kept.key = key
-    if kept.capture:
+    if kept.capture:  # elsewhere new buffers are as fast, and the memory is free meanwhile
         KEPT[model] = kept
     return kept

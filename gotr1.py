@@ -16,10 +16,14 @@ unconditional row keeps bos and <begin_of_image> and has the pad token everywher
 released checkpoints were trained that way. Guided logits are u + cfg * (c - u).
 
     python gotr1.py "a red ball left of a blue cube" --n 4          # draws with the toy model, on a laptop, in seconds
+    python gotr1.py --bench                     # how fast `rollout` is here, beside a straightforward loop
 """
 
+import json
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,23 +32,15 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import DynamicCache, JanusConfig, JanusForConditionalGeneration
+from transformers.initialization import no_init_weights
 
+import decode
 import rewards
 import runtime
 import toy
-from checkpoints import convert_deepseek, load_policy  # noqa: F401 - part of this module's interface
-from decode import (  # noqa: F401 - likewise
-    decoder_for,
-    draw_code,
-    gather_logps,
-    guide,
-    image_step,
-    prefill,
-    run_layers,
-    sample_token,
-    text_step,
-    uniforms,
-)
+from checkpoints import TOY, convert_deepseek, janus_pro_config, load_policy  # noqa: F401 - this module's interface
+from decode import gather_logps, guide, prefill, run_layers, sample_token, uniforms  # noqa: F401 - likewise
 from render_boxes import chain_problems, draw_boxes, parse_chain
 
 INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
@@ -179,32 +175,29 @@ def rollout(
     chains (then I is 0). `progress(1)` is called after each token, at most `max_chain` + 1 + I times. Raises ValueError
     when the sequence would not fit the model's context."""
     device, n = model.get_input_embeddings().weight.device, len(prompts) * group
-    images, limit = image_token_count(model), model.config.text_config.max_position_embeddings
-    bos, pad, boi = special_ids(tokenizer)
+    (bos, pad, boi), images = special_ids(tokenizer), image_token_count(model)
     given = None if chains is None else [encode_chain(tokenizer, chain) for chain in chains]
     max_chain = max_chain if given is None else 0
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prefixes = [p + c for p, c in zip(prompt_ids, given or [[]] * len(prompts), strict=True)]
     longest = max(map(len, prefixes)) + (max_chain + 1 if given is None else 0) + images
-    if longest > limit:
+    if longest > (limit := model.config.text_config.max_position_embeddings):
         raise ValueError(
             f"prompt, chain and image can take {longest} tokens but this model holds {limit}: "
             f"shorten the prompt or lower max_chain ({max_chain})"
         )
-    u = uniforms(seed, indices or range(len(prompts)), group, images + max_chain).to(device)
-    s = decoder_for(model, n, longest, cfg, temperature, logp_mode, (pad, boi))
+    s = decode.decoder_for(model, n, longest, cfg, temperature, logp_mode, (pad, boi))
 
     # Prompt (and given chain): once a prompt, then its keys and values are copied to its G samples
-    hidden, cache, seen = prefill(model, prefixes, pad)
-    width = seen.shape[1]
-    s.start(u, images, width)
-    s.load(0, torch.arange(n, device=device) // group, hidden, cache, seen)
+    width = max(map(len, prefixes))
+    s.start(uniforms(seed, indices or range(len(prompts)), group, images + max_chain), images, width)
+    s.load(0, torch.arange(n, device=device) // group, *prefill(model, prefixes, pad))
 
     # Chain: all rows in step, until the last one has ended
     for t in range(max_chain + 1 if given is None else 0):
         if t % s.patience == 0 and bool(s.done.all()):  # the question makes a GPU wait: it is asked seldom
             break
-        s.step(text_step, model)
+        s.step(decode.text_step, model)
         if progress:
             progress(1)
 
@@ -226,9 +219,9 @@ def rollout(
     s.place.zero_()
     for i in range(images if draw else 0):
         if i + 1 < images:
-            s.step(image_step, model)
+            s.step(decode.image_step, model)
         else:
-            draw_code(model, s)
+            decode.draw_code(model, s)
         if progress:
             progress(1)
 
@@ -355,8 +348,7 @@ def encode_images(model, images) -> torch.Tensor:
     weight = vq.quant_conv.weight
     latent = F.normalize(vq.quant_conv(vq.encoder(images.to(weight.device, weight.dtype))), dim=1)  # (N, 8, h, w)
     codes = F.normalize(vq.quantize.embedding.weight, dim=-1)  # (K, 8)
-    tokens = (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1)
-    return tokens.to(model.get_input_embeddings().weight.device)
+    return (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1).to(model.get_input_embeddings().weight.device)
 
 
 @torch.no_grad()
@@ -393,6 +385,116 @@ def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How fast the rollout is: beside a straightforward loop on the same weights, and above the floor of the memory
+
+
+@torch.no_grad()
+def plain_rollout(model, tokenizer, prompt: str, cfg: float, u, max_chain: int):
+    """The official recipe written plainly: N chains one after the other on a growing cache, each asked after every
+    token whether it has ended; then the whole prefix again, for all chains and their unconditional rows together.
+
+    u (N, I + max_chain) -> `chain_ids` (N, T), equally long ones, and `image_tokens` (N, I): those of `rollout`."""
+    lm, embed, images = model.model.language_model, model.get_input_embeddings(), image_token_count(model)
+    (bos, pad, boi), prompt_ids, chains = special_ids(tokenizer), encode_prompt(tokenizer, prompt), []
+    for numbers in u:
+        cache, new, chain = DynamicCache(config=lm.config), prompt_ids, []
+        while len(chain) < max_chain and boi not in chain:
+            new = embed(torch.tensor([new], device=u.device))
+            hidden = lm(inputs_embeds=new, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            chain.append(sample_token(model.lm_head(hidden), numbers[None, images + len(chain)], 1.0)[0].item())
+            new = chain[-1:]
+        chains.append(chain if boi in chain else [*chain, boi])
+    rows = [prompt_ids + chain for chain in chains]
+    if cfg != 1.0:
+        rows += [[bos] + [pad] * (len(row) - 2) + [boi] for row in rows]
+    cache, codes, new = DynamicCache(config=lm.config), [], embed(torch.tensor(rows, device=u.device))
+    for i in range(images):
+        hidden = lm(inputs_embeds=new, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        guided = guide(model.model.generation_head(hidden).float(), cfg)[1]
+        codes.append(sample_token(guided, u[:, i], 1.0)[0])
+        new = model.prepare_embeddings_for_image_generation(codes[-1].repeat(len(rows) // len(u))[:, None])
+    return {"chain_ids": torch.tensor(chains), "image_tokens": torch.stack(codes, dim=1).cpu()}
+
+
+def random_policy(size: str, device):
+    """(model, the toy's tokenizer) with random weights: Janus-Pro's "1b" or "7b", or "small", 8 layers of width 512
+    and about the 1B's proportions. bfloat16 on GPUs, float32 elsewhere."""
+    parts = json.loads((TOY / "config.json").read_text())
+    parts["text_config"] |= {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "head_dim": 64}
+    parts["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192}
+    parts["vision_config"] |= {"image_size": 48, "projection_dim": 512}  # 12 x 12 image tokens
+    parts["vq_config"] |= {"num_embeddings": 1024, "projection_dim": 512, "image_token_embed_dim": 512}
+    config = JanusConfig(**parts) if size == "small" else janus_pro_config(size)
+    with device, no_init_weights():
+        model = JanusForConditionalGeneration(config).eval()  # its buffers (rotary frequencies) stay float32
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02 + ("norm" in name)
+    return model, load_policy("toy")[1]
+
+
+def rollout_floor(model, n: int, cfg: float, prompt: int, chain: int, bandwidth: float) -> float:
+    """Seconds that a rollout takes at least: every step reads the weights that it uses, and the keys and values of what
+    its rows have seen so far. Prints the arithmetic. `prompt` and `chain` are counts of tokens."""
+    inner, lm, config = model.model, model.model.language_model, model.config.text_config
+    images, both, seconds = image_token_count(model), n if cfg == 1.0 else 2 * n, 0.0
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers a token
+    kept *= model.lm_head.weight.element_size()  # bytes
+    for name, steps, rows, tokens, *heads in (
+        ("chain", chain, n, prompt + chain / 2, model.lm_head),
+        ("image", images, both, prompt + chain + images / 2, inner.generation_head, inner.generation_aligner),
+    ):
+        weights = sum(p.numel() * p.element_size() for part in (lm.layers, lm.norm, *heads) for p in part.parameters())
+        total = steps * (weights + rows * tokens * kept)
+        seconds += total / bandwidth
+        sizes = f"{weights / 1e9:.2f} GB of weights + {rows} rows x {tokens:.0f} tokens x {kept / 1e3:.0f} kB"
+        print(f"  {name} {steps} x ({sizes}) = {total / 1e12:.2f} TB: {total / bandwidth:.2f} s")
+    return seconds
+
+
+def bench(size: str, n: int, cfg: float, chain: int, repeats: int, device) -> dict[str, float]:
+    """Times both loops on one prompt and prints what was measured. Chains of random weights end anywhere, so
+    <begin_of_image> is taken out of the logits: for both, all chains have `chain` tokens and are then ended."""
+    gpu = device.type == "cuda"
+    size = size or ("1b" if gpu else "small")
+    chain = chain or (62 if size == "small" else 250)
+    model, tokenizer = random_policy(size, device)
+    boi, prompt = torch.tensor(special_ids(tokenizer)[2:], device=device), "a red ball left of a blue cube " * 6
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, boi, -torch.inf))
+    images, given, config = image_token_count(model), len(encode_prompt(tokenizer, prompt)), model.config.text_config
+    u = uniforms(0, [0], n, images + chain).to(device)
+
+    def timed(run):  # all that is timed ends with a copy to the host, so that a GPU has finished
+        start, result = time.perf_counter(), run()
+        return time.perf_counter() - start, result
+
+    print(f"{size}: {config.num_hidden_layers} layers of width {config.hidden_size}, random weights, on", end=" ")
+    print(torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads")
+    print(f"{n} samples of a prompt of {given} tokens, each {chain} + 1 chain and {images} image tokens, cfg {cfg}")
+    loops = {
+        "straightforward": lambda: plain_rollout(model, tokenizer, prompt, cfg, u, chain),
+        "rollout": lambda: vars(rollout(model, tokenizer, [prompt], n, cfg, max_chain=chain)),
+    }
+    first, medians, result = timed(loops["rollout"])[0], {}, {}
+    for name, loop in loops.items():
+        count = 1 if gpu and name == "straightforward" else repeats  # it takes minutes for the real sizes
+        seconds, results = zip(*[timed(loop) for _ in range(count)], strict=True)
+        medians[name], result[name] = float(np.median(seconds)), results[-1]
+        print(f"{name:16}{medians[name]:8.2f} s, {n / medians[name]:.2f} samples a second, median of {count}")
+    old, new = (torch.cat([part["chain_ids"], part["image_tokens"]], dim=1).cpu() for part in result.values())
+    same, ratio = int((old == new).all(1).sum()), medians["straightforward"] / medians["rollout"]
+    print(f"ratio {ratio:.1f}; {same} of {n} samples have the same tokens; first rollout (graphs) {first:.2f} s")
+    if gpu:
+        source, target = torch.zeros(2, 2**32, dtype=torch.uint8, device=device)
+        bandwidth = 10 * 2 * 2**32 / timed(lambda: [target.copy_(source) for _ in range(10)][-1][0].item())[0]
+        print(f"floor at {bandwidth / 1e12:.2f} TB/s, measured by copying 4 GiB 10 times, read and written:")
+        floor = medians["floor"] = rollout_floor(model, n, cfg, given, chain, bandwidth)
+        print(f"  {floor:.2f} s in all: {floor / medians['rollout']:.0%} of what the rollout takes")
+    return medians | {"same": same}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Draw prompts from the command line
 
 
@@ -408,7 +510,7 @@ def best_plans(model, tokenizer, judge, prompts: list[str], plans: int, **sampli
 
 @dataclass
 class Args:
-    prompt: tyro.conf.Positional[str]  # what to draw, or a text file (.txt) with one prompt a line
+    prompt: tyro.conf.Positional[str] = ""  # what to draw, or a text file (.txt) with one prompt a line
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     n: int = 4  # pictures a prompt
     cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
@@ -420,16 +522,24 @@ class Args:
     judge: str = ""  # scores plans and pictures: `toy`, or a folder or hub id of a vision-language judge
     batch_size: int = 64  # sequences at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
+    bench: bool = False  # draw nothing: time the rollout of a model with random weights
+    bench_size: Literal["", "small", "1b", "7b"] = ""  # of that model; empty: 1b on a GPU, small elsewhere
+    bench_samples: int = 16  # of one prompt
+    bench_cfg: float = 5.0  # its guidance
+    bench_chain: int = 0  # its chain tokens; 0: 250, for small 62
+    bench_repeats: int = 3  # rollouts timed after a first one; the straightforward loop runs as often, on GPUs once
 
 
 def main(argv: list[str] | None = None) -> None:
     args = runtime.parse_args(Args, __doc__, argv)
     device = runtime.start_processes()[2]
-    for name in ("n", "max_chain", "plans", "batch_size"):
-        if getattr(args, name) < 1:
-            runtime.fail(f"--{name} is {getattr(args, name)}: expected 1 or more")
-    if not (args.cfg >= 0 and args.temperature >= 0 and args.seed >= 0):
-        runtime.fail("--cfg, --temperature and --seed: expected 0 or more")
+    least = dict.fromkeys(("n", "max_chain", "plans", "batch_size", "bench_samples", "bench_repeats"), 1)
+    for name, value in (least | dict.fromkeys(("cfg", "temperature", "seed", "bench_cfg", "bench_chain"), 0)).items():
+        if not getattr(args, name) >= value:
+            runtime.fail(f"--{name} is {getattr(args, name)}: expected {value} or more")
+    if args.bench:
+        bench(args.bench_size, args.bench_samples, args.bench_cfg, args.bench_chain, args.bench_repeats, device)
+        return
     if args.plans > 1 and (args.chain or not args.judge):
         runtime.fail("--plans needs a --judge that chooses among them, and no --chain")
     out = Path(args.out)
@@ -438,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = [line.strip() for line in lines if line.strip() for _ in range(args.n)]
         chain = Path(args.chain).read_text().strip().removesuffix("<begin_of_image>") if args.chain else None
         if not prompts:
-            raise ValueError("there is nothing to draw: the prompt is empty")
+            raise ValueError("there is nothing to draw: the prompt is empty (give one, or --bench)")
         if chain is not None and (problems := chain_problems(chain)):
             raise ValueError(f"{args.chain}: {'; '.join(problems)}")
         model, tokenizer = load_policy(args.model, device)

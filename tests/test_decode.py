@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import JanusForConditionalGeneration
 
 import decode
 import gotr1
+from checkpoints import janus_pro_config
 
 PROMPTS = ["a red ball left of a blue cube", "a green cone", "a cyan cube above a purple cone and left of a red ball"]
 FIELDS = ("chain_ids", "chain_lens", "image_tokens", "mask", "logp", "entropy", "forced")
@@ -117,7 +119,7 @@ def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch
 
 
 def test_new_weights_are_recorded_anew(policy, tapes, monkeypatch):
-    """Weights at other addresses (as after `.to`, or a new load), other settings, more room: the old graphs are void."""
+    """Weights at other addresses (as after `.to`, or a load), other settings, more room: the old graphs are void."""
     policy = copy.deepcopy(policy[0]), policy[1]
     gotr1.rollout(*policy, PROMPTS[:1], 2, max_chain=40)
     old = decode.KEPT[policy[0]]
@@ -216,3 +218,41 @@ def test_unused_parts_may_live_elsewhere(policy):
     assert_same(sampled, want)
     images = gotr1.decode_images(model, sampled.image_tokens)
     assert gotr1.encode_images(model, images).shape == sampled.image_tokens.shape
+
+
+@pytest.mark.parametrize("cfg, max_chain", [(3.0, 80), (1.0, 20)])
+def test_the_straightforward_loop_gives_the_same_tokens(policy, cfg, max_chain):
+    """Both sides of the benchmark draw the same samples from the same random numbers."""
+    sampled = gotr1.rollout(*policy, PROMPTS[:1], 3, cfg=cfg, max_chain=max_chain, seed=4)
+    images = sampled.image_tokens.shape[1]
+    u = gotr1.uniforms(4, [0], 3, images + max_chain)
+    for k in range(3):
+        plain = gotr1.plain_rollout(*policy, PROMPTS[0], cfg, u[k : k + 1], max_chain)
+        assert plain["chain_ids"].tolist() == [sampled.chain_ids[k, : sampled.chain_lens[k]].tolist()]
+        assert torch.equal(plain["image_tokens"][0], sampled.image_tokens[k])
+
+
+def test_bench_measures_both_loops_on_chains_of_the_length_asked_for(monkeypatch, capsys, policy):
+    monkeypatch.setattr(gotr1, "random_policy", lambda size, device: (copy.deepcopy(policy[0]), policy[1]))
+    flags = ["--bench_samples", "2", "--bench_chain", "9", "--bench_repeats", "2", "--bench_cfg", "2"]
+    gotr1.main(["--bench", *flags])
+    printed = capsys.readouterr().out
+    assert "each 9 + 1 chain and 64 image tokens, cfg 2.0" in printed and "median of 2" in printed
+    assert "2 of 2 samples have the same tokens" in printed and "straightforward" in printed
+
+
+def test_small_random_policy_is_the_one_promised():
+    model, tokenizer = gotr1.random_policy("small", torch.device("cpu"))
+    config = model.config.text_config
+    assert (config.num_hidden_layers, config.hidden_size, gotr1.image_token_count(model)) == (8, 512, 144)
+    sampled = gotr1.rollout(model, tokenizer, ["a"], 1, cfg=2.0, max_chain=2)
+    assert torch.isfinite(sampled.logp).all() and sampled.entropy[0, 0] > 3, "a random model is unsure"
+
+
+def test_floor_of_the_published_sizes(capsys):
+    """16 samples, prompt 60, chain 250, guidance: the arithmetic by hand, at 4.3 TB/s, is 1.05 s and 3.75 s."""
+    for size, want, weights in (("1b", 1.05, "2.89 GB"), ("7b", 3.75, "12.98 GB")):
+        with torch.device("meta"):
+            model = JanusForConditionalGeneration(janus_pro_config(size)).to(torch.bfloat16)
+        assert gotr1.rollout_floor(model, 16, 5.0, 60, 250, 4.3e12) == pytest.approx(want, rel=0.02)
+        assert weights in capsys.readouterr().out
