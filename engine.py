@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import JanusForConditionalGeneration
 
 import checkpoints
+import decode
 import gotr1
 import run_folder
 import runtime
@@ -156,6 +157,8 @@ class Engine:
         finally:
             for module in shards:
                 module.reshard()
+            if shards:
+                decode.KEPT.pop(self.model, None)  # its graphs point at weights that are no longer there
 
     def score(self, batch, **settings):
         """`gotr1.token_logps` of the policy, with gradients unless they are switched off."""
@@ -305,8 +308,8 @@ def main(argv: list[str] | None = None) -> None:
     print("GiB on each GPU, bfloat16, 16 samples of 886 tokens at a time with guidance, update in micro-batches of 4")
     for k, (size, lora, gpus) in enumerate(rows):
         parts = memory(size, lora, gpus, samples=16, cfg=True, micro_batch=4, kl=True)
-        # the cache and the gathered weights of the rollout are gone when activations are needed
-        rollout, update = parts["gathered"] + parts["cache"], parts["activations"]
+        # what a rollout gathers and caches is gone when activations are needed; unsharded, decode.KEPT has the cache
+        rollout, update = parts["gathered"] + parts["cache"], parts["activations"] + (parts["cache"] if lora else 0)
         total = sum(parts.values()) - min(rollout, update)
         if k == 0:
             print(f"{'size':5}{'trained':9}{'GPUs':>4} " + "".join(f"{name:>13}" for name in parts) + f"{'most':>9}")

@@ -16,10 +16,14 @@ unconditional row keeps bos and <begin_of_image> and has the pad token everywher
 released checkpoints were trained that way. Guided logits are u + cfg * (c - u).
 
     python gotr1.py "a red ball left of a blue cube" --n 4          # draws with the toy model, on a laptop, in seconds
+    python gotr1.py --bench                     # how fast `rollout` is here, beside a straightforward loop
 """
 
+import json
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,11 +32,15 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import DynamicCache, JanusConfig, JanusForConditionalGeneration
+from transformers.initialization import no_init_weights
 
+import decode
 import rewards
 import runtime
 import toy
-from checkpoints import convert_deepseek, load_policy  # noqa: F401 - part of this module's interface
+from checkpoints import TOY, convert_deepseek, janus_pro_config, load_policy  # noqa: F401 - this module's interface
+from decode import gather_logps, guide, prefill, run_layers, sample_token, uniforms  # noqa: F401 - likewise
 from render_boxes import chain_problems, draw_boxes, parse_chain
 
 INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
@@ -54,11 +62,10 @@ def special_ids(tokenizer) -> tuple[int, int, int]:
     """(bos, pad, begin_of_image) by name. `tokenizer.pad_token_id` is no help: some checkpoints set it to another
     token."""
     names = [SPECIAL_TOKENS[key] for key in ("bos_token", "pad_token", "boi_token")]
-    vocabulary = tokenizer.get_vocab()
-    missing = [name for name in names if name not in vocabulary]
-    if missing:
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in names]  # `get_vocab()` would make a dict of 100,000 names
+    if missing := [name for name, k in zip(names, ids, strict=True) if tokenizer.convert_ids_to_tokens(k or 0) != name]:
         raise ValueError(f"the tokenizer lacks {', '.join(missing)}: expected one of Janus-Pro or GoT-R1")
-    return tuple(vocabulary[name] for name in names)
+    return tuple(ids)
 
 
 def format_prompt(prompt: str) -> str:
@@ -151,98 +158,10 @@ class Rollout:
         return replace(self, chains=chains, prompt_ids=[self.prompt_ids[r] for r in rows], **values)
 
 
-class KVBuffer:
-    """Keys and values of all layers in one tensor of fixed size, (2, layers, rows, heads, width, head_dim), written in
-    place.
-
-    A cache that grows by concatenation copies itself once a token. Only `[:rows]` and the columns written so far are
-    read."""
-
-    def __init__(self, model, rows: int, width: int):
-        config = model.config.text_config
-        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, width, config.head_dim)
-        like = model.lm_head.weight
-        self.data = torch.zeros(shape, device=like.device, dtype=like.dtype)  # masked columns must not hold NaN
-        self.rows, self.start = slice(None), 0
-
-    def update(self, keys, values, layer: int, *_, **__):
-        """What an attention layer calls: store (rows, heads, n, head_dim) from column `start` on, return all columns up
-        to there."""
-        stop = self.start + keys.shape[2]
-        data = self.data[:, layer, self.rows, :, :stop]
-        data[0, :, :, self.start :] = keys
-        data[1, :, :, self.start :] = values
-        return data[0], data[1]
-
-
-def run_layers(model, embeds, positions, visible, cache: KVBuffer, start: int, rows: slice):
-    """The language model on n new columns: embeds (R, n, D), positions (R, n), visible (R, start + n) bool -> hidden
-    (R, n, D)."""
-    lm, (_, n, _) = model.model.language_model, embeds.shape
-    cache.start, cache.rows = start, rows
-    mask = visible[:, None, None, :].expand(-1, 1, n, -1)
-    if n > 1:  # a column sees itself and what stands left of it; itself also when it is padding (no row of -inf)
-        own = torch.ones(n, start + n, dtype=torch.bool, device=embeds.device)
-        mask = (mask & own.tril(start)) | (own.tril(start) & own.triu(start))
-    rope = lm.rotary_emb(embeds, position_ids=positions)
-    for layer in lm.layers:
-        embeds = layer.forward(embeds, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
-    return lm.norm(embeds)
-
-
-def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
-    """(B*G, length) float32 in [0, 1): one number for every token that may be sampled, fixed by (seed, prompt index,
-    sample).
-
-    The samples of a prompt are therefore the same in any batch, on any number of ranks and after a resume. `seed` is an
-    int or a tuple of ints, for instance (run, step)."""
-    seed = seed if isinstance(seed, tuple) else (seed,)
-    keys = [[*seed, index, g] for index in indices for g in range(group)]
-    return torch.from_numpy(np.stack([np.random.default_rng(key).random(length, np.float32) for key in keys]))
-
-
-def sample_token(logits, u, temperature: float):
-    """Inverse-CDF sampling: logits (N, V), u (N,) -> token (N,), its logp (N,), entropy (N,), all at this temperature,
-    in float32.
-
-    Temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
-    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    probs = logps.exp()
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cdf = probs.cumsum(-1)
-        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-        token = torch.minimum(token, (cdf < cdf[:, -1:]).sum(-1))  # rounding must not step past the last possible token
-    entropy = -(probs * logps.clamp(min=-1e4)).sum(-1)
-    return token, logps.gather(-1, token[:, None]).squeeze(-1), entropy
-
-
-def guide(hidden_logits, cfg: float):
-    """(2N, K) logits, conditional half first -> (conditional, guided), both (N, K). With N rows (no guidance) they are
-    the same."""
-    if cfg == 1.0:
-        return hidden_logits, hidden_logits
-    cond, uncond = hidden_logits.chunk(2)
-    return cond, uncond + cfg * (cond - uncond)
-
-
 def right_pad(rows: list[list[int]], pad: int, device) -> torch.Tensor:
     """R lists of ids -> (R, longest) int64."""
     width = max(map(len, rows))
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-
-
-def prefill(model, embed, rows: list[list[int]], pad: int):
-    """R lists of ids, aligned on the right -> hidden state of the last token (R, D), their KVBuffer, visible columns
-    (R, P) bool."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.lm_head.weight.device)
-    lens = torch.tensor([len(row) for row in rows], device=model.lm_head.weight.device)
-    visible = torch.arange(width, device=model.lm_head.weight.device) >= width - lens[:, None]
-    cache = KVBuffer(model, len(rows), width)
-    positions = (visible.cumsum(-1) - 1).clamp(min=0)
-    return run_layers(model, embed(ids), positions, visible, cache, 0, slice(None))[:, -1], cache, visible
 
 
 @torch.no_grad()
@@ -269,99 +188,72 @@ def rollout(
     recorded: "cond" (the conditional one) or "guided" (the one it was sampled from). `draw=False` stops after the
     chains (then I is 0). `progress(1)` is called after each token, at most `max_chain` + 1 + I times. Raises ValueError
     when the sequence would not fit the model's context."""
-    device, n = model.lm_head.weight.device, len(prompts) * group
-    images, limit = image_token_count(model), model.config.text_config.max_position_embeddings
-    bos, pad, boi = special_ids(tokenizer)
-    embed = model.get_input_embeddings()
+    device, n = model.get_input_embeddings().weight.device, len(prompts) * group
+    (bos, pad, boi), images = special_ids(tokenizer), image_token_count(model)
     given = None if chains is None else [encode_chain(tokenizer, chain) for chain in chains]
     max_chain = max_chain if given is None else 0
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prefixes = [p + c for p, c in zip(prompt_ids, given or [[]] * len(prompts), strict=True)]
     longest = max(map(len, prefixes)) + (max_chain + 1 if given is None else 0) + images
-    if longest > limit:
+    if longest > (limit := model.config.text_config.max_position_embeddings):
         raise ValueError(
             f"prompt, chain and image can take {longest} tokens but this model holds {limit}: "
             f"shorten the prompt or lower max_chain ({max_chain})"
         )
-    u = uniforms(seed, indices or range(len(prompts)), group, images + max_chain).to(device)
+    s = decode.decoder_for(model, n, longest, cfg, temperature, logp_mode, (pad, boi))
 
     # Prompt (and given chain): once a prompt, then its keys and values are copied to its G samples
-    hidden, prefix, seen = prefill(model, embed, prefixes, pad)
-    width = seen.shape[1]  # columns in use
-    cache = KVBuffer(model, n if cfg == 1.0 else 2 * n, longest)
-    cache.data[:, :, :n, :, :width] = prefix.data.repeat_interleave(group, dim=2)
-    visible = F.pad(seen.repeat_interleave(group, 0), (0, longest - width))  # (N, longest): what a row may look at
-    hidden, lens = hidden.repeat_interleave(group, 0), visible.sum(-1)  # (N, D) of the last token; (N,) tokens so far
+    width = max(map(len, prefixes))
+    s.start(uniforms(seed, indices or range(len(prompts)), group, images + max_chain), images, width)
+    s.load(0, torch.arange(n, device=device) // group, *prefill(model, prefixes, pad))
 
-    # Chain: all rows in step. A finished row waits: it is fed pads that it never sees, and keeps its last hidden state
-    tokens, logps, entropies, sampled = [], [], [], []
-    done = torch.full((n,), given is not None, device=device)
-    forced = torch.zeros_like(done)
-    for t in range(max_chain + 1):
-        if (device.type == "cpu" or t % 16 == 0) and bool(done.all()):  # the question makes a GPU wait: ask seldom
+    # Chain: all rows in step, until the last one has ended
+    for t in range(max_chain + 1 if given is None else 0):
+        if t % s.patience == 0 and bool(s.done.all()):  # the question makes a GPU wait: it is asked seldom
             break
-        if t < max_chain:
-            token, logp, entropy = sample_token(model.lm_head(hidden), u[:, images + t], temperature)
-        else:  # the cap: a chain that has not ended is ended for it, and not trained on that token
-            forced, token = ~done, torch.full_like(lens, boi)
-        token = torch.where(done, pad, token)
-        tokens, logps, entropies = [*tokens, token], [*logps, logp], [*entropies, entropy]
-        sampled.append(~(done | forced))
-        visible[:, width] = ~done
-        new = embed(token)[:, None]  # (N, 1, D)
-        new = run_layers(model, new, lens[:, None], visible[:, : width + 1], cache, width, slice(0, n))
-        hidden = torch.where(done[:, None], hidden, new[:, -1])
-        width, lens, done = width + 1, lens + ~done, done | (token == boi)
+        s.step(decode.text_step, model)
         if progress:
             progress(1)
 
     if given is None:
-        chain_ids = torch.stack(tokens, dim=1)
-        chain_lens = torch.stack(sampled, dim=1).sum(-1) + forced
+        chain_lens = s.sampled[:, images:].sum(-1) + s.forced
+        chain_ids = s.token[:, images : images + int(chain_lens.max())].clone()
+        s.rewind(width + chain_ids.shape[1])  # columns that were filled after the last chain had ended
     else:
         chain_lens = torch.tensor([len(chain) for chain in given], device=device).repeat_interleave(group)
         chain_ids = right_pad(given, pad, device).repeat_interleave(group, 0)
-        sampled = [torch.zeros_like(done)] * chain_ids.shape[1]
-        logps = entropies = [torch.zeros(n, device=device)] * chain_ids.shape[1]
 
     # Unconditional rows: bos, pads, <begin_of_image>, each as long as its sample; equal lengths are computed once
     if cfg != 1.0 and draw:
-        sizes, which = lens.unique(return_inverse=True)
+        sizes, which = s.position[:n].unique(return_inverse=True)
         rows = [[bos] + [pad] * (size - 2) + [boi] for size in sizes.tolist()]
-        blank, prefix, seen = prefill(model, embed, rows, pad)
-        left = width - seen.shape[1]
-        cache.data[:, :, n:, :, left:width] = prefix.data[:, :, which]
-        visible = torch.cat([visible, F.pad(seen[which], (left, longest - width))])
-        hidden, lens = torch.cat([hidden, blank[which]]), torch.cat([lens, lens])
+        s.load(n, which, *prefill(model, rows, pad))
 
-    # Image
-    codes = []
+    # Image: the last token is sampled but no longer fed
+    s.place.zero_()
     for i in range(images if draw else 0):
-        cond, guided = guide(model.model.generation_head(hidden).float(), cfg)
-        code, logp, entropy = sample_token(guided, u[:, i], temperature)
-        if logp_mode == "cond" and cfg != 1.0:
-            logp = gather_logps(cond, code, temperature)
-        codes, logps, entropies = [*codes, code], [*logps, logp], [*entropies, entropy]
         if i + 1 < images:
-            new = model.prepare_embeddings_for_image_generation(code.repeat(len(lens) // n)[:, None])
-            visible[:, width] = True
-            hidden = run_layers(model, new, lens[:, None], visible[:, : width + 1], cache, width, slice(None))[:, -1]
-            width, lens = width + 1, lens + 1
+            s.step(decode.image_step, model)
+        else:
+            decode.draw_code(model, s)
         if progress:
             progress(1)
 
-    mask = torch.stack(sampled + [torch.ones_like(done)] * len(codes), dim=1).float()
+    def recorded(values):  # (N, places) -> (N, S), text first; copied, since the next rollout writes there again
+        return torch.cat([values[:, images:][:, : chain_ids.shape[1]], values[:, : images * draw]], dim=1)
+
+    mask = recorded(s.sampled).float()
     texts = [ids[: size - 1] for ids, size in zip(chain_ids.tolist(), chain_lens.tolist(), strict=True)]
     return Rollout(
         chains=[tokenizer.decode(ids) for ids in texts],
         prompt_ids=[ids for ids in prompt_ids for _ in range(group)],
         chain_ids=chain_ids,
         chain_lens=chain_lens,
-        image_tokens=torch.stack(codes, dim=1) if codes else chain_ids[:, :0],
+        image_tokens=s.token[:, : images * draw].clone(),
         mask=mask,
-        logp=torch.stack(logps, dim=1) * mask,
-        entropy=torch.stack(entropies, dim=1) * mask,
-        forced=forced,
+        logp=recorded(s.logp) * mask,
+        entropy=recorded(s.entropy) * mask,
+        forced=s.forced.clone(),
         pad_id=pad,
         cfg=cfg,
         temperature=temperature,
@@ -371,12 +263,6 @@ def rollout(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring: the log-probability of what was sampled, in one pass with gradients
-
-
-def gather_logps(logits, tokens, temperature: float = 1.0):
-    """logits (..., V), tokens (...) -> log-probability of each token (...), float32. Temperature 0 counts as 1."""
-    logits = logits.float() / (temperature or 1.0)
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def chunked_logps(head, tokens, temperature: float, chunk: int = 1024):
@@ -478,15 +364,15 @@ def encode_images(model, images) -> torch.Tensor:
     weight = vq.quant_conv.weight
     latent = F.normalize(vq.quant_conv(vq.encoder(images.to(weight.device, weight.dtype))), dim=1)  # (N, 8, h, w)
     codes = F.normalize(vq.quantize.embedding.weight, dim=-1)  # (K, 8)
-    return (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1)
+    return (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1).to(model.get_input_embeddings().weight.device)
 
 
 @torch.no_grad()
 def decode_images(model, image_tokens, batch_size: int = 32) -> list[Image.Image]:
     """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in the official
     code."""
-    pictures = []
-    for part in image_tokens.split(batch_size):
+    pictures, device = [], model.model.vqmodel.quantize.embedding.weight.device  # not always the language model's
+    for part in image_tokens.to(device).split(batch_size):
         pixels = model.decode_image_tokens(part).float()  # (n, H, W, 3) in [-1, 1]
         pixels = ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
         pictures += [Image.fromarray(array) for array in pixels]
@@ -518,6 +404,116 @@ def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How fast the rollout is: beside a straightforward loop on the same weights, and above the floor of the memory
+
+
+@torch.no_grad()
+def plain_rollout(model, tokenizer, prompt: str, cfg: float, u, max_chain: int):
+    """The official recipe written plainly: N chains one after the other on a growing cache, each asked after every
+    token whether it has ended; then the whole prefix again, for all chains and their unconditional rows together.
+
+    u (N, I + max_chain) -> `chain_ids` (N, T), equally long ones, and `image_tokens` (N, I): those of `rollout`."""
+    lm, embed, images = model.model.language_model, model.get_input_embeddings(), image_token_count(model)
+    (bos, pad, boi), prompt_ids, chains = special_ids(tokenizer), encode_prompt(tokenizer, prompt), []
+    for numbers in u:
+        cache, new, chain = DynamicCache(config=lm.config), prompt_ids, []
+        while len(chain) < max_chain and boi not in chain:
+            new = embed(torch.tensor([new], device=u.device))
+            hidden = lm(inputs_embeds=new, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            chain.append(sample_token(model.lm_head(hidden), numbers[None, images + len(chain)], 1.0)[0].item())
+            new = chain[-1:]
+        chains.append(chain if boi in chain else [*chain, boi])
+    rows = [prompt_ids + chain for chain in chains]
+    if cfg != 1.0:
+        rows += [[bos] + [pad] * (len(row) - 2) + [boi] for row in rows]
+    cache, codes, new = DynamicCache(config=lm.config), [], embed(torch.tensor(rows, device=u.device))
+    for i in range(images):
+        hidden = lm(inputs_embeds=new, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        guided = guide(model.model.generation_head(hidden).float(), cfg)[1]
+        codes.append(sample_token(guided, u[:, i], 1.0)[0])
+        new = model.prepare_embeddings_for_image_generation(codes[-1].repeat(len(rows) // len(u))[:, None])
+    return {"chain_ids": torch.tensor(chains), "image_tokens": torch.stack(codes, dim=1).cpu()}
+
+
+def random_policy(size: str, device):
+    """(model, the toy's tokenizer) with random weights: Janus-Pro's "1b" or "7b", or "small", 8 layers of width 512
+    and about the 1B's proportions. bfloat16 on GPUs, float32 elsewhere."""
+    parts = json.loads((TOY / "config.json").read_text())
+    parts["text_config"] |= {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "head_dim": 64}
+    parts["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192}
+    parts["vision_config"] |= {"image_size": 48, "projection_dim": 512}  # 12 x 12 image tokens
+    parts["vq_config"] |= {"num_embeddings": 1024, "projection_dim": 512, "image_token_embed_dim": 512}
+    config = JanusConfig(**parts) if size == "small" else janus_pro_config(size)
+    with device, no_init_weights():
+        model = JanusForConditionalGeneration(config).eval()  # its buffers (rotary frequencies) stay float32
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02 + ("norm" in name)
+    return model, load_policy("toy")[1]
+
+
+def rollout_floor(model, n: int, cfg: float, prompt: int, chain: int, bandwidth: float) -> float:
+    """Seconds that a rollout takes at least: every step reads the weights that it uses, and the keys and values of what
+    its rows have seen so far. Prints the arithmetic. `prompt` and `chain` are counts of tokens."""
+    inner, lm, config = model.model, model.model.language_model, model.config.text_config
+    images, both, seconds = image_token_count(model), n if cfg == 1.0 else 2 * n, 0.0
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers a token
+    kept *= model.lm_head.weight.element_size()  # bytes
+    for name, steps, rows, tokens, *heads in (
+        ("chain", chain, n, prompt + chain / 2, model.lm_head),
+        ("image", images, both, prompt + chain + images / 2, inner.generation_head, inner.generation_aligner),
+    ):
+        weights = sum(p.numel() * p.element_size() for part in (lm.layers, lm.norm, *heads) for p in part.parameters())
+        total = steps * (weights + rows * tokens * kept)
+        seconds += total / bandwidth
+        sizes = f"{weights / 1e9:.2f} GB of weights + {rows} rows x {tokens:.0f} tokens x {kept / 1e3:.0f} kB"
+        print(f"  {name} {steps} x ({sizes}) = {total / 1e12:.2f} TB: {total / bandwidth:.2f} s")
+    return seconds
+
+
+def bench(size: str, n: int, cfg: float, chain: int, repeats: int, device) -> dict[str, float]:
+    """Times both loops on one prompt and prints what was measured. Chains of random weights end anywhere, so
+    <begin_of_image> is taken out of the logits: for both, all chains have `chain` tokens and are then ended."""
+    gpu = device.type == "cuda"
+    size = size or ("1b" if gpu else "small")
+    chain = chain or (62 if size == "small" else 250)
+    model, tokenizer = random_policy(size, device)
+    boi, prompt = torch.tensor(special_ids(tokenizer)[2:], device=device), "a red ball left of a blue cube " * 6
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, boi, -torch.inf))
+    images, given, config = image_token_count(model), len(encode_prompt(tokenizer, prompt)), model.config.text_config
+    u = uniforms(0, [0], n, images + chain).to(device)
+
+    def timed(run):  # all that is timed ends with a copy to the host, so that a GPU has finished
+        start, result = time.perf_counter(), run()
+        return time.perf_counter() - start, result
+
+    print(f"{size}: {config.num_hidden_layers} layers of width {config.hidden_size}, random weights, on", end=" ")
+    print(torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads")
+    print(f"{n} samples of a prompt of {given} tokens, each {chain} + 1 chain and {images} image tokens, cfg {cfg}")
+    loops = {
+        "straightforward": lambda: plain_rollout(model, tokenizer, prompt, cfg, u, chain),
+        "rollout": lambda: vars(rollout(model, tokenizer, [prompt], n, cfg, max_chain=chain)),
+    }
+    first, medians, result = timed(loops["rollout"])[0], {}, {}
+    for name, loop in loops.items():
+        count = 1 if gpu and name == "straightforward" else repeats  # it takes minutes for the real sizes
+        seconds, results = zip(*[timed(loop) for _ in range(count)], strict=True)
+        medians[name], result[name] = float(np.median(seconds)), results[-1]
+        print(f"{name:16}{medians[name]:8.2f} s, {n / medians[name]:.2f} samples a second, median of {count}")
+    old, new = (torch.cat([part["chain_ids"], part["image_tokens"]], dim=1).cpu() for part in result.values())
+    same, ratio = int((old == new).all(1).sum()), medians["straightforward"] / medians["rollout"]
+    print(f"ratio {ratio:.1f}; {same} of {n} samples have the same tokens; first rollout (graphs) {first:.2f} s")
+    if gpu:
+        source, target = torch.zeros(2, 2**32, dtype=torch.uint8, device=device)
+        bandwidth = 10 * 2 * 2**32 / timed(lambda: [target.copy_(source) for _ in range(10)][-1][0].item())[0]
+        print(f"floor at {bandwidth / 1e12:.2f} TB/s, measured by copying 4 GiB 10 times, read and written:")
+        floor = medians["floor"] = rollout_floor(model, n, cfg, given, chain, bandwidth)
+        print(f"  {floor:.2f} s in all: {floor / medians['rollout']:.0%} of what the rollout takes")
+    return medians | {"same": same}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Draw prompts from the command line
 
 
@@ -533,7 +529,7 @@ def best_plans(model, tokenizer, judge, prompts: list[str], plans: int, **sampli
 
 @dataclass
 class Args:
-    prompt: tyro.conf.Positional[str]  # what to draw, or a text file (.txt) with one prompt a line
+    prompt: tyro.conf.Positional[str] = ""  # what to draw, or a text file (.txt) with one prompt a line
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     n: int = 4  # pictures a prompt
     cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
@@ -545,16 +541,24 @@ class Args:
     judge: str = ""  # scores plans and pictures: `toy`, or a folder or hub id of a vision-language judge
     batch_size: int = 64  # sequences at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
+    bench: bool = False  # draw nothing: time the rollout of a model with random weights
+    bench_size: Literal["", "small", "1b", "7b"] = ""  # of that model; empty: 1b on a GPU, small elsewhere
+    bench_samples: int = 16  # of one prompt
+    bench_cfg: float = 5.0  # its guidance
+    bench_chain: int = 0  # its chain tokens; 0: 250, for small 62
+    bench_repeats: int = 3  # rollouts timed after a first one; the straightforward loop runs as often, on GPUs once
 
 
 def main(argv: list[str] | None = None) -> None:
     args = runtime.parse_args(Args, __doc__, argv)
     device = runtime.start_processes()[2]
-    for name in ("n", "max_chain", "plans", "batch_size"):
-        if getattr(args, name) < 1:
-            runtime.fail(f"--{name} is {getattr(args, name)}: expected 1 or more")
-    if not (args.cfg >= 0 and args.temperature >= 0 and args.seed >= 0):
-        runtime.fail("--cfg, --temperature and --seed: expected 0 or more")
+    least = dict.fromkeys(("n", "max_chain", "plans", "batch_size", "bench_samples", "bench_repeats"), 1)
+    for name, value in (least | dict.fromkeys(("cfg", "temperature", "seed", "bench_cfg", "bench_chain"), 0)).items():
+        if not getattr(args, name) >= value:
+            runtime.fail(f"--{name} is {getattr(args, name)}: expected {value} or more")
+    if args.bench:
+        bench(args.bench_size, args.bench_samples, args.bench_cfg, args.bench_chain, args.bench_repeats, device)
+        return
     if args.plans > 1 and (args.chain or not args.judge):
         runtime.fail("--plans needs a --judge that chooses among them, and no --chain")
     out = Path(args.out)
@@ -563,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = [line.strip() for line in lines if line.strip() for _ in range(args.n)]
         chain = Path(args.chain).read_text().strip().removesuffix("<begin_of_image>") if args.chain else None
         if not prompts:
-            raise ValueError("there is nothing to draw: the prompt is empty")
+            raise ValueError("there is nothing to draw: the prompt is empty (give one, or --bench)")
         if chain is not None and (problems := chain_problems(chain)):
             raise ValueError(f"{args.chain}: {'; '.join(problems)}")
         model, tokenizer = load_policy(args.model, device)

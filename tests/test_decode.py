@@ -1,0 +1,258 @@
+"""The decode step. Authorities: transformers' own layers, and a stand-in for CUDA graphs that replays recorded tensor
+operations, so that a step which depends on a value of the host is caught without a GPU. pytest tests/test_decode.py"""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import JanusForConditionalGeneration
+
+import decode
+import gotr1
+from checkpoints import janus_pro_config
+
+PROMPTS = ["a red ball left of a blue cube", "a green cone", "a cyan cube above a purple cone and left of a red ball"]
+FIELDS = ("chain_ids", "chain_lens", "image_tokens", "mask", "logp", "entropy", "forced")
+# what makes a GPU wait, or copies a number from the host: neither can be captured
+HOST = ("_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero", "masked_select", "_unique", "index.Tensor")
+
+
+class Tape(TorchDispatchMode):
+    """Records tensor operations with their arguments. `replay` runs them again on the same memory, as a CUDA graph
+    does: whatever Python computed while recording stays as it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert not any(name in str(function) for name in HOST), f"{function} needs the host"
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        assert all(tensor.dim() for tensor in tensors), f"{function} takes a number that may live on the host"
+        result = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, result))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, recorded in self.operations:
+            result = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+                if old.data_ptr() != new.data_ptr():  # views and in-place operations are where they were
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Rollouts on the CPU take the path of the GPU: buckets of 128, graphs, the question for the end seldom."""
+    made = []
+
+    def record(step, decoder):
+        tape = Tape()
+        with tape:
+            step()
+        made.append(tape)
+        return tape.replay
+
+    monkeypatch.setitem(decode.CAPTURE, "cpu", record)
+    yield made
+    decode.KEPT.clear()
+
+
+def assert_same(one, other):
+    assert one.chains == other.chains
+    for name in FIELDS:
+        gap = (getattr(one, name).float() - getattr(other, name).float()).abs()
+        assert (gap <= (1e-4 if name in ("logp", "entropy") else 0)).all(), name
+
+
+def both_ways(policy, monkeypatch, prompts, group, **settings):
+    """The same rollout through recorded steps and through steps that run as they are."""
+    recorded = gotr1.rollout(*policy, prompts, group, **settings)
+    with monkeypatch.context() as context:
+        context.delitem(decode.CAPTURE, "cpu")
+        return recorded, gotr1.rollout(*policy, prompts, group, **settings)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_layers_are_those_of_transformers(policy, dtype, tolerance):
+    model = copy.deepcopy(policy[0]).to(dtype)
+    rows = [gotr1.encode_prompt(policy[1], prompt) for prompt in PROMPTS]
+    with torch.no_grad():
+        hidden, cache, seen = decode.prefill(model, rows, pad=0)
+        for k, ids in enumerate(rows):
+            want = model.model.language_model(torch.tensor([ids]), use_cache=True)
+            assert (hidden[k] - want.last_hidden_state[0, -1]).abs().max() < tolerance
+            keys = want.past_key_values.layers[-1].keys[0]  # (heads, tokens, head_dim)
+            assert (cache[0, -1, k, :, seen[k]] - keys).abs().max() < tolerance
+    assert hidden.dtype == cache.dtype == dtype and torch.isfinite(cache).all()
+
+
+@pytest.mark.parametrize("cfg, temperature, mode", [(1.0, 1.0, "cond"), (3.0, 0.7, "cond"), (3.0, 0, "guided")])
+def test_recorded_steps_give_the_same_tokens(policy, tapes, monkeypatch, cfg, temperature, mode):
+    settings = {"cfg": cfg, "temperature": temperature, "logp_mode": mode, "max_chain": 80}
+    recorded, plain = both_ways(policy, monkeypatch, PROMPTS, 2, seed=5, **settings)
+    assert recorded.chain_lens.unique().numel() > 1 and len(recorded.chain_ids[0]) == recorded.chain_lens.max()
+    assert_same(recorded, plain)
+    steps = recorded.mask.shape[1]
+    assert 2 <= len(tapes) <= 4 < steps, "one tape for text and image in each bucket of 128"
+
+
+def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch):
+    """Other prompts and numbers, and weights that an optimizer changed in place: nothing is recorded again, nothing of
+    the rollout before shows, and nothing of it changes."""
+    policy = copy.deepcopy(policy[0]), policy[1]
+    settings = {"cfg": 2.0, "max_chain": 80}
+    first = gotr1.rollout(*policy, PROMPTS, 2, seed=1, **settings)
+    before, count = copy.deepcopy(first), len(tapes)
+    decode.KEPT[policy[0]].cache.fill_(torch.nan)  # as a model that diverged would leave it
+    with torch.no_grad():
+        for parameter in gotr1.trainable_parameters(policy[0]):
+            parameter.mul_(1.02)
+    recorded, plain = both_ways(policy, monkeypatch, [PROMPTS[1]] * 3, 2, seed=2, **settings)
+    assert len(tapes) == count
+    assert_same(recorded, plain)
+    assert_same(first, before)
+
+
+def test_new_weights_are_recorded_anew(policy, tapes, monkeypatch):
+    """Weights at other addresses (as after `.to`, or a load), other settings, more room: the old graphs are void."""
+    policy = copy.deepcopy(policy[0]), policy[1]
+    gotr1.rollout(*policy, PROMPTS[:1], 2, max_chain=40)
+    old = decode.KEPT[policy[0]]
+    weight = policy[0].model.language_model.layers[2].mlp.up_proj.weight
+    weight.data = weight.data * 0.5
+    recorded, plain = both_ways(policy, monkeypatch, PROMPTS[:1], 2, max_chain=40)
+    assert decode.KEPT[policy[0]] is not old
+    assert_same(recorded, plain)
+    for change in ({"temperature": 0.5}, {"cfg": 2.0}, {"max_chain": 300}):
+        old = decode.KEPT[policy[0]]
+        recorded, plain = both_ways(policy, monkeypatch, PROMPTS[:1], 2, **{"max_chain": 40, **change})
+        assert decode.KEPT[policy[0]] is not old, change
+        assert_same(recorded, plain)
+
+
+def test_forced_given_and_undrawn_chains_on_tapes(policy, tapes, monkeypatch):
+    recorded, plain = both_ways(policy, monkeypatch, PROMPTS, 2, max_chain=20, cfg=2.0)
+    assert recorded.forced.any()
+    assert_same(recorded, plain)
+    chains = ["A red ball.", "A <|obj_start|>green cone<|obj_end|>", "Two things"]
+    assert_same(*both_ways(policy, monkeypatch, PROMPTS, 2, chains=chains, cfg=2.0))
+    recorded, plain = both_ways(policy, monkeypatch, PROMPTS, 2, max_chain=60, draw=False)
+    assert recorded.image_tokens.shape == (6, 0)
+    assert_same(recorded, plain)
+
+
+def test_a_merged_adapter_is_not_replayed_as_an_unmerged_one(policy, tapes):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(policy[0]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model = adapted.base_model.model
+    prints = [decode.fingerprint(model)]
+    with adapted.disable_adapter():
+        prints.append(decode.fingerprint(model))
+    adapted.merge_adapter()
+    prints.append(decode.fingerprint(model))
+    assert len(set(prints)) == 3
+
+
+def test_buffers_go_with_their_model(policy, tapes):
+    decode.KEPT.clear()
+    model = copy.deepcopy(policy[0])
+    gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=20)
+    assert len(decode.KEPT) == 1
+    del model
+    tapes.clear()
+    gc.collect()
+    assert len(decode.KEPT) == 0
+
+
+def test_the_stand_in_refuses_what_a_gpu_would_wait_for():
+    values = torch.arange(3.0)
+    asks = [lambda: values.sum().item(), lambda: values * torch.tensor([2.0]), lambda: values[values > 1]]
+    asks += [lambda: torch.where(values > 1, 0.0, values), lambda: values * values.sum(), lambda: bool(values.all())]
+    for ask in asks:
+        with pytest.raises(AssertionError), Tape():
+            ask()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_cuda_graphs_give_the_tokens_of_eager_steps(policy, monkeypatch, cfg):
+    model = copy.deepcopy(policy[0]).cuda()
+    for seed in (1, 2):  # the second time the graphs are there already
+        graphed = gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=cfg, max_chain=80, seed=seed)
+        with monkeypatch.context() as context:
+            context.delitem(decode.CAPTURE, "cuda")
+            assert_same(graphed, gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=cfg, max_chain=80, seed=seed))
+
+
+def test_bfloat16(policy):
+    """Sampled in bfloat16, scored in bfloat16 by the training pass: what was recorded is near what is trained."""
+    model = copy.deepcopy(policy[0]).to(torch.bfloat16)
+    for mode in ("cond", "guided"):
+        sampled = gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=2.0, max_chain=80, logp_mode=mode)
+        with torch.no_grad():
+            gap = (gotr1.token_logps(model, sampled)[0] - sampled.logp).abs() * sampled.mask
+        assert torch.isfinite(gap).all() and gap.sum() / sampled.mask.sum() < 0.05
+        assert gotr1.decode_images(model, sampled.image_tokens)[0].size == (32, 32)
+
+
+def test_training_mode_and_gradient_checkpointing_stay_out(policy):
+    """transformers' layers drop the cache when they are called under gradient checkpointing."""
+    model = copy.deepcopy(policy[0])
+    want = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
+    model.gradient_checkpointing_enable()
+    assert_same(gotr1.rollout(model.train(), policy[1], PROMPTS[:1], 2, max_chain=40), want)
+
+
+def test_unused_parts_may_live_elsewhere(policy):
+    """Image understanding without memory, the picture tokenizer in another dtype: only the language model's count."""
+    model = copy.deepcopy(policy[0])
+    want = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
+    model.model.vision_model.to("meta"), model.model.aligner.to("meta"), model.model.vqmodel.to(torch.bfloat16)
+    sampled = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
+    assert_same(sampled, want)
+    images = gotr1.decode_images(model, sampled.image_tokens)
+    assert gotr1.encode_images(model, images).shape == sampled.image_tokens.shape
+
+
+@pytest.mark.parametrize("cfg, max_chain", [(3.0, 80), (1.0, 20)])
+def test_the_straightforward_loop_gives_the_same_tokens(policy, cfg, max_chain):
+    """Both sides of the benchmark draw the same samples from the same random numbers."""
+    sampled = gotr1.rollout(*policy, PROMPTS[:1], 3, cfg=cfg, max_chain=max_chain, seed=4)
+    images = sampled.image_tokens.shape[1]
+    u = gotr1.uniforms(4, [0], 3, images + max_chain)
+    for k in range(3):
+        plain = gotr1.plain_rollout(*policy, PROMPTS[0], cfg, u[k : k + 1], max_chain)
+        assert plain["chain_ids"].tolist() == [sampled.chain_ids[k, : sampled.chain_lens[k]].tolist()]
+        assert torch.equal(plain["image_tokens"][0], sampled.image_tokens[k])
+
+
+def test_bench_measures_both_loops_on_chains_of_the_length_asked_for(monkeypatch, capsys, policy):
+    monkeypatch.setattr(gotr1, "random_policy", lambda size, device: (copy.deepcopy(policy[0]), policy[1]))
+    flags = ["--bench_samples", "2", "--bench_chain", "9", "--bench_repeats", "2", "--bench_cfg", "2"]
+    gotr1.main(["--bench", *flags])
+    printed = capsys.readouterr().out
+    assert "each 9 + 1 chain and 64 image tokens, cfg 2.0" in printed and "median of 2" in printed
+    assert "2 of 2 samples have the same tokens" in printed and "straightforward" in printed
+
+
+def test_small_random_policy_is_the_one_promised():
+    model, tokenizer = gotr1.random_policy("small", torch.device("cpu"))
+    config = model.config.text_config
+    assert (config.num_hidden_layers, config.hidden_size, gotr1.image_token_count(model)) == (8, 512, 144)
+    sampled = gotr1.rollout(model, tokenizer, ["a"], 1, cfg=2.0, max_chain=2)
+    assert torch.isfinite(sampled.logp).all() and sampled.entropy[0, 0] > 3, "a random model is unsure"
+
+
+def test_floor_of_the_published_sizes(capsys):
+    """16 samples, prompt 60, chain 250, guidance: the arithmetic by hand, at 4.3 TB/s, is 1.05 s and 3.75 s."""
+    for size, want, weights in (("1b", 1.05, "2.89 GB"), ("7b", 3.75, "12.98 GB")):
+        with torch.device("meta"):
+            model = JanusForConditionalGeneration(janus_pro_config(size)).to(torch.bfloat16)
+        assert gotr1.rollout_floor(model, 16, 5.0, 60, 250, 4.3e12) == pytest.approx(want, rel=0.02)
+        assert weights in capsys.readouterr().out
