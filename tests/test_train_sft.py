@@ -275,3 +275,43 @@ def test_too_many_bad_records_stop_the_run_with_the_report(tmp_path, capsys):
         train_sft.main([*flags, *SMALL[:-2], "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "5 of 16 records skipped" in message and "broken image" in message
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    sft_loss, calls = train_sft.sft_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        loss, *parts = sft_loss(*args)
+        return loss * (float("nan") if len(calls) == 5 else 1), *parts
+
+    monkeypatch.setattr(train_sft, "sft_loss", broken)
+    flags = ["--examples", "64", "--steps", "9", "--batch_size", "4", "--eval_prompts", "2", "--save_every", "2"]
+    with pytest.raises(RuntimeError, match="not finite at step 4: lower --lr, look at the data"):
+        train_sft.main([*flags, "--out", str(tmp_path)])
+    assert (tmp_path / "latest").read_text() == "step_000004"
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path):
+    """From nothing: also while the picture tokenizer trains and while pictures are encoded."""
+    import random
+    import time
+
+    flags = ["--from_scratch", "--vq_steps", "20", "--examples", "3000", "--steps", "30", "--batch_size", "8",
+             "--eval_prompts", "4", "--save_every", "1", "--eval_every", "30"]  # fmt: skip
+    train_sft.main([*flags, "--out", str(tmp_path / "whole")])
+    command = [sys.executable, "train_sft.py", *flags, "--out", str(tmp_path / "killed")]
+    one, rng, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, random.Random(0), 0
+    for k in range(10):
+        process = subprocess.Popen(command, cwd=ROOT, env=one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.time() + 5 + 1.5 * k + 3 * rng.random()
+        while process.poll() is None and time.time() < end:
+            time.sleep(0.01)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    subprocess.run(command, cwd=ROOT, env=one, check=True, capture_output=True)
+    assert kills >= 4
+    assert gap(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
