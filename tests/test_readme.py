@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
+import eval as evaluation
 import got_data
 import gotr1
 import rewards
@@ -18,7 +19,8 @@ import train_sft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SETTINGS = (train_grpo.Config, train_sft.Config, got_data.Source, gotr1.Args, rewards.Settings, checkpoints.Args)
+SETTINGS = (train_grpo.Config, train_sft.Config, got_data.Source, evaluation.Settings, gotr1.Args, rewards.Settings,
+            checkpoints.Args)  # fmt: skip
 BLOCKS = re.findall(r"```python run\n(.*?)```", README, re.S)
 
 
