@@ -3,6 +3,7 @@ operations, so that a step which depends on a value of the host is caught withou
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -70,11 +71,14 @@ def assert_same(one, other):
 
 
 def both_ways(policy, monkeypatch, prompts, group, **settings):
-    """The same rollout through recorded steps and through steps that run as they are."""
+    """The same rollout through recorded steps and through steps that run as they are, in buffers of their own."""
     recorded = gotr1.rollout(*policy, prompts, group, **settings)
     with monkeypatch.context() as context:
-        context.delitem(decode.CAPTURE, "cpu")
-        return recorded, gotr1.rollout(*policy, prompts, group, **settings)
+        context.setattr(decode, "CAPTURE", {})
+        context.setattr(decode, "KEPT", weakref.WeakKeyDictionary())
+        plain = gotr1.rollout(*policy, prompts, group, **settings)
+        assert not decode.KEPT, "steps that run as they are keep nothing"
+    return recorded, plain
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -99,6 +103,8 @@ def test_recorded_steps_give_the_same_tokens(policy, tapes, monkeypatch, cfg, te
     assert_same(recorded, plain)
     steps = recorded.mask.shape[1]
     assert 2 <= len(tapes) <= 4 < steps, "one tape for text and image in each bucket of 128"
+    columns = max(map(len, recorded.prompt_ids)) + steps - 1
+    assert decode.KEPT[policy[0]].used == columns, "columns that were filled after the last chain's end are used again"
 
 
 def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch):
@@ -182,12 +188,10 @@ def test_the_stand_in_refuses_what_a_gpu_would_wait_for():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_cuda_graphs_give_the_tokens_of_eager_steps(policy, monkeypatch, cfg):
-    model = copy.deepcopy(policy[0]).cuda()
+    policy = copy.deepcopy(policy[0]).cuda(), policy[1]
     for seed in (1, 2):  # the second time the graphs are there already
-        graphed = gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=cfg, max_chain=80, seed=seed)
-        with monkeypatch.context() as context:
-            context.delitem(decode.CAPTURE, "cuda")
-            assert_same(graphed, gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=cfg, max_chain=80, seed=seed))
+        assert_same(*both_ways(policy, monkeypatch, PROMPTS, 2, cfg=cfg, max_chain=80, seed=seed))
+        assert len(decode.KEPT[policy[0]].graphs) >= 2
 
 
 def test_bfloat16(policy):
