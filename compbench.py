@@ -18,16 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from geneval import (
-    Clip,
-    detector_pixels,
-    fill,
-    in_batches,
-    load,
-    load_tensors,
-    normalised,
-    read_lines,
-)
+from geneval import Clip, detector_pixels, fill, in_batches, load, load_tensors, normalised, read_lines
 from report import on_grid
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
@@ -163,7 +154,7 @@ def find_pictures(folder: Path) -> list[tuple]:
 
 WORD = r"(?!and\b|of\b|on\b|in\b|with\b|near\b|next\b|to\b|is\b|are\b)[a-z-]+"
 TWO_THINGS = re.compile(rf"(an? (?:{WORD} ){{0,3}}{WORD}) and (an? (?:{WORD} ){{0,3}}{WORD})\.?", re.I)
-PLACED = re.compile(rf"an? ((?:{WORD} )?{WORD}) (?:{'|'.join(RELATIONS)}) an? ((?:{WORD} )?{WORD})\.?", re.I)
+PLACED = re.compile(rf"(an? (?:{WORD} )?{WORD}) (?:{'|'.join(RELATIONS)}) (an? (?:{WORD} )?{WORD})\.?", re.I)
 
 
 def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] = ()) -> tuple[dict[str, dict], str]:
@@ -176,22 +167,29 @@ def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] =
         nlp = spacy.load("en_core_web_sm")
     except (ImportError, OSError):
         nlp = None
+    cache = {"made by": "", "prompts": {}}
+    if path and Path(path).exists():
+        cache = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not (isinstance(cache, dict) and {"made by", "prompts"} <= cache.keys()):
+        raise ValueError(f"--phrases {path} is no file of noun phrases")
     if nlp:
         made, parses = f"spaCy {spacy.__version__} en_core_web_sm {nlp.meta['version']}", {}
         for prompt, doc in zip(prompts, nlp.pipe(prompts), strict=True):
             words = {"tokens": [token.text for token in doc], "pos": [token.pos_ for token in doc]}
             parses[prompt] = {"chunks": [chunk.text for chunk in doc.noun_chunks], **words}
         if path:
-            Path(path).write_text(json.dumps({"made by": made, "prompts": parses}, indent=1), encoding="utf-8")
+            known = cache["prompts"] if cache["made by"] == made else {}
+            content = {"made by": made, "prompts": known | parses}
+            Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
         return parses, made
-    cache = json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).exists() else {"prompts": {}}
     parses, sources = {}, {}
     for prompt in prompts:
         simple = "" if prompt in in_full else prompt.strip()
         if two := TWO_THINGS.fullmatch(simple):
             parses[prompt], source = {"chunks": list(two.groups())}, "templates"
         elif two := PLACED.fullmatch(simple):
-            parses[prompt], source = {"chunks": [], "objects": list(two.groups())}, "templates"
+            objects = [phrase.split(" ", 1)[1] for phrase in two.groups()]
+            parses[prompt], source = {"chunks": list(two.groups()), "objects": objects}, "templates"
         elif prompt in cache["prompts"]:
             parses[prompt], source = cache["prompts"][prompt], f"{path} ({cache['made by']})"
         else:

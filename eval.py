@@ -8,9 +8,9 @@
    prompt are not independent); `results.json` with everything that changes a score; sheets of right and wrong pictures.
 
     python eval.py --bench toy --model out/grpo/step_000110
-    python eval.py --bench geneval --prompts evaluation_metadata.jsonl --model PATH --cfg 5 --max_chain 600 \
+    python eval.py --bench geneval --prompts evaluation_metadata.jsonl --model PATH --cfg 5 --max_chain 600 \\
         --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
-    python eval.py --bench compbench --prompts color_val.txt shape_val.txt --model PATH --cfg 5 --max_chain 600
+    torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt shape_val.txt --model PATH --cfg 5
     python eval.py --compare out/before/results.json out/after/results.json    # which differences are real?
 """
 
@@ -315,7 +315,8 @@ def score_pictures(settings: Settings, pictures: list[Picture], parses: dict, fo
                     file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
                 bar.update(len(part))
-    return sorted(runtime.gather_list(rows), key=lambda row: (row["group"], row["index"], row["sample"]))
+    order = list(NETWORKS)  # the official order of tags and categories
+    return sorted(runtime.gather_list(rows), key=lambda row: (order.index(row["group"]), row["index"], row["sample"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

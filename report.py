@@ -112,7 +112,8 @@ def compare(a: dict, b: dict, overall: tuple[str, ...] = ()) -> list[dict]:
         first, second = (float(np.mean([values[:, k].mean() for values in strata])) for k in (0, 1))
         row = {"name": name, "a": first, "b": second, "difference": second - first, "low": low, "high": high}
         rows.append(row | {"p": sign_flips(gaps), "prompts": sum(map(len, gaps))})
-    return [row | {"real": real} for row, real in zip(rows, holm([row["p"] for row in rows]), strict=True)]
+    rows = [row | {"real": real} for row, real in zip(rows, holm([row["p"] for row in rows]), strict=True)]
+    return sorted(rows, key=lambda row: place(row["name"]))
 
 
 def compare_files(paths: tuple[str, ...], overall: tuple[str, ...] = ()) -> str:

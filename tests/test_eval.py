@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import compbench  # noqa: E402
 import eval as evaluation  # noqa: E402
 import geneval  # noqa: E402
+import gotr1  # noqa: E402
 import report  # noqa: E402
 import rewards  # noqa: E402
 import toy  # noqa: E402
@@ -195,7 +196,7 @@ def test_blip_arithmetic():
         assert compbench.questions(case["chunks"]) == case["questions"]
         phrases = [compbench.phrase_score(*pair) for pair in case["logits"]]
         assert [f"{score:.4f}" for score in phrases] == case["phrase_scores"]
-        assert f"{compbench.product(phrases):.4f}" == case["score"]
+        assert compbench.product(phrases) == float(case["score"])
     assert len(COMP["blip_vqa"]["cases"]) == 32
     for case in COMP["blip_vqa"]["questions"]:
         assert compbench.questions([case["phrase"]]) == [case["question"]]
@@ -397,6 +398,7 @@ def test_blip_from_the_official_file(networks, tmp_path):
 def test_blip_is_transformers_generate(networks):
     """The first answer token that transformers would generate has the probabilities that the score is made of."""
     blip = compbench.BlipVQA(str(networks / "blip"))
+    assert blip.model.vision_model.post_layernorm.eps == 1e-6  # the official one, whatever the folder says
     picture, ids = noise(1)[0], blip.tokenizer("a red ball?", return_tensors="pt").input_ids
     ids[:, 0] = 30523
     small = np.array(picture.resize((480, 480), Image.Resampling.BICUBIC))
@@ -533,10 +535,14 @@ def test_templates_then_cache_then_an_error(tmp_path, monkeypatch):
     parses, source = compbench.parse_prompts([simple, placed, long], str(path))
     assert parses[simple]["chunks"] == ["a red apple", "a metal-framed green bench"]
     assert compbench.spatial_objects(parses[placed]) == ["dog", "wine glass"]
+    assert compbench.questions(parses[placed]["chunks"]) == ["a dog?", "a wine glass?"]
     assert parses[long] == CACHE["prompts"][long] and source == f"templates 2, {path} (spaCy test) 1"
     assert compbench.without_adjectives(parses[long]) == "The book is next to the kite ."
     with pytest.raises(ValueError, match="en_core_web_sm"):  # a template knows no parts of speech
         compbench.parse_prompts([simple], str(path), in_full=(simple,))
+    (tmp_path / "other.json").write_text('["a list"]')
+    with pytest.raises(ValueError, match="no file of noun phrases"):
+        compbench.parse_prompts([simple], str(tmp_path / "other.json"))
     for hard in ("a dog and a cat and a bird", "a cup of tea and a spoon", "the dog", "a red apple on a table"):
         with pytest.raises(ValueError, match="en_core_web_sm"):
             compbench.parse_prompts([simple, hard])
@@ -558,6 +564,7 @@ def test_spacy_comes_first_and_fills_the_cache(tmp_path, monkeypatch):
     assert source == "spaCy 3.8.18 en_core_web_sm 3.8.0" and parses[prompt]["pos"][1] == "ADJ"
     assert compbench.questions(parses[prompt]["chunks"]) == ["a red apple?", "a bench?"]
     assert compbench.spatial_objects(parses[prompt]) == ["apple", "bench"]
+    compbench.parse_prompts(["another category's prompt"], str(path))  # is added to the file
     monkeypatch.setitem(sys.modules, "spacy", None)
     again, source = compbench.parse_prompts([prompt], str(path))
     assert again == parses and "spaCy 3.8.18" in source
@@ -666,6 +673,10 @@ def test_the_toys_evaluation_does_not_depend_on_the_number_of_processes(policy):
 
     prompts = toy.toy_prompts(24, seed=7, held_out=True)
     ours = evaluation.evaluate(policy, score, prompts, 3, 1.0, 1.0, 96)
+    drawn = gotr1.rollout(*policy, prompts, 1, 1.0, 1.0, (3, 2**31), 96)
+    assert [row["chain"] for row in ours] == drawn.chains
+    pictures = gotr1.decode_images(policy[0], drawn.image_tokens)
+    assert all(np.array_equal(row["image"], image) for row, image in zip(ours, pictures, strict=True))
     assert [row["prompt"] for row in ours] == prompts and len({row["chain"] for row in ours}) > 12
     halves = [evaluation.evaluate(policy, score, prompts, 3, 1.0, 1.0, 96, rank, 2) for rank in (0, 1)]
     for rank in (0, 1):
@@ -751,6 +762,7 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     summary = results["summary"]
     assert summary["single_object"]["score"] == 1 and summary["two_object"]["score"] == 0  # a detector of dogs only
     means = [summary[line["tag"]]["score"] for line in METADATA]
+    assert list(summary) == ["single_object", "two_object", "colors", "overall"]
     assert summary["overall"]["score"] == pytest.approx(np.mean(means)) and len(results["rows"]) == 6
     assert results["generation"]["size"] == "32 x 32" and results["generation"]["chain"] is True
     assert "not GenEval's own" in results["notes"][0] and "scoring" in results
@@ -888,11 +900,17 @@ def test_processes_change_nothing(compbench_run, tmp_path):
 
 
 def test_scoring_never_touches_the_network(geneval_run, compbench_run, tmp_path, monkeypatch):
-    """With paths given, and with the hub's offline switch off."""
+    """With paths given, and with the hub's offline switch off; with a hub id it would be asked."""
     import huggingface_hub.constants
 
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
+    asked = []
+
+    class Asked(BaseException):
+        """Nothing on the way up takes this for an ordinary failure, to try again or to hide it."""
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise Asked
 
     evaluation.network.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -901,6 +919,10 @@ def test_scoring_never_touches_the_network(geneval_run, compbench_run, tmp_path,
     for k, (folder, flags, *_) in enumerate((geneval_run, compbench_run)):
         run(*flags, "--images", folder / "run" / "images", "--out", tmp_path / str(k))
         assert (tmp_path / str(k) / "results.json").is_file()
+    assert asked == []
+    folder, flags, _ = geneval_run
+    with pytest.raises(Asked):
+        run(*flags, "--images", folder / "run" / "images", "--out", tmp_path, "--clip", "nobody/nothing")
 
 
 def test_bad_input_is_one_line(geneval_run, tmp_path, capsys):
