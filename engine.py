@@ -67,6 +67,7 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
 
     if adapter is not None:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True, autocast_adapter_dtype=True)
+    torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LINEAR, lora_dropout=0.0, bias="none")
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     base = str(Path(base).resolve()) if base != "toy" and Path(base).is_dir() else base
@@ -236,6 +237,16 @@ class Engine:
                 row[name] = place(value, self.parameters[k])
         self.optimizer.load_state_dict(state["optimizer"])
         return state["step"]
+
+
+def load(config, device: torch.device, saved: Path | None, base: str, **optimizer) -> Engine:
+    """The engine that a trainer's settings describe. `base` is what training starts from, `saved` this run's checkpoint
+    to go on with."""
+    source = base if config.lora or saved is None else str(saved)  # an adapter goes on top of its base
+    model, tokenizer = checkpoints.load_policy(source, "cpu", DTYPES[config.dtype] if config.lora else torch.float32)
+    names = ("lora", "lora_alpha", "dtype", "shard", "gradient_checkpointing")
+    settings = {name: getattr(config, name) for name in names}
+    return Engine(model, tokenizer, device, base, saved, **settings, **optimizer)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

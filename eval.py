@@ -37,7 +37,7 @@ import rewards
 import run_folder
 import runtime
 import toy
-from render_boxes import Box
+from render_boxes import Box, parse_chain
 
 
 @dataclass
@@ -96,6 +96,13 @@ def evaluate(
         for values in zip(indices, batch, sampled.chains, images, scores, strict=True):
             rows.append(dict(zip(("index", "prompt", "chain", "image", "scores"), values, strict=True)))
     return sorted(runtime.gather_list(rows), key=lambda row: row["index"])
+
+
+def found_boxes(judge, rows: list[dict]) -> list[list]:
+    """Where the judge sees the planned objects of each row, all boxes of all names."""
+    plans, images = [parse_chain(row["chain"]) for row in rows], [row["image"] for row in rows]
+    grounded = rewards.ground_plans(judge, plans, images)[0]
+    return [[box for boxes in found.values() for box in boxes or []] for found in grounded]
 
 
 def categories(prompt: str) -> list[str]:

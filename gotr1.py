@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache, JanusConfig, JanusForConditionalGeneration
@@ -42,6 +42,7 @@ import toy
 from checkpoints import TOY, convert_deepseek, janus_pro_config, load_policy  # noqa: F401 - this module's interface
 from decode import gather_logps, guide, prefill, run_layers, sample_token, uniforms  # noqa: F401 - likewise
 from render_boxes import chain_problems, draw_boxes, parse_chain
+from report import draw_plans
 
 INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
 SPECIAL_TOKENS = {  # looked up by name: the ids differ between the 1B and the 7B checkpoint
@@ -379,30 +380,6 @@ def decode_images(model, image_tokens, batch_size: int = 32) -> list[Image.Image
     return pictures
 
 
-def draw_sheet(rows: list[dict], path: Path, side: int = 224, columns: int = 3) -> None:
-    """For each row (prompt, note, chain, image): the plan on a blank canvas, beside it the picture with the planned
-    boxes, and the picture with the boxes that a judge `found`, if the rows have them."""
-    panels = 3 if "found" in rows[0] else 2
-    font, margin, head = ImageFont.load_default(size=13), 12, 42
-    width, height = panels * side + margin, side + head + margin
-    columns = min(columns, len(rows))
-    sheet = Image.new("RGB", (columns * (width + margin) + margin, -(-len(rows) // columns) * height + margin), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, row in enumerate(rows):
-        x, y = margin + k % columns * (width + margin), margin + k // columns * height
-        boxes = parse_chain(row["chain"])
-        picture = row["image"].resize((side, side), Image.Resampling.NEAREST if row["image"].width < side else None)
-        prompt = row["prompt"] if len(row["prompt"]) < 66 else row["prompt"][:63] + "..."
-        pen.text((x, y), prompt, "black", font)
-        pen.text((x, y + 18), row["note"], "gray", font)
-        drawn = (draw_boxes(boxes, size=side), draw_boxes(boxes, image=picture))
-        drawn += (draw_boxes(row["found"], image=picture),) if panels == 3 else ()
-        for panel, picture in enumerate(drawn):
-            sheet.paste(picture, (x + panel * side, y + head))
-        pen.rectangle((x, y + head, x + panels * side, y + head + side), outline="lightgray")
-    sheet.save(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # How fast the rollout is: beside a straightforward loop on the same weights, and above the floor of the memory
 
@@ -607,7 +584,7 @@ def save_drawings(rows: list[tuple], judge, out: Path, n: int) -> None:
         Path(f"{path}.txt").write_text(chain, encoding="utf-8")
         note = "  ".join(f"{part} {value:.2f}" for part, value in scores[k].items()) or path.name
         sheet.append({"prompt": prompt, "note": note, "chain": chain, "image": image})
-    draw_sheet(sheet[:24], out / "sheet.png", columns=2)
+    draw_plans(sheet[:24], out / "sheet.png", columns=2)
     print(f"{prompts[0]}\n  {chains[0]}")
     if judge:
         means = {part: np.mean([row[part] for row in scores]) for part in scores[0]}

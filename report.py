@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from render_boxes import Box, draw_boxes
+from render_boxes import Box, draw_boxes, parse_chain
 
 RESAMPLES = 4000
 ALPHA = 0.05  # 95 % intervals; one false "real" in twenty tables
@@ -70,6 +70,12 @@ def table(summary: dict[str, dict]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Two runs
+
+
+def before_after(before: dict, after: dict) -> str:
+    """Two summaries beside each other, for the end of a training run."""
+    lines = [f"{name:24} {value:6.3f}  {after[name]:6.3f}" for name, value in before.items() if name != "step"]
+    return "\n".join([f"{'':24} before   after", *lines])
 
 
 def sign_flips(strata: list[np.ndarray], seed: int = 0) -> float:
@@ -183,6 +189,30 @@ def draw_sheet(cells: list[dict], path: Path, side: int = 256, columns: int = 4)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole report
+
+
+def draw_plans(rows: list[dict], path: Path, side: int = 224, columns: int = 3) -> None:
+    """For each row (prompt, note, chain, image): the plan on a blank canvas, beside it the picture with the planned
+    boxes, and the picture with the boxes that a judge `found`, if the rows have them."""
+    panels = 3 if "found" in rows[0] else 2
+    font, margin, head = ImageFont.load_default(size=13), 12, 42
+    width, height = panels * side + margin, side + head + margin
+    columns = min(columns, len(rows))
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, -(-len(rows) // columns) * height + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, row in enumerate(rows):
+        x, y = margin + k % columns * (width + margin), margin + k // columns * height
+        boxes = parse_chain(row["chain"])
+        picture = row["image"].resize((side, side), Image.Resampling.NEAREST if row["image"].width < side else None)
+        prompt = row["prompt"] if len(row["prompt"]) < 66 else row["prompt"][:63] + "..."
+        pen.text((x, y), prompt, "black", font)
+        pen.text((x, y + 18), row["note"], "gray", font)
+        drawn = (draw_boxes(boxes, size=side), draw_boxes(boxes, image=picture))
+        drawn += (draw_boxes(row["found"], image=picture),) if panels == 3 else ()
+        for panel, picture in enumerate(drawn):
+            sheet.paste(picture, (x + panel * side, y + head))
+        pen.rectangle((x, y + head, x + panels * side, y + head + side), outline="lightgray")
+    sheet.save(path)
 
 
 def version(package: str) -> str:

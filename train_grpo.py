@@ -34,6 +34,7 @@ from tqdm import tqdm
 import engine as engines
 import eval as evaluation
 import gotr1
+import report
 import rewards
 import run_folder
 import runtime
@@ -155,18 +156,6 @@ def grpo_loss(
 # Looking at it
 
 
-def found_boxes(judge, rows: list[dict]) -> list[list]:
-    """Where the judge sees the planned objects of each row, all boxes of all names."""
-    plans, images = [parse_chain(row["chain"]) for row in rows], [row["image"] for row in rows]
-    grounded = rewards.ground_plans(judge, plans, images)[0]
-    return [[box for boxes in found.values() for box in boxes or []] for found in grounded]
-
-
-def table(before: dict, after: dict) -> str:
-    lines = [f"{name:24} {value:6.3f}  {after[name]:6.3f}" for name, value in before.items() if name != "step"]
-    return "\n".join([f"{'':24} before   after", *lines])
-
-
 CURVES = {
     "total reward": ["reward"],
     "its parts": ["sem", "spa", "ri", "pi", "hps"],
@@ -264,18 +253,13 @@ def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
 
 def load(config: Config, device: torch.device, saved: Path | None):
     """What `config` names -> (engine, judge, hps)."""
-    dtype = engines.DTYPES[config.dtype] if config.lora else torch.float32
-    resumed = saved if saved and not config.lora else config.model  # an adapter goes on top of the base
-    policy = gotr1.load_policy(str(resumed), "cpu", dtype)
-    names = ("lora", "lora_alpha", "dtype", "shard", "gradient_checkpointing")
-    engine = engines.Engine(*policy, device, config.model, saved, **{name: getattr(config, name) for name in names})
+    engine = engines.load(config, device, saved, config.model)
     if config.kl and not config.lora:
         engine.keep_reference(gotr1.load_policy(config.model, "cpu")[0])
-    judge, hps = toy.ToyJudge(), toy.crispness
-    where = config.judge_device or device
+    judge, hps, where = toy.ToyJudge(), toy.crispness, config.judge_device or device
     if config.judge != "toy":
-        settings = (config.judge_batch, config.scoring, config.spatial_as)
-        judge = rewards.QwenJudge(config.judge, where, "auto", *settings)
+        how = {"batch_size": config.judge_batch, "scoring": config.scoring, "spatial_as": config.spatial_as}
+        judge = rewards.QwenJudge(config.judge, where, **how)
     if config.hps != "toy" and "hps" in config.rewards:
         hps = rewards.HPS(config.hps, where)
     return engine, judge, hps
@@ -290,14 +274,14 @@ def main(argv: list[str] | None = None) -> None:
     strange = [prompt for prompt in prompts + held_out if not toy.read_text(prompt)[0]]
     if strange and "toy" in (config.judge, config.hps if "hps" in config.rewards else ""):
         runtime.fail(f"--judge toy and --hps toy know only the toy's world, not {strange[0]!r}: give others")
-    saved = run_folder.latest_checkpoint(Path(config.out))
+    if saved := run_folder.latest_checkpoint(Path(config.out)):
+        run_folder.open_run(config.out, config)  # with other flags it ends here
     try:
         engine, judge, hps = load(config, device, saved)
     except (OSError, ValueError) as problem:
         runtime.fail(str(problem))
     folder, start = run_folder.open_run(config.out, config), engine.first_step
-    log = run_folder.Log(folder, start, config.wandb)
-    stopped = runtime.watch_signals(device)
+    log, stopped = run_folder.Log(folder, start, config.wandb), runtime.watch_signals(device)
 
     def score(prompts, chains, images):
         return rewards.score(judge, hps, prompts, chains, images, config.rewards, config.combine)
@@ -308,10 +292,10 @@ def main(argv: list[str] | None = None) -> None:
             how = (config.seed, config.cfg, config.temperature, config.max_chain, rank, world, label)
             rows = evaluation.evaluate((model, engine.tokenizer), score, held_out[:count], *how)
         if rank == 0:
-            for row, found in zip(rows[:12], found_boxes(judge, rows[:12]), strict=True):
+            for row, found in zip(rows[:12], evaluation.found_boxes(judge, rows[:12]), strict=True):
                 row["note"] = "  ".join(f"{part} {row['scores'][part]:.2f}" for part in (*config.rewards, "total"))
                 row["found"] = found
-            gotr1.draw_sheet(rows[:12], folder / f"samples_{label}.png", side=160)
+            report.draw_plans(rows[:12], folder / f"samples_{label}.png", side=160)
             if count == len(held_out):
                 means = json.dumps({"step": step, **evaluation.summarise(rows)}, indent=2)
                 run_folder.write_whole(folder / f"eval_{label}.json", means)
@@ -425,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     if not after_path.exists():
         look("after", config.steps, len(held_out))
     if rank == 0:
-        print(table(json.loads(before_path.read_text()), json.loads(after_path.read_text())))
+        print(report.before_after(json.loads(before_path.read_text()), json.loads(after_path.read_text())))
         print(f"\n{len(held_out)} held-out prompts, one sample each. Written to {folder}:")
         newest = (folder / "latest").read_text()
         for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl", newest):

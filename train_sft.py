@@ -27,6 +27,7 @@ from tqdm import tqdm
 import engine as engines
 import got_data
 import gotr1
+import report
 import run_folder
 import runtime
 import token_cache
@@ -122,7 +123,7 @@ def look_at_data(engine, prepared, held_out: list[int], config: Config, path: Pa
         sampled = gotr1.rollout(model, engine.tokenizer, prompts, **how)
     columns = zip(prompts, sampled.chains, gotr1.decode_images(engine.model, sampled.image_tokens), strict=True)
     if runtime.rank() == 0:
-        gotr1.draw_sheet([{"prompt": p, "chain": c, "image": i, "note": ""} for p, c, i in columns], path)
+        report.draw_plans([{"prompt": p, "chain": c, "image": i, "note": ""} for p, c, i in columns], path)
     return {"held_out_chain": (sums[0] / sums[2]).item(), "held_out_image": (sums[1] / sums[3]).item()}
 
 
@@ -141,21 +142,16 @@ def check(config: Config, world: int) -> None:
         runtime.fail("--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora")
 
 
-def load(config: Config, device, folder: Path) -> engines.Engine:
+def load(config: Config, device, folder: Path, saved: Path | None) -> engines.Engine:
     """What the run goes on with: its last checkpoint, what `--model` names, or a new toy model, which rank 0 makes."""
-    saved, source = run_folder.latest_checkpoint(folder), config.model
+    source = config.model
     if config.from_scratch:
         source = str(folder / "from_scratch")
         if runtime.rank() == 0:
             toy_model.save_new_model(Path(source), config.vq_steps, config.seed)
         if dist.is_initialized():
             dist.barrier()
-    dtype = engines.DTYPES[config.dtype] if config.lora else torch.float32
-    policy = gotr1.load_policy(source if config.lora or not saved else str(saved), "cpu", dtype)
-    torch.manual_seed(config.seed)
-    names = ("lora", "lora_alpha", "dtype", "shard", "gradient_checkpointing", "weight_decay")
-    settings = {name: getattr(config, name) for name in names}
-    return engines.Engine(*policy, device, source, saved, betas=(0.9, 0.95), **settings)
+    return engines.load(config, device, saved, source, betas=(0.9, 0.95), weight_decay=config.weight_decay)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,11 +169,12 @@ def main(argv: list[str] | None = None) -> None:
         if config.dry_run:
             token_cache.dry_run(rows(), *gotr1.load_policy(config.model, device), source, folder)
             return
-        if not toys and not run_folder.latest_checkpoint(folder):
+        saved = run_folder.latest_checkpoint(folder)
+        if not toys and not saved:
             rows()  # bad flags are found before anything is written
-        if config.from_scratch:
-            run_folder.open_run(config.out, config)
-        engine = load(config, device, folder)
+        if config.from_scratch or saved:
+            run_folder.open_run(config.out, config)  # with other flags it ends here
+        engine = load(config, device, folder, saved)
         folder, start = run_folder.open_run(config.out, config), engine.first_step
         cache = config.cache or folder / "cache"
         prepared = token_cache.prepare(rows, engine.model, engine.tokenizer, source, cache, rank, world)
