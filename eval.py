@@ -52,7 +52,7 @@ class Settings:
     compare: tuple[str, ...] = ()  # two files results.json: which differences between them are real
     # How pictures are made
     samples: int = 0  # pictures a prompt; 0: as in the official protocol, 4 for GenEval and 10 for T2I-CompBench
-    chain: bool = True  # write a chain first; --no-chain draws from the prompt alone
+    chain: bool = True  # write a chain first; --no_chain draws from the prompt alone
     cfg: float = 1.0  # guidance: 5 for the released checkpoints (paper), 1 (none) for the toy
     temperature: float = 1.0  # of chain and image tokens
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
@@ -389,7 +389,7 @@ def check(settings: Settings) -> None:
             runtime.fail(f"--{name} is {getattr(settings, name)}: expected 0 or more")
     no_toy = [name for name in ("images", "prompts", "generate_only") if getattr(settings, name)]
     if settings.bench == "toy" and (no_toy or not settings.chain):
-        runtime.fail(f"--bench toy has its own prompts and scores chains: no --{(*no_toy, 'no-chain')[0]}")
+        runtime.fail(f"--bench toy has its own prompts and scores chains: no --{(*no_toy, 'no_chain')[0]}")
     if settings.bench in ("geneval", "compbench"):
         if bool(settings.images) == bool(settings.prompts):
             runtime.fail(f"--bench {settings.bench}: give --prompts and --model to draw, or --images to score")

@@ -825,7 +825,7 @@ def test_geneval_goes_on_where_it_was(geneval_run, tmp_path, capsys, monkeypatch
 
 def test_pictures_only_and_without_a_chain(geneval_run, tmp_path, capsys):
     _, _, draw = geneval_run
-    run("--bench", "geneval", *draw, "--out", tmp_path, "--generate_only", "--no-chain")
+    run("--bench", "geneval", *draw, "--out", tmp_path, "--generate_only", "--no_chain")
     assert "6 pictures" in capsys.readouterr().out and not (tmp_path / "results.json").exists()
     assert {path.read_text() for path in tmp_path.rglob("chains/*.txt")} == {""}
     assert files(tmp_path / "images") != files(geneval_run[0] / "run" / "images")
@@ -945,7 +945,7 @@ def test_bad_input_is_one_line(geneval_run, tmp_path, capsys):
     assert "--model is missing" in refused(capsys, *flags, *draw[:2])
     assert "--images" in refused(capsys, *flags)
     assert "--samples is -1" in refused(capsys, "--samples", -1)
-    assert "no --no-chain" in refused(capsys, "--no-chain")
+    assert "no --no_chain" in refused(capsys, "--no_chain")
     (tmp_path / "names.txt").write_text("a dog")
     names = ["--bench", "compbench", "--model", "toy", "--out", out, "--prompts"]
     assert "color_val.txt" in refused(capsys, *names, tmp_path / "names.txt")
