@@ -34,6 +34,7 @@ import runtime
 from render_boxes import MARKERS
 
 TOY = Path(__file__).parent / "toy_janus"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # DeepSeek's names -> transformers' names, first match wins; a rule without a new name drops the tensor
 VISION, VQ = r"^vision_model\.vision_tower\.", r"^gen_vision_model\."
@@ -183,11 +184,12 @@ def load_deepseek(folder: Path, config: JanusConfig, dtype: torch.dtype) -> Janu
     return model
 
 
-def load_policy(name_or_path: str, device="cpu", dtype=torch.float32):
+def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = None):
     """(model, tokenizer) from `toy`, a folder, or a hub id: transformers' format, DeepSeek's, or a LoRA adapter of
-    either.
+    either. Without a `dtype`: bfloat16 on GPUs, float32 elsewhere.
 
     The model is in eval mode. Markers that the tokenizer lacks are added. Raises OSError or ValueError, in one line."""
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = TOY if name_or_path == "toy" else Path(name_or_path).expanduser()
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name_or_path)):
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     if Path(args.out).exists():
         runtime.fail(f"{args.out} exists: name a new folder")
     try:
-        model, tokenizer = load_policy(args.source, dtype=getattr(torch, args.dtype))
+        model, tokenizer = load_policy(args.source, dtype=DTYPES[args.dtype])
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
     except (OSError, ValueError) as problem:

@@ -31,12 +31,12 @@ import decode
 import gotr1
 import run_folder
 import runtime
+from checkpoints import DTYPES
 
 # the name that transformers 6 has for it is not in the oldest version that works here; peft asks by the old name too
 warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
 
 LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"  # what LoRA adapts
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def is_sharded(lora: int, dtype: str, shard: str) -> bool:

@@ -37,6 +37,7 @@ import rewards
 import run_folder
 import runtime
 import toy
+from checkpoints import DTYPES
 from render_boxes import Box, parse_chain
 
 
@@ -58,6 +59,7 @@ class Settings:
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
     seed: int = 0  # of all samples
     draw_batch: int = 32  # pictures drawn at a time
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model's weights; auto: bfloat16 on a GPU
     # What scores them: folders or hub ids
     detector: str = "facebook/mask2former-swin-small-coco-instance"  # GenEval: the official .pth, or this stand-in
     clip: str = geneval.WEIGHTS["clip"][1]  # ViT-L/14: GenEval's colours
@@ -80,14 +82,14 @@ RELATION = re.compile(r"\b(left|right|above|below|top|bottom|under|over)\b")
 
 
 def evaluate(
-    policy, score, prompts: list[str], seed, cfg, temperature, max_chain, rank=0, world=1, label="eval"
+    policy, score, prompts: list[str], seed, cfg, temperature, max_chain, rank=0, world=1, label="eval", at_once=128
 ) -> list[dict]:
     """One sample a prompt, as in training, with the same random numbers every time: rows of index, prompt, chain, image
     and scores. `policy` is (model, tokenizer), `score` a function of prompts, chains and images as `rewards.score`."""
     model, tokenizer = policy
     rows, mine = [], list(range(rank, len(prompts), world))
-    for start in tqdm(range(0, len(mine), 128), desc=label, disable=rank > 0, leave=False):
-        indices = mine[start : start + 128]
+    for start in tqdm(range(0, len(mine), at_once), desc=label, disable=rank > 0, leave=False):
+        indices = mine[start : start + at_once]
         batch = [prompts[i] for i in indices]
         numbers = (seed, 2**31)  # no training step has this number
         sampled = gotr1.rollout(model, tokenizer, batch, 1, cfg, temperature, numbers, max_chain, indices=indices)
@@ -147,7 +149,7 @@ def toy_faults(prompt: str, boxes: list[Box]) -> str:
 
 def run_toy(settings: Settings, rank: int, world: int, device) -> tuple[list[dict], list[dict]]:
     """(rows for results.json, cells for the sheets) of all seeds."""
-    policy = gotr1.load_policy(settings.model or "toy", device)
+    policy = gotr1.load_policy(settings.model or "toy", device, DTYPES[precision(settings, device)])
     prompts = toy.toy_prompts(settings.toy_prompts, seed=7, held_out=True)
     rows, cells = [], []
     for seed in range(settings.seed, settings.seed + settings.toy_seeds):
@@ -202,12 +204,19 @@ class Generation:
     temperature: float
     max_chain: int
     seed: int
+    dtype: str
+
+
+def precision(settings: Settings, device) -> str:
+    """The precision that `--dtype` stands for on this device."""
+    return settings.dtype.replace("auto", "bfloat16" if device.type == "cuda" else "float32")
 
 
 def generate(settings: Settings, pictures: list[Picture], folder: Path, rank: int, world: int, device) -> None:
     """Draws every picture that is not there, or is there and cannot be read. A picture has its name only when it is
     whole."""
     wanted = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Generation)}
+    wanted["dtype"] = precision(settings, device)
     run_folder.open_run(str(folder), Generation(**wanted))
     for picture in pictures[rank::world]:
         picture.path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +228,7 @@ def generate(settings: Settings, pictures: list[Picture], folder: Path, rank: in
     mine = [pictures[k] for k in sorted(runtime.gather_list(missing))][rank::world]
     if not mine:
         return
-    model, tokenizer = gotr1.load_policy(settings.model, device)
+    model, tokenizer = gotr1.load_policy(settings.model, device, DTYPES[wanted["dtype"]])
     with tqdm(total=len(mine), desc="pictures", disable=rank > 0) as bar:
         for start in range(0, len(mine), settings.draw_batch):
             batch = mine[start : start + settings.draw_batch]

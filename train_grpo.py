@@ -288,8 +288,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def look(label, step, count):
         """The first `count` held-out prompts, their mean rewards, and a sheet of the first 12 with the boxes found."""
+        at_once = config.rollout_batch * config.group
         with engine.gathered() as model:
-            how = (config.seed, config.cfg, config.temperature, config.max_chain, rank, world, label)
+            how = (config.seed, config.cfg, config.temperature, config.max_chain, rank, world, label, at_once)
             rows = evaluation.evaluate((model, engine.tokenizer), score, held_out[:count], *how)
         if rank == 0:
             for row, found in zip(rows[:12], evaluation.found_boxes(judge, rows[:12]), strict=True):
@@ -326,8 +327,8 @@ def main(argv: list[str] | None = None) -> None:
                 max_chain=config.max_chain,
                 logp_mode=config.logp,
             )
-            at_once = config.rollout_batch
-            parts = [sample(batch[k : k + at_once], indices=indices[k : k + at_once]) for k in range(0, share, at_once)]
+            few = config.rollout_batch
+            parts = [sample(batch[k : k + few], indices=indices[k : k + few]) for k in range(0, share, few)]
         sampled = gotr1.Rollout.join(parts)
         clock.append(time.time())
 
@@ -411,8 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         print(report.before_after(json.loads(before_path.read_text()), json.loads(after_path.read_text())))
         print(f"\n{len(held_out)} held-out prompts, one sample each. Written to {folder}:")
-        newest = (folder / "latest").read_text()
-        for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl", newest):
+        for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl", f"step_{config.steps:06d}"):
             print(f"  {folder / name}")
 
 

@@ -185,6 +185,7 @@ def test_a_lora_adapter_loads_on_its_base(golden, tmp_path):
     golden[0].save_pretrained(base)
     golden[1].save_pretrained(base)
     model, _ = gotr1.load_policy(str(base))
+    torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
