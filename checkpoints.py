@@ -227,6 +227,7 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     if added:
         print(f"{name_or_path}: {added} markers added, {len(tokenizer)} tokens for {rows} rows", file=sys.stderr)
     if len(tokenizer) > rows:
+        torch.manual_seed(0)  # new rows are random, and an adapter has to find the same ones again
         model.resize_token_embeddings(len(tokenizer))
     return model.to(device).eval(), tokenizer
 

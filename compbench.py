@@ -18,6 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
+import run_folder
+import runtime
 from geneval import Clip, detector_pixels, fill, in_batches, load, load_tensors, normalised, read_lines
 from report import on_grid
 
@@ -169,7 +171,10 @@ def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] =
         nlp = None
     cache = {"made by": "", "prompts": {}}
     if path and Path(path).exists():
-        cache = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            cache = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError:
+            cache = None
     if not (isinstance(cache, dict) and {"made by", "prompts"} <= cache.keys()):
         raise ValueError(f"--phrases {path} is no file of noun phrases")
     if nlp:
@@ -177,10 +182,10 @@ def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] =
         for prompt, doc in zip(prompts, nlp.pipe(prompts), strict=True):
             words = {"tokens": [token.text for token in doc], "pos": [token.pos_ for token in doc]}
             parses[prompt] = {"chunks": [chunk.text for chunk in doc.noun_chunks], **words}
-        if path:
+        if path and runtime.rank() == 0:
             known = cache["prompts"] if cache["made by"] == made else {}
             content = {"made by": made, "prompts": known | parses}
-            Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            run_folder.write_whole(Path(path), json.dumps(content, indent=1))
         return parses, made
     parses, sources = {}, {}
     for prompt in prompts:

@@ -6,9 +6,9 @@ optimizer, its frozen reference, its checkpoints. Nothing of the algorithm.
     full        | float32 or bfloat16         | float32 shards  | several, or one in bfloat16: FSDP2 (`fully_shard`)
     LoRA (peft) | float32 or bfloat16, frozen | float32 adapter | any: replicated, gradients are summed
 
-Only the language model, its heads and what embeds image tokens are trained. Image understanding (SigLIP) is never used
-and stays on the host; the picture tokenizer is on the device, frozen. A rollout takes thousands of steps, so sharded
-weights are gathered once for all of it (`gathered`), not at every token.
+Only the language model, its heads and what embeds tokens are trained; of these LoRA adapts the layers. Image
+understanding (SigLIP) is never used and stays on the host; the picture tokenizer is on the device, frozen. A rollout
+takes thousands of steps, so sharded weights are gathered once for all of it (`gathered`), not at every token.
 
     python engine.py                          # bytes a GPU for the published sizes: weights, optimizer, cache, judge
 """
@@ -75,10 +75,11 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
     return wrapped
 
 
-def shard(model, device: torch.device, dtype: torch.dtype) -> Whole:
+def shard_model(model, device: torch.device, dtype: torch.dtype) -> Whole:
     """Shards over all processes in the precision that the weights have, gathered in `dtype` a layer at a time.
     Gradients are summed in float32."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs are not cast: a Rollout's masks and log-probabilities stay float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -90,11 +91,11 @@ def shard(model, device: torch.device, dtype: torch.dtype) -> Whole:
 
 def to_device(model, device: torch.device, dtype: torch.dtype, sharded: bool) -> Whole:
     """Everything but image understanding, which is never used, goes to the device; shards go there a layer at a time.
-    The picture tokenizer, which is frozen, takes the precision of the forward pass."""
+    The picture tokenizer, which is frozen, stays float32: rounded, it would often name another code."""
     inner = model.model
-    inner.vqmodel.to(device, dtype)
+    inner.vqmodel.to(device, torch.float32)
     if sharded:
-        return shard(model, device, dtype)
+        return shard_model(model, device, dtype)
     used = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)
     for part in (*used, model.lm_head):
         part.to(device)
@@ -140,12 +141,9 @@ class Engine:
         self.first_step = self.resume(saved) if saved else 0
 
     def keep_reference(self, model) -> None:
-        """The frozen policy that the KL compares with: `model`, loaded anew. LoRA needs none: its adapter is switched
-        off."""
-        for parameter in model.parameters():  # not model.to(dtype): it would round the frequencies of RoPE as well
-            parameter.data = parameter.data.to(self.dtype)
-            parameter.requires_grad = False
-        self.reference = to_device(model, self.device, self.dtype, self.sharded)
+        """The frozen policy that the KL compares with: `model`, loaded anew in the precision of the forward pass. LoRA
+        needs none: its adapter is switched off."""
+        self.reference = to_device(model.requires_grad_(False), self.device, self.dtype, self.sharded)
 
     @contextlib.contextmanager
     def gathered(self):
@@ -174,7 +172,10 @@ class Engine:
     def score_reference(self, batch, **settings):
         """`gotr1.token_logps` of the reference, the adapter switched off or the frozen copy."""
         if self.lora is None:
-            return self.reference(gotr1.token_logps, batch, **settings)
+            result = self.reference(gotr1.token_logps, batch, **settings)
+            if self.sharded:
+                self.reference.reshard()
+            return result
         with self.lora.disable_adapter():
             return self.whole(gotr1.token_logps, batch, **settings)
 
@@ -188,7 +189,7 @@ class Engine:
         every process. A gradient that is zero or not finite changes nothing."""
         if not self.sharded:
             runtime.sum_gradients(self.parameters)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip_grad)).item()
+        norm = full(torch.nn.utils.clip_grad_norm_(self.parameters, clip_grad)).item()
         if 0 < norm < math.inf:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -227,7 +228,7 @@ class Engine:
         steps = sorted(folder.glob("step_*[0-9]"))
         kept = [path for path in steps if path.name <= target.name][-keep:]
         for path in {*steps} - {*kept}:  # later ones are from before a kill: written, but never named
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
     def resume(self, saved: Path) -> int:
         """The optimizer's state from a checkpoint, whatever the number of processes; returns the step to go on with."""
@@ -239,6 +240,14 @@ class Engine:
         return state["step"]
 
 
+def check(config) -> None:
+    """Ends the program in one line when a trainer's settings contradict each other."""
+    if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
+        runtime.fail("--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora")
+    if config.lora and config.shard == "yes":
+        runtime.fail("--shard yes is for all weights; an adapter is replicated: leave one of --lora and --shard out")
+
+
 def load(config, device: torch.device, saved: Path | None, base: str, **optimizer) -> Engine:
     """The engine that a trainer's settings describe. `base` is what training starts from, `saved` this run's checkpoint
     to go on with."""
@@ -246,16 +255,19 @@ def load(config, device: torch.device, saved: Path | None, base: str, **optimize
     model, tokenizer = checkpoints.load_policy(source, "cpu", DTYPES[config.dtype] if config.lora else torch.float32)
     names = ("lora", "lora_alpha", "dtype", "shard", "gradient_checkpointing")
     settings = {name: getattr(config, name) for name in names}
-    return Engine(model, tokenizer, device, base, saved, **settings, **optimizer)
+    engine = Engine(model, tokenizer, device, base, saved, **settings, **optimizer)
+    if len(set(runtime.gather_list([engine.first_step]))) > 1:
+        raise ValueError("--out must be one folder that all machines see: some found a checkpoint there, some did not")
+    return engine
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
+def full(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def gather(value: torch.Tensor) -> torch.Tensor:
     """A shard -> the whole tensor, on the host of rank 0 (elsewhere nothing is kept). Every process has to call it."""
-    value = whole(value.detach())
+    value = full(value.detach())
     return value.cpu() if runtime.rank() == 0 else value.new_empty(0)
 
 
@@ -289,20 +301,21 @@ def judge_parameters() -> int:
 def memory(size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch: int, kl: bool) -> dict[str, float]:
     """Bytes on each GPU, by what they are for, of bfloat16 training of a published size with gradient checkpointing.
 
-    `samples` are drawn at a time on each GPU, each 60 prompt, 250 chain and 576 image tokens long; `activations` are
-    what checkpointing keeps, one (D,) vector a token and layer of a micro-batch, and the logits of one chunk."""
+    `samples` are drawn at a time on each GPU, each 60 prompt, 250 chain and 576 image tokens long; the cache has room
+    for chains of 600 tokens. `activations` are what checkpointing keeps, one (D,) vector a token and layer of a
+    micro-batch, and the logits of one chunk."""
     with torch.device("meta"):
         model = JanusForConditionalGeneration(checkpoints.janus_pro_config(size))
         trained = sum(parameter.numel() for parameter in gotr1.trainable_parameters(model))
         if lora:
             add_lora(model, lora, 32.0, None, "toy")
     text = model.config.text_config
-    tokens, vq = 60 + 250 + 576, count(model.model.vqmodel)
-    cache = 2 * text.num_hidden_layers * samples * (2 if cfg else 1) * tokens * text.hidden_size * 2
+    tokens, columns, vq = 60 + 250 + 576, -(-(60 + 601 + 576) // 128) * 128, count(model.model.vqmodel)
+    cache = 2 * text.num_hidden_layers * samples * (2 if cfg else 1) * columns * text.hidden_size * 2
     activations = micro_batch * tokens * text.hidden_size * text.num_hidden_layers * 2 + 3 * 1024 * text.vocab_size * 4
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) if lora else 0
     return {
-        "weights": 2 * (trained + vq) + 4 * adapter if lora else 4 * trained / gpus + 2 * vq,
+        "weights": 2 * trained + 4 * (vq + adapter) if lora else 4 * trained / gpus + 4 * vq,
         "gathered": 0 if lora else 2 * trained,  # for the rollout; during the update one layer at a time
         "gradients": 4 * (adapter or trained / gpus),
         "AdamW": 8 * (adapter or trained / gpus),

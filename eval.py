@@ -10,7 +10,7 @@
     python eval.py --bench toy --model out/grpo/step_000110
     python eval.py --bench geneval --prompts evaluation_metadata.jsonl --model PATH --cfg 5 --max_chain 600 \\
         --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
-    torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt shape_val.txt --model PATH --cfg 5
+    torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt --model PATH --cfg 5 --max_chain 600
     python eval.py --compare out/before/results.json out/after/results.json    # which differences are real?
 """
 
@@ -198,6 +198,7 @@ class Generation:
 
     model: str
     prompts: tuple[str, ...]
+    prompts_crc: int  # of the files' content: other prompts in the same place must not be scored with these pictures
     samples: int
     chain: bool
     cfg: float
@@ -215,15 +216,15 @@ def precision(settings: Settings, device) -> str:
 def generate(settings: Settings, pictures: list[Picture], folder: Path, rank: int, world: int, device) -> None:
     """Draws every picture that is not there, or is there and cannot be read. A picture has its name only when it is
     whole."""
-    wanted = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Generation)}
+    wanted = {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(Generation)}
     wanted["dtype"] = precision(settings, device)
+    wanted["prompts_crc"] = zlib.crc32(b"".join(Path(file).read_bytes() for file in settings.prompts))
     run_folder.open_run(str(folder), Generation(**wanted))
     for picture in pictures[rank::world]:
         picture.path.parent.mkdir(parents=True, exist_ok=True)
         (picture.path.parent.parent / "chains").mkdir(exist_ok=True)
-        if picture.metadata:
-            line = json.dumps(picture.metadata) + "\n"
-            (picture.path.parent.parent / "metadata.jsonl").write_text(line, encoding="utf-8")
+        if picture.metadata and picture.sample == 0:
+            run_folder.write_whole(picture.path.parent.parent / "metadata.jsonl", json.dumps(picture.metadata) + "\n")
     missing = [k for k in range(rank, len(pictures), world) if not is_whole(pictures[k].path)]
     mine = [pictures[k] for k in sorted(runtime.gather_list(missing))][rank::world]
     if not mine:
@@ -300,18 +301,19 @@ def read_rows(folder: Path) -> dict[tuple, dict]:
 def score_pictures(settings: Settings, pictures: list[Picture], parses: dict, folder: Path, rank, world, device):
     """A row a picture; those are kept whose picture (by its checksum), networks and parse have not changed."""
     if broken := runtime.gather_list([p.path for p in pictures[rank::world] if not is_whole(p.path)]):
-        raise ValueError(f"{len(broken)} of {len(pictures)} pictures cannot be read, the first is {broken[0]}")
+        raise ValueError(f"{len(broken)} of {len(pictures)} pictures cannot be read, draw or delete them: {broken[0]}")
     keys, out = [], Path(settings.out)
     for picture in pictures:
         by = {flag: getattr(settings, flag) for flag in NETWORKS[picture.group]} | parses.get(picture.prompt, {})
+        by |= {"blip_tokenizer": settings.blip_tokenizer} if "blip" in by else {}
         about = (picture.path.read_bytes(), json.dumps([by, settings.complex_lists, picture.metadata]).encode())
         keys.append((str(picture.path.relative_to(folder)), *map(zlib.crc32, about)))
     done = read_rows(out)
     runtime.gather_list([])  # nobody writes while another one reads
     if rank == 0:
-        for path in out.glob("scores_*.jsonl"):
+        run_folder.write_whole(out / "scores_0.jsonl", "".join(json.dumps(row) + "\n" for row in done.values()))
+        for path in {*out.glob("scores_*.jsonl")} - {out / "scores_0.jsonl"}:
             path.unlink()
-        (out / "scores_0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     runtime.gather_list([])
     todo = [k for k, key in enumerate(keys) if key not in done][rank::world]
     rows, groups = [done[key] for key in keys if key in done] if rank == 0 else [], {}
@@ -354,6 +356,8 @@ def describe(settings: Settings, rows: list[dict], folder: Path, parsed_by: str)
     if "gdino" in flags:
         scoring["gdino_threshold"] = compbench.GroundingDino.THRESHOLD
         notes.append("spatial-gdino and complex-gdino are not the published 2D-spatial and complex (UniDet)")
+    if "blip" in flags:
+        scoring |= {"blip_tokenizer": settings.blip_tokenizer, "complex_lists": settings.complex_lists}
     if parsed_by:
         scoring["phrases"] = parsed_by
     sizes = sorted({tuple(row["size"]) for row in rows})
@@ -390,12 +394,8 @@ def measure_speed(settings: Settings, device) -> None:
 
 def check(settings: Settings) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
-    for name in ("max_chain", "draw_batch", "score_batch", "toy_prompts", "toy_seeds"):
-        if getattr(settings, name) < 1:
-            runtime.fail(f"--{name} is {getattr(settings, name)}: expected 1 or more")
-    for name in ("samples", "cfg", "temperature", "seed"):
-        if not getattr(settings, name) >= 0:
-            runtime.fail(f"--{name} is {getattr(settings, name)}: expected 0 or more")
+    whole = "max_chain draw_batch score_batch toy_prompts toy_seeds"
+    runtime.check_ranges(settings, at_least_one=whole, not_negative="samples cfg temperature seed")
     no_toy = [name for name in ("images", "prompts", "generate_only") if getattr(settings, name)]
     if settings.bench == "toy" and (no_toy or not settings.chain):
         runtime.fail(f"--bench toy has its own prompts and scores chains: no --{(*no_toy, 'no_chain')[0]}")
@@ -433,6 +433,7 @@ def run(settings: Settings, rank: int, world: int, device) -> None:
         rows, cells = run_toy(settings, rank, world, device)
         names = ("model", "cfg", "temperature", "max_chain", "seed", "toy_seeds", "toy_prompts")
         made = {name: getattr(settings, name) for name in names} | {"model": settings.model or "toy"}
+        made["dtype"] = precision(settings, device)
         about = {"generation": made, "scoring": {"judge": "toy (exact)"}, "notes": []}
     else:
         kind, folder = geneval if settings.bench == "geneval" else compbench, Path(settings.images or out / "images")
@@ -450,12 +451,15 @@ def run(settings: Settings, rank: int, world: int, device) -> None:
             lists = [geneval.read_lines(path) for path in settings.complex_lists]
             if in_full and len(lists) != 2:
                 raise ValueError("--complex_lists: give complex_val_spatial.txt and complex_val_action.txt")
+            for flag in sorted({flag for picture in pictures for flag in NETWORKS[picture.group]}):
+                geneval.check_weights(getattr(settings, flag), flag)
             prompts = sorted({picture.prompt for picture in pictures if picture.group in PARSED})
             if prompts:
                 parses, parsed_by = compbench.parse_prompts(prompts, settings.phrases, tuple(in_full))
         # 1) Pictures
         if not settings.images:
             generate(settings, pictures, folder, rank, world, device)
+            runtime.gather_list([])  # nobody looks before all have drawn
         if settings.generate_only:
             if rank == 0:
                 print(f"{folder}: {len(pictures)} pictures in the official layout of {settings.bench}")

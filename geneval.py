@@ -41,6 +41,12 @@ def missing(path: str, flag: str) -> str:
     return "no {} at {}: get {} from {}, then --{} PATH".format(WEIGHTS[flag][0], path, *WEIGHTS[flag][1:], flag)
 
 
+def check_weights(path: str, flag: str) -> None:
+    """Raises FileNotFoundError when `path` is neither there nor a hub id (owner/name)."""
+    if not Path(path).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)", path):
+        raise FileNotFoundError(missing(path, flag))
+
+
 def load(loader, path: str, flag: str, **settings):
     """`loader.from_pretrained` of a folder, which never asks the network, or of a hub id. Raises FileNotFoundError when
     it is neither."""
@@ -146,18 +152,24 @@ def read_lines(path: str | Path) -> list[str]:
     return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def read_metadata(line: str, where: str) -> tuple[str, str, dict]:
+    """A line of evaluation_metadata.jsonl -> (prompt, tag, all of it). Raises ValueError when it is none."""
+    try:
+        metadata = json.loads(line)
+        prompt, tag = metadata["prompt"], metadata["tag"]
+        names = [clause["class"] for clause in metadata["include"] + metadata.get("exclude", [])]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"{where}: no GenEval metadata ({problem})") from None
+    if unknown := [name for name in names if name not in CLASSES] + [tag] * (tag not in TAGS):
+        raise ValueError(f"{where}: GenEval knows no {unknown[0]}")
+    return prompt, tag, metadata
+
+
 def plan_pictures(file: str, folder: Path, samples: int = 4) -> list[tuple]:
     """The pictures of evaluation_metadata.jsonl: 00000/samples/0000.png. Raises ValueError on any other file."""
     pictures = []
     for index, line in enumerate(read_lines(file)):
-        try:
-            metadata = json.loads(line)
-            prompt, tag = metadata["prompt"], metadata["tag"]
-            names = [clause["class"] for clause in metadata["include"] + metadata.get("exclude", [])]
-        except (ValueError, KeyError, TypeError) as problem:
-            raise ValueError(f"{file}, line {index + 1}: no GenEval metadata ({problem})") from None
-        if unknown := [name for name in names if name not in CLASSES] + [tag] * (tag not in TAGS):
-            raise ValueError(f"{file}, line {index + 1}: GenEval knows no {unknown[0]}")
+        prompt, tag, metadata = read_metadata(line, f"{file}, line {index + 1}")
         for sample in range(samples):
             path = folder / f"{index:05d}" / "samples" / f"{sample:04d}.png"
             pictures.append((path, prompt, tag, index, sample, metadata))
@@ -169,8 +181,9 @@ def find_pictures(folder: Path) -> list[tuple]:
     pictures = []
     for path in sorted(folder.glob("*/samples/*.png")):
         if path.stem.isdigit() and path.parts[-3].isdigit():
-            metadata = json.loads(read_lines(path.parent.parent / "metadata.jsonl")[0])
-            pictures.append((path, metadata["prompt"], metadata["tag"], int(path.parts[-3]), int(path.stem), metadata))
+            beside = path.parent.parent / "metadata.jsonl"
+            prompt, tag, metadata = read_metadata("".join(read_lines(beside)[:1]), str(beside))
+            pictures.append((path, prompt, tag, int(path.parts[-3]), int(path.stem), metadata))
     return pictures
 
 

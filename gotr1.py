@@ -165,6 +165,16 @@ def right_pad(rows: list[list[int]], pad: int, device) -> torch.Tensor:
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
 
 
+def check_room(model, given: list[list[int]], chain: int) -> int:
+    """Most tokens of a sequence: the longest of `given`, `chain` sampled ones, the image. Raises ValueError when the
+    model's context is smaller."""
+    longest = max(map(len, given)) + chain + image_token_count(model)
+    if longest > (limit := model.config.text_config.max_position_embeddings):
+        takes = f"prompt, chain and image can take {longest} tokens but this model holds {limit}"
+        raise ValueError(f"{takes}: shorten the prompt or lower max_chain ({max(0, chain - 1)})")
+    return longest
+
+
 @torch.no_grad()
 def rollout(
     model,
@@ -195,12 +205,7 @@ def rollout(
     max_chain = max_chain if given is None else 0
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prefixes = [p + c for p, c in zip(prompt_ids, given or [[]] * len(prompts), strict=True)]
-    longest = max(map(len, prefixes)) + (max_chain + 1 if given is None else 0) + images
-    if longest > (limit := model.config.text_config.max_position_embeddings):
-        raise ValueError(
-            f"prompt, chain and image can take {longest} tokens but this model holds {limit}: "
-            f"shorten the prompt or lower max_chain ({max_chain})"
-        )
+    longest = check_room(model, prefixes, max_chain + 1 if given is None else 0)
     s = decode.decoder_for(model, n, longest, cfg, temperature, logp_mode, (pad, boi))
 
     # Prompt (and given chain): once a prompt, then its keys and values are copied to its G samples
@@ -363,8 +368,9 @@ def encode_images(model, images) -> torch.Tensor:
         images = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
         images = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
     weight = vq.quant_conv.weight
-    latent = F.normalize(vq.quant_conv(vq.encoder(images.to(weight.device, weight.dtype))), dim=1)  # (N, 8, h, w)
-    codes = F.normalize(vq.quantize.embedding.weight, dim=-1)  # (K, 8)
+    latent = vq.quant_conv(vq.encoder(images.to(weight.device, weight.dtype)))
+    latent = F.normalize(latent.float(), dim=1)  # (N, 8, h, w); in bfloat16 the nearest code would often be another
+    codes = F.normalize(vq.quantize.embedding.weight.float(), dim=-1)  # (K, 8)
     return (latent.permute(0, 2, 3, 1) @ codes.T).argmax(-1).flatten(1).to(model.get_input_embeddings().weight.device)
 
 
@@ -529,10 +535,8 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     args = runtime.parse_args(Args, __doc__, argv)
     device = runtime.start_processes()[2]
-    least = dict.fromkeys(("n", "max_chain", "plans", "batch_size", "bench_samples", "bench_repeats"), 1)
-    for name, value in (least | dict.fromkeys(("cfg", "temperature", "seed", "bench_cfg", "bench_chain"), 0)).items():
-        if not getattr(args, name) >= value:
-            runtime.fail(f"--{name} is {getattr(args, name)}: expected {value} or more")
+    counts = "n max_chain plans batch_size bench_samples bench_repeats"
+    runtime.check_ranges(args, at_least_one=counts, not_negative="cfg temperature seed bench_cfg bench_chain")
     if args.bench:
         bench(args.bench_size, args.bench_samples, args.bench_cfg, args.bench_chain, args.bench_repeats, device)
         return

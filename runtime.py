@@ -1,6 +1,7 @@
 """What the scripts need of the machine: command line, processes and what they tell each other, signals."""
 
 import contextlib
+import datetime
 import functools
 import io
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from tqdm import tqdm
 from transformers.utils import logging
 
 
@@ -59,7 +61,8 @@ def start_processes() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # while rank 0 writes a large checkpoint, or another one downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world, device
 
 
@@ -73,6 +76,12 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def say(text: str) -> None:
+    """A line above the progress bar, from rank 0."""
+    if rank() == 0:
+        tqdm.write(text)
 
 
 def gather_list(rows: list) -> list:

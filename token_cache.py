@@ -122,7 +122,8 @@ def encode_block(pairs, model, tokenizer, source: Source, batch: int, total: Rep
     config, images, here = model.config.vq_config, gotr1.image_token_count(model), Report()
     side = config.num_patches * 2 ** (len(config.channel_multiplier) - 1)
     room = model.config.text_config.max_position_embeddings - images
-    tokens, texts = [torch.empty(0, images, dtype=torch.long, device=model.device)], []
+    device = model.get_input_embeddings().weight.device  # not model.device: what is not used may lie elsewhere
+    tokens, texts = [torch.empty(0, images, dtype=torch.long, device=device)], []
     with ThreadPoolExecutor(8) as pool:  # PIL decodes and resizes outside the interpreter's lock
         while part := list(itertools.islice(pairs, batch)):  # the same parts on any number of ranks
             rows, chosen = [get() for _, get in part], []

@@ -162,6 +162,7 @@ CURVES = {
     "entropy (nats a token)": ["entropy_text", "entropy_image"],
     "KL to the reference": ["kl"],
 }
+PHASES = ("rollout_s", "decode_s", "judge_s", "update_s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,8 +184,9 @@ def check(config: Config, world: int) -> None:
         runtime.fail(f"--batch_size {config.batch_size} prompts cannot be shared evenly by {world} processes")
     if not config.rewards or set(config.rewards) - set(rewards.PARTS):
         runtime.fail(f"--rewards {' '.join(config.rewards)}: expected some of {' '.join(rewards.PARTS)}")
-    if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
-        runtime.fail("--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora")
+    if world > 1 and ":" in config.judge_device:
+        runtime.fail(f"--judge_device {config.judge_device} would hold the judges of all {world} processes")
+    engines.check(config)
 
 
 def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
@@ -203,10 +205,7 @@ def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
 
 def sample_rows(sampled, scores: list[dict], group: int) -> list[dict]:
     """What the log wants to know of each sample; `group_std` and `zero_var` of a sample are those of its group."""
-    text, image = sampled.mask.clone(), sampled.mask.clone()
-    image_tokens = sampled.image_tokens.shape[1]
-    text[:, -image_tokens:], image[:, :-image_tokens] = 0, 0
-    rows = []
+    rows, images = [], sampled.image_tokens.shape[1]
     for k, values in enumerate(scores):
         totals = [row["total"] for row in scores[k // group * group : (k // group + 1) * group]]
         rows.append({
@@ -214,8 +213,8 @@ def sample_rows(sampled, scores: list[dict], group: int) -> list[dict]:
             "group_std": float(np.std(totals, ddof=1)), "zero_var": float(max(totals) == min(totals)),
             "no_box": float(not parse_chain(sampled.chains[k])), "forced": float(sampled.forced[k]),
             "chain_len": float(sampled.chain_lens[k]),
-            "entropy_text": float((sampled.entropy[k] * text[k]).sum() / text[k].sum().clamp(min=1)),
-            "entropy_image": float((sampled.entropy[k] * image[k]).sum() / image_tokens),
+            "entropy_text": float(sampled.entropy[k, :-images].sum() / sampled.mask[k, :-images].sum().clamp(min=1)),
+            "entropy_image": float(sampled.entropy[k, -images:].mean()),
         })  # fmt: skip
     return rows
 
@@ -225,9 +224,6 @@ def mean_row(rows: list[dict]) -> dict[str, float]:
     row = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
     spread = [key for key in ("reward", *rewards.PARTS) if key in row]
     return row | {f"{key}_std": float(np.std([row[key] for row in rows])) for key in spread}
-
-
-PHASES = ("rollout_s", "decode_s", "judge_s", "update_s")
 
 
 def log_line(row: dict, steps: int) -> str:
@@ -244,10 +240,10 @@ def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
     """At step 0 the policy that is trained is the one that sampled, and it is the reference. Anything else is a bug,
     and stops the run. In bfloat16 sampling and scoring round differently: then the mean over tokens counts."""
     gap = ((logp - recorded) * mask).abs()
-    gap, allowed = (gap.max(), 1e-3) if exact else (gap.sum() / mask.sum().clamp(min=1), 5e-2)
+    gap, allowed = (gap.max(), 1e-3) if exact else (gap.sum() / mask.sum().clamp(min=1), 0.2)
     if not gap < allowed:
         raise RuntimeError(f"self-test: log-probabilities differ by {gap:.2g} between rollout and training")
-    if logp_ref is not None and not ((logp - logp_ref) * mask).abs().max() <= (0 if exact else 1e-2):
+    if logp_ref is not None and not ((logp - logp_ref) * mask).abs().max() <= (1e-5 if exact else 1e-2):
         raise RuntimeError("self-test: the reference is not the model that training starts from")
 
 
@@ -255,7 +251,7 @@ def load(config: Config, device: torch.device, saved: Path | None):
     """What `config` names -> (engine, judge, hps)."""
     engine = engines.load(config, device, saved, config.model)
     if config.kl and not config.lora:
-        engine.keep_reference(gotr1.load_policy(config.model, "cpu")[0])
+        engine.keep_reference(gotr1.load_policy(config.model, "cpu", engines.DTYPES[config.dtype])[0])
     judge, hps, where = toy.ToyJudge(), toy.crispness, config.judge_device or device
     if config.judge != "toy":
         how = {"batch_size": config.judge_batch, "scoring": config.scoring, "spatial_as": config.spatial_as}
@@ -278,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
         run_folder.open_run(config.out, config)  # with other flags it ends here
     try:
         engine, judge, hps = load(config, device, saved)
+        longest = [gotr1.encode_prompt(engine.tokenizer, max(prompts + held_out, key=len))]
+        gotr1.check_room(engine.model, longest, config.max_chain + 1)
     except (OSError, ValueError) as problem:
         runtime.fail(str(problem))
     folder, start = run_folder.open_run(config.out, config), engine.first_step
@@ -387,8 +385,9 @@ def main(argv: list[str] | None = None) -> None:
         row |= {"samples_s": config.batch_size * config.group / row["seconds"], "peak_gib": runtime.peak_gib(device)}
         bar.set_postfix_str(f"reward {row['reward']:.3f}")
         log.write(row)
-        if rank == 0:
-            bar.write(log_line(row, config.steps))
+        runtime.say(log_line(row, config.steps))
+        if step == 0 and row["no_box"] == 1:
+            raise RuntimeError("no chain has a box: start from a model that writes chains, see train_sft.py")
 
         # 8) Save and look, now and then
         done = step + 1

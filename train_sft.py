@@ -138,8 +138,7 @@ def check(config: Config, world: int) -> None:
         runtime.fail("--from_scratch builds the toy model from the toy's data: leave out --model and --data, or itself")
     if config.batch_size % world:
         runtime.fail(f"--batch_size {config.batch_size} sequences cannot be shared evenly by {world} processes")
-    if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
-        runtime.fail("--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora")
+    engines.check(config)
 
 
 def load(config: Config, device, folder: Path, saved: Path | None) -> engines.Engine:
@@ -184,8 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     count, held_out = len(prepared), toy.toy_prompts(config.eval_prompts, seed=7, held_out=True)
     if not toys:
         count -= max(1, min(config.eval_prompts, count // 10))
+        if count < 1:
+            runtime.fail(f"--data {config.data} holds one good record: expected 2 or more")
         held_out = list(range(count, len(prepared)))
     images, share = gotr1.image_token_count(engine.model), config.batch_size // world
+    chunk = min(8192, 2**27 // len(engine.tokenizer))  # rows of logits at a time: half a gigabyte
 
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="SFT", disable=rank > 0)
     for step in bar:
@@ -202,9 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         sums = torch.zeros(2, device=device)
         for first in range(0, share, config.micro_batch):
             rows_here = list(range(first, min(first + config.micro_batch, share)))
-            logp, mask = engine.score(batch.select(rows_here), blank=blank[rows_here], chunk=8192)
-            weights = (config.chain_weight, config.image_weight)
-            loss, *parts = sft_loss(logp, mask, images, n_chain, n_image, *weights)
+            logp, mask = engine.score(batch.select(rows_here), blank=blank[rows_here], chunk=chunk)
+            loss, *parts = sft_loss(logp, mask, images, n_chain, n_image, config.chain_weight, config.image_weight)
             engine.backward(loss)
             sums += torch.stack(parts)
 
@@ -228,10 +229,10 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 means = look_at_data(engine, prepared, held_out, config, folder / f"samples_{done:06d}.png")
             row |= means
-            bar.write(f"step {done:5d}  " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+            runtime.say(f"step {done:5d}  " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
         log.write(row)
         if not toys and done * config.batch_size // count > step * config.batch_size // count:
-            bar.write(f"epoch {done * config.batch_size // count}: {prepared.report}")
+            runtime.say(f"epoch {done * config.batch_size // count}: {prepared.report}")
         stopping = stopped()
         if stopping or done % config.save_every == 0 or done == config.steps:
             engine.save(folder, done, config.keep)

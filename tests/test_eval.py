@@ -898,6 +898,25 @@ def test_processes_change_nothing(compbench_run, tmp_path):
     rows = [path.read_text().splitlines() for path in (tmp_path / "two").glob("scores_*.jsonl")]
     assert [len(some) for some in rows] == [2, 2]
 
+    # what is missing is shared out anew: nobody may look before all have drawn
+    pictures = sorted((tmp_path / "two" / "images").glob("*/samples/*.png"))
+    kept = files(tmp_path / "two" / "images")
+    pictures[1].unlink()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "two" / "images") == kept
+
+
+def test_other_prompts_in_the_same_file_are_not_scored_with_the_pictures_of_the_first(compbench_run, tmp_path, capsys):
+    folder, flags = compbench_run
+    prompts = tmp_path / "color_val.txt"
+    prompts.write_text((folder / "color_val.txt").read_text())
+    argv = [*flags, "--prompts", prompts, "--model", "toy", "--samples", 1, "--generate_only"]
+    argv += ["--out", tmp_path / "run"]
+    run(*argv)
+    prompts.write_text("a blue cup and a red car\n")
+    assert "--prompts_crc" in refused(capsys, *argv)
+
 
 def test_scoring_never_touches_the_network(geneval_run, compbench_run, tmp_path, monkeypatch):
     """With paths given, and with the hub's offline switch off; with a hub id it would be asked."""

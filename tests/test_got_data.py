@@ -639,3 +639,14 @@ def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
         assert difference.mean() < 6
     with pytest.raises(ValueError, match="none of the first 1"):
         token_cache.dry_run(rows[1:2], *policy, MEMORY, tmp_path)
+
+
+def test_pictures_are_encoded_where_the_picture_tokenizer_is(policy, tmp_path):
+    """Image understanding is never used and may lie elsewhere: here on no device at all."""
+    import copy
+
+    model = copy.deepcopy(policy[0])
+    model.model.vision_model.to("meta")
+    assert model.device.type == "meta"
+    prepared = token_cache.prepare(in_memory(3), model, policy[1], MEMORY, tmp_path)
+    assert torch.equal(prepared.batch([0, 1, 2])[2], gotr1.encode_images(model, [r["image"] for r in in_memory(3)]))

@@ -126,14 +126,14 @@ def test_self_test_catches_a_rollout_that_is_not_the_policy(policy):
     with pytest.raises(RuntimeError, match="between rollout and training"):
         train_grpo.self_test(logp, logp + 0.01, logp, mask, exact=True)
     with pytest.raises(RuntimeError, match="reference"):
-        train_grpo.self_test(logp, logp, logp + 1e-6, mask, exact=True)
+        train_grpo.self_test(logp, logp, logp + 1e-4, mask, exact=True)
     train_grpo.self_test(logp, logp + 9, logp + 9, torch.zeros(2, 3), exact=True)  # what is masked does not count
 
 
 def test_self_test_in_bfloat16_allows_rounding_but_no_other_distribution():
     logp, mask = torch.randn(2, 300), torch.ones(2, 300)
     train_grpo.self_test(logp, logp + 0.02 * torch.randn(2, 300), logp, mask, exact=False)
-    for gap in (0.1, float("nan")):
+    for gap in (0.3, float("nan")):
         with pytest.raises(RuntimeError, match="between rollout and training"):
             train_grpo.self_test(logp, logp + gap, logp, mask, exact=False)
     with pytest.raises(RuntimeError, match="reference"):

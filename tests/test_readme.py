@@ -41,9 +41,19 @@ def test_pictures_exist():
 def test_files_keep_their_caps():
     caps = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+)(?: lines)? \|$", README, re.M)
     assert {name for name, _ in caps} == {path.name for path in ROOT.glob("*.py")}
+    modules = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    assert set(re.findall(r"\w+", modules)) == {name.removesuffix(".py") for name, _ in caps}
     for name, cap in caps:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert lines <= int(cap), f"{name} has {lines} lines, the README says at most {cap}"
+
+
+def test_imports_go_downwards_in_the_readmes_table():
+    order = re.findall(r"^\| `(\w+)\.py` \|.*\| \d+(?: lines)? \|$", README, re.M)
+    for k, name in enumerate(order):
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.M)) & set(order)
+        assert imported <= set(order[k + 1 :]), (name, imported)
 
 
 def test_glossary_is_what_the_log_holds(tmp_path):
@@ -57,7 +67,7 @@ def test_glossary_is_what_the_log_holds(tmp_path):
 def test_flags_named_in_the_readme_exist():
     known = {field.name for config in SETTINGS for field in dataclasses.fields(config)}
     known |= {f"no_{field.name}" for config in SETTINGS for field in dataclasses.fields(config) if field.type is bool}
-    named = set(re.findall(r"--(\w+)", README)) - {"nproc_per_node"}
+    named = set(re.findall(r"--(\w+)", README)) - {"nproc_per_node", "shutdown_timeout"}  # torchrun's own
     assert named <= known, named - known
 
 
