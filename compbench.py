@@ -55,7 +55,7 @@ RELATIONS = (  # the first that is part of the prompt counts, as letters: "linea
     "on side of", "next to", "near", "on the left of", "on the right of", "on the bottom of", "on the top of",
     "on top of",
 )  # fmt: skip
-COMPLEX_RELATIONS = ("on side of", "next to", "near", "on the left of", "on the right of", "on bottom of", "on top of")
+COMPLEX_RELATIONS = ("on top of", "on bottom of", "on the left", "on the right", "next to", "on side of", "near")
 PERSONS = ("girl", "boy", "man", "woman")  # UniDet knows one word for them
 NEAR = 150  # pixels in a frame of 479
 
@@ -213,16 +213,19 @@ def spatial_objects(parse: dict) -> list[str] | None:
 
 
 def complex_objects(tokens: list[str], pos: list[str]) -> list[str] | None:
-    """The nouns next to the relation of a complex prompt, on both sides of its words."""
-    for words in COMPLEX_RELATIONS:
-        length = len(words.split())
-        for start in range(len(tokens)):
-            if " ".join(tokens[start : start + length]) == words:
-                nouns = [k for k in range(len(tokens)) if pos[k] in ("NOUN", "PROPN")]
-                before = [k for k in nouns if k < start]
-                after = [k for k in nouns if k >= start + length]
-                return [tokens[before[-1]], tokens[after[0]]] if before and after else None
-    return None
+    """The two objects of a complex prompt: before and after each relation the nearest noun, where proper nouns count on
+    the left, and on the right only if no noun follows (then the end of their first run). None unless that makes two."""
+    objects = []
+    for start in range(len(tokens)):
+        length = next((n for n in (3, 2, 1) if " ".join(tokens[start : start + n]) in COMPLEX_RELATIONS), 0)
+        if not length:
+            continue
+        objects += [tokens[k] for k in range(start - 1, -1, -1) if pos[k] in ("NOUN", "PROPN")][:1]
+        after = range(start + length, len(tokens))
+        nouns = [tokens[k] for k in after if pos[k] == "NOUN"]
+        ends = [tokens[k] for k in after[:-1] if pos[k] == "PROPN" != pos[k + 1]]
+        objects += nouns[:1] or ends[:1]
+    return objects if len(objects) == 2 else None
 
 
 def without_adjectives(parse: dict) -> str:

@@ -215,6 +215,15 @@ def test_spatial_arithmetic():
         assert compbench.relation_of(case["prompt"]) == case["relation"]
     for case in COMP["spatial_2d"]["complex_objects"]:
         assert compbench.complex_objects(case["tokens"], case["pos"]) == case["objects"]
+    for tagged, objects in (  # by hand, from the official loop
+        ("cup/NOUN on/ADP the/DET left/ADJ side/NOUN of/ADP the/DET plate/NOUN", ["cup", "side"]),
+        ("dog/NOUN near/ADP the/DET tree/NOUN and/CCONJ next/ADV to/ADP the/DET house/NOUN", None),  # four objects
+        ("cat/NOUN near/ADP the/DET Teddy/PROPN Bear/PROPN ./PUNCT", ["cat", "Bear"]),
+        ("cat/NOUN near/ADP the/DET Teddy/PROPN Bear/PROPN", None),  # nothing follows the run
+        ("Tom/PROPN near/ADP the/DET Eiffel/PROPN tower/NOUN", ["Tom", "tower"]),
+    ):
+        words, pos = zip(*(pair.rsplit("/", 1) for pair in tagged.split()), strict=True)
+        assert compbench.complex_objects(list(words), list(pos)) == objects, tagged
     assert len(COMP["spatial_2d"]["cases"]) == 141
 
 
