@@ -60,7 +60,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=2)  # while rank 0 writes a large checkpoint, or another one downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world, device

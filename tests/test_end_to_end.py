@@ -170,20 +170,17 @@ def kill_and_restart(folder: Path, flags: list[str], moments: list) -> int:
     return kills
 
 
-KILLED = ["--steps", "12", "--batch_size", "2", "--group", "4", "--eval_prompts", "4", "--save_every", "1"]
+KILLED = ["--steps", "5", "--batch_size", "2", "--group", "4", "--eval_prompts", "4", "--save_every", "1"]
 
 
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path):
     def saving(_):
         return list((tmp_path / "killed").glob("step_*.tmp"))
 
-    def steps(_):
-        return (tmp_path / "killed" / "log.jsonl").exists() and len(rows(tmp_path / "killed")) >= 7
-
     train_grpo.main([*KILLED, "--out", str(tmp_path / "whole")])
-    assert kill_and_restart(tmp_path / "killed", KILLED, [saving, steps]) == 2
+    assert kill_and_restart(tmp_path / "killed", KILLED, [saving]) == 1
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(12))
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(5))
 
 
 @pytest.mark.slow
