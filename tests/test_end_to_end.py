@@ -115,6 +115,9 @@ BAD = [
     (["--combine", "median"], "median"),
     (["--model", "/no/such/model"], "/no/such/model"),
     (["--prompts", "/no/such/file"], "cannot read prompts from /no/such/file"),
+    (["--max_chain", "600"], "tokens but this model holds 512: shorten the prompt or lower max_chain (600)"),
+    (["--lora", "4", "--shard", "yes"], "--shard yes is for all weights"),
+    (["--dtype", "bfloat16", "--shard", "no"], "trains all weights through float32 shards"),
     (["--out", "/proc/nowhere"], "cannot use /proc/nowhere as output folder"),
 ]
 
@@ -145,6 +148,12 @@ def test_the_toys_judge_refuses_prompts_that_it_cannot_understand(tmp_path, caps
             prompts = ["--prompts", str(tmp_path / "prompts.txt")]
             train_grpo.main([*prompts, *flags, "--out", str(tmp_path / "run")])
         assert stop.value.code == 2 and "know only the toy's world, not 'a photo of a cat'" in capsys.readouterr().err
+
+
+def test_a_model_that_writes_no_boxes_is_told_so_after_one_step(tmp_path):
+    """Every reward would be 0, every group equal, and a thousand steps would learn nothing in silence."""
+    with pytest.raises(RuntimeError, match="no chain has a box: start from a model that writes chains"):
+        train_grpo.main([*GRPO, "--max_chain", "1", "--out", str(tmp_path)])
 
 
 def test_an_empty_prompt_file_is_refused(tmp_path, capsys):
