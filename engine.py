@@ -314,7 +314,7 @@ def memory(size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch
     cache = 2 * text.num_hidden_layers * samples * (2 if cfg else 1) * columns * text.hidden_size * 2
     activations = micro_batch * tokens * text.hidden_size * text.num_hidden_layers * 2 + 3 * 1024 * text.vocab_size * 4
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) if lora else 0
-    return {
+    parts = {
         "weights": 2 * trained + 4 * (vq + adapter) if lora else 4 * trained / gpus + 4 * vq,
         "gathered": 0 if lora else 2 * trained,  # for the rollout; during the update one layer at a time
         "gradients": 4 * (adapter or trained / gpus),
@@ -324,22 +324,23 @@ def memory(size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch
         "activations": activations,
         "judge": 2 * judge_parameters() + 2 * 986_109_441,  # HPS v2.1 is a CLIP ViT-H/14 of that many weights
     }
+    # rollout and update take turns: what was gathered is gone then, and the cache, but for the one that decode.KEPT has
+    rollout, update = parts["gathered"] + cache, activations + (cache if lora else 0)
+    always = sum(parts.values()) - parts["gathered"] - cache - activations
+    return parts | {"most": always + max(rollout, update)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """GiB on each GPU for the published sizes, by what they are for; 16 samples with guidance in the rollout."""
     rows = [("1b", 0, 1), ("1b", 0, 8), ("1b", 32, 1), ("7b", 32, 1), ("7b", 32, 8), ("7b", 0, 1), ("7b", 0, 8)]
-    print("GiB on each GPU, bfloat16, 16 samples of 886 tokens at a time with guidance, update in micro-batches of 4")
+    print("GiB on each GPU, bfloat16, 16 samples at a time with guidance, update in micro-batches of 4")
     for k, (size, lora, gpus) in enumerate(rows):
         parts = memory(size, lora, gpus, samples=16, cfg=True, micro_batch=4, kl=True)
-        # what a rollout gathers and caches is gone when activations are needed; unsharded, decode.KEPT has the cache
-        rollout, update = parts["gathered"] + parts["cache"], parts["activations"] + (parts["cache"] if lora else 0)
-        total = sum(parts.values()) - min(rollout, update)
         if k == 0:
-            print(f"{'size':5}{'trained':9}{'GPUs':>4} " + "".join(f"{name:>13}" for name in parts) + f"{'most':>9}")
+            print(f"{'size':5}{'trained':9}{'GPUs':>4} " + "".join(f"{name:>13}" for name in parts))
         mode = f"LoRA {lora}" if lora else "full"
         cells = "".join(f"{value / 2**30:13.1f}" for value in parts.values())
-        print(f"{size:5}{mode:9}{gpus:4} {cells}{total / 2**30:9.1f}")
+        print(f"{size:5}{mode:9}{gpus:4} {cells}")
 
 
 if __name__ == "__main__":

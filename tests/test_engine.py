@@ -298,6 +298,8 @@ def test_memory_table_counts_the_published_models():
     adapter = 30 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert lora["AdamW"] == 8 * adapter and lora["reference"] == 0 and full["reference"] > 0
     assert engines.memory("7b", 0, 1, 16, True, 4, kl=False)["reference"] == 0
+    assert lora["most"] == sum(lora.values()) - lora["most"]  # the cache stays for the next rollout
+    assert full["most"] == sum(full.values()) - full["most"] - full["activations"]  # smaller than what a rollout needs
     assert full["judge"] == 2 * (8_292_166_656 + 986_109_441)  # Qwen2.5-VL-7B's published count
     engines.main([])
 
