@@ -21,6 +21,7 @@ from PIL import Image
 import run_folder
 import runtime
 from geneval import Clip, detector_pixels, fill, in_batches, load, load_tensors, normalised, read_lines
+from render_boxes import Box, iou
 from report import on_grid
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
@@ -64,13 +65,6 @@ def relation_of(prompt: str) -> str | None:
     return next((words for words in RELATIONS if words in prompt), None)
 
 
-def overlap(a, b) -> float:
-    """IoU of two boxes (x1, y1, x2, y2)."""
-    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(wide, 0) * max(high, 0)
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared) if shared else 0.0
-
-
 def position_score(a, b, words: str | None) -> float:
     """How well box `a` lies to box `b` as `words` say, 0 to 1, in a frame of about 479 pixels. Beside each other: less
     with more than 150 pixels. A side: the main direction has to be right, and an IoU above 0.1 costs. "on top of" (33
@@ -87,7 +81,7 @@ def position_score(a, b, words: str | None) -> float:
     }
     if not holds.get(words, False):
         return 0.0
-    shared = overlap(a, b)
+    shared = iou(Box("", *a), Box("", *b))
     return 1.0 if shared < 0.1 else 0.1 / shared
 
 

@@ -187,10 +187,6 @@ def draw_sheet(cells: list[dict], path: Path, side: int = 256, columns: int = 4)
     sheet.save(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole report
-
-
 def draw_plans(rows: list[dict], path: Path, side: int = 224, columns: int = 3) -> None:
     """For each row (prompt, note, chain, image): the plan on a blank canvas, beside it the picture with the planned
     boxes, and the picture with the boxes that a judge `found`, if the rows have them."""
@@ -213,6 +209,10 @@ def draw_plans(rows: list[dict], path: Path, side: int = 224, columns: int = 3) 
             sheet.paste(picture, (x + panel * side, y + head))
         pen.rectangle((x, y + head, x + panels * side, y + head + side), outline="lightgray")
     sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole report
 
 
 def version(package: str) -> str:

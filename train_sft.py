@@ -169,14 +169,13 @@ def main(argv: list[str] | None = None) -> None:
             token_cache.dry_run(rows(), *gotr1.load_policy(config.model, device), source, folder)
             return
         saved = run_folder.latest_checkpoint(folder)
-        if not toys and not saved:
-            rows()  # bad flags are found before anything is written
+        opened = rows if toys or saved else rows()  # bad flags are found before anything is written
         if config.from_scratch or saved:
             run_folder.open_run(config.out, config)  # with other flags it ends here
         engine = load(config, device, folder, saved)
         folder, start = run_folder.open_run(config.out, config), engine.first_step
         cache = config.cache or folder / "cache"
-        prepared = token_cache.prepare(rows, engine.model, engine.tokenizer, source, cache, rank, world)
+        prepared = token_cache.prepare(opened, engine.model, engine.tokenizer, source, cache, rank, world)
     except (OSError, ValueError) as problem:
         runtime.fail(str(problem))
     log, stopped = run_folder.Log(folder, start, config.wandb), runtime.watch_signals(device)
