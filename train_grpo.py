@@ -31,61 +31,88 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import engine as engines
 import eval as evaluation
 import gotr1
-import report
 import rewards
-import run_folder
-import runtime
-import toy
+from benchmarks import stats as report
+from engine import run
+from engine import trainer as engines
 from render_boxes import parse_chain
+from toy import world as toy
 
 
 @dataclass
 class Config:
-    preset: Literal["toy", "paper"] = "toy"  # the defaults of the flags below: the toy's, or the paper's recipe
+    preset: Literal["toy", "paper"] = (
+        "toy"  # the defaults of the flags below: the toy's, or the paper's recipe
+    )
     # Model and data
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     prompts: str = "toy"  # `toy`, or a text file with one prompt a line
-    eval_file: str = "toy"  # held-out prompts for evaluation: `toy`, or a text file with one prompt a line
+    eval_file: str = (
+        "toy"  # held-out prompts for evaluation: `toy`, or a text file with one prompt a line
+    )
     out: str = "out/grpo"  # folder of this run; with the same flags again, the run continues from its last checkpoint
     # Rollout
     steps: int = 110  # rollouts in all (paper: 1000)
     batch_size: int = 8  # prompts a step, over all ranks (paper: 8)
     group: int = 16  # samples a prompt (paper: 16)
     temperature: float = 1.0  # of chain and image tokens (paper: 1)
-    cfg: float = 1.0  # guidance in the rollout; 1 is none. The toy's unconditional half is too weak to help
+    cfg: float = (
+        1.0  # guidance in the rollout; 1 is none. The toy's unconditional half is too weak to help
+    )
     max_chain: int = 96  # most chain tokens that are sampled (official code, for Janus-Pro: 600)
     rollout_batch: int = 8  # prompts that a rank draws at a time; fewer need a smaller cache
     # Rewards
     judge: str = "toy"  # `toy` (exact), or a folder or hub id of a Qwen2.5-VL or Qwen3-VL
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank
-    scoring: Literal["reply", "expected"] = "reply"  # the judge writes its mark; or it is read off its probabilities
-    spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa sees the boxes drawn; or it is told where they are
+    scoring: Literal["reply", "expected"] = (
+        "reply"  # the judge writes its mark; or it is read off its probabilities
+    )
+    spatial_as: Literal["boxes", "text"] = (
+        "boxes"  # R_spa sees the boxes drawn; or it is told where they are
+    )
     judge_batch: int = 16  # rows that the judge takes at a time; halved when memory runs out
     hps: str = "toy"  # `toy` (stand-in), or the HPS v2.1 checkpoint
     rewards: tuple[str, ...] = ("sem", "spa", "ri", "pi", "hps")  # the parts that take part
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
     # Loss
     updates: int = 1  # optimizer steps a rollout, each over all of it
-    clip_low: float = 0.2  # the ratio policy / policy that sampled is clipped to at least 1 - clip_low
+    clip_low: float = (
+        0.2  # the ratio policy / policy that sampled is clipped to at least 1 - clip_low
+    )
     clip_high: float = 0.2  # and to at most 1 + clip_high; idle with one update
     kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
-    loss_mean: Literal["token", "sequence"] = "token"  # over all tokens of the step; or of each sample, then over these
+    loss_mean: Literal["token", "sequence"] = (
+        "token"  # over all tokens of the step; or of each sample, then over these
+    )
     advantage_std: bool = True  # divide by the standard deviation of the group
-    logp: Literal["cond", "guided"] = "cond"  # which distribution of an image token is scored when cfg is not 1
+    logp: Literal["cond", "guided"] = (
+        "cond"  # which distribution of an image token is scored when cfg is not 1
+    )
     # Optimisation
-    lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 is common for a real model in full)
+    lr: float = (
+        7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 is common for a real model in full)
+    )
     lr_floor: float = 0.1  # share of the peak at which the cosine ends
     warmup: float = 0.1  # share of the steps
     clip_grad: float = 1.0  # largest gradient norm
-    lora: int = 0  # rank of the LoRA adapter (paper: 32); 0 trains all weights of the language model
+    lora: int = (
+        0  # rank of the LoRA adapter (paper: 32); 0 trains all weights of the language model
+    )
     lora_alpha: float = 32.0  # its scale: the adapter counts lora_alpha / lora times
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; what AdamW changes is always float32
-    shard: Literal["auto", "yes", "no"] = "auto"  # FSDP2; auto: in full over several processes, or in bfloat16
-    gradient_checkpointing: bool = False  # keep one vector a token and layer, compute the rest again: less memory
-    micro_batch: int = 16  # samples a forward and backward pass; changes memory and speed, not the gradient
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the forward pass; what AdamW changes is always float32
+    )
+    shard: Literal["auto", "yes", "no"] = (
+        "auto"  # FSDP2; auto: in full over several processes, or in bfloat16
+    )
+    gradient_checkpointing: bool = (
+        False  # keep one vector a token and layer, compute the rest again: less memory
+    )
+    micro_batch: int = (
+        16  # samples a forward and backward pass; changes memory and speed, not the gradient
+    )
     # Looking at it
     eval_prompts: int = 240  # held-out prompts before and after
     eval_every: int = 0  # steps between evaluations in between; 0: none
@@ -114,7 +141,9 @@ PRESETS = {
 # The mathematics
 
 
-def group_advantages(rewards: torch.Tensor, group: int, eps: float = 1e-4, std: bool = True) -> torch.Tensor:
+def group_advantages(
+    rewards: torch.Tensor, group: int, eps: float = 1e-4, std: bool = True
+) -> torch.Tensor:
     """Rewards (N,), the `group` samples of a prompt next to each other -> advantages (N,) (paper equation 1).
 
     The standard deviation is the unbiased one, as torch's default; without `std` there is no division (Dr. GRPO). A
@@ -124,13 +153,24 @@ def group_advantages(rewards: torch.Tensor, group: int, eps: float = 1e-4, std: 
     """
     rewards = rewards.view(-1, group)
     centered = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # a rounded mean must not make a signal
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(
+        1, keepdim=True
+    )  # a rounded mean must not make a signal
     scale = rewards.std(dim=1, keepdim=True) + eps if std else 1.0
     return torch.where(equal, 0.0, centered / scale).flatten()
 
 
 def grpo_loss(
-    logp, logp_old, logp_ref, advantages, mask, total, clip_low=0.2, clip_high=0.2, kl=0.01, loss_mean="token"
+    logp,
+    logp_old,
+    logp_ref,
+    advantages,
+    mask,
+    total,
+    clip_low=0.2,
+    clip_high=0.2,
+    kl=0.01,
+    loss_mean="token",
 ):
     """The clipped objective with the k3 estimator of the KL (joschu.net/blog/kl-approx.html; paper equation 2).
 
@@ -149,7 +189,10 @@ def grpo_loss(
     weight = mask if loss_mean == "token" else mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
     loss = ((per_token + kl * k3) * weight).sum() / total
     cut = (clipped * advantages < ratio * advantages).float()
-    return loss, {name: (value.detach() * mask).sum() for name, value in (("ratio", ratio), ("clip", cut), ("kl", k3))}
+    return loss, {
+        name: (value.detach() * mask).sum()
+        for name, value in (("ratio", ratio), ("clip", cut), ("kl", k3))
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +214,7 @@ PHASES = ("rollout_s", "decode_s", "judge_s", "update_s")
 
 def check(config: Config, world: int) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
-    runtime.check_ranges(
+    run.check_ranges(
         config,
         at_least_one="steps batch_size rollout_batch micro_batch updates max_chain judge_batch eval_prompts save_every "
         "keep",
@@ -179,13 +222,19 @@ def check(config: Config, world: int) -> None:
         not_negative="kl warmup lr_floor clip_low clip_high lora eval_every sheet_every seed cfg",
     )
     if config.group < 2:
-        runtime.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
+        run.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
     if config.batch_size % world:
-        runtime.fail(f"--batch_size {config.batch_size} prompts cannot be shared evenly by {world} processes")
+        run.fail(
+            f"--batch_size {config.batch_size} prompts cannot be shared evenly by {world} processes"
+        )
     if not config.rewards or set(config.rewards) - set(rewards.PARTS):
-        runtime.fail(f"--rewards {' '.join(config.rewards)}: expected some of {' '.join(rewards.PARTS)}")
+        run.fail(
+            f"--rewards {' '.join(config.rewards)}: expected some of {' '.join(rewards.PARTS)}"
+        )
     if world > 1 and ":" in config.judge_device:
-        runtime.fail(f"--judge_device {config.judge_device} would hold the judges of all {world} processes")
+        run.fail(
+            f"--judge_device {config.judge_device} would hold the judges of all {world} processes"
+        )
     engines.check(config)
 
 
@@ -196,10 +245,10 @@ def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
     try:
         lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as problem:
-        runtime.fail(f"cannot read prompts from {source}: {problem}")
+        run.fail(f"cannot read prompts from {source}: {problem}")
     prompts = [line for line in lines if line]
     if not prompts:
-        runtime.fail(f"{source} holds no prompt: expected one a line")
+        run.fail(f"{source} holds no prompt: expected one a line")
     return prompts[:count] if held_out else prompts
 
 
@@ -242,8 +291,12 @@ def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
     gap = ((logp - recorded) * mask).abs()
     gap, allowed = (gap.max(), 1e-3) if exact else (gap.sum() / mask.sum().clamp(min=1), 0.2)
     if not gap < allowed:
-        raise RuntimeError(f"self-test: log-probabilities differ by {gap:.2g} between rollout and training")
-    if logp_ref is not None and not ((logp - logp_ref) * mask).abs().max() <= (1e-5 if exact else 1e-2):
+        raise RuntimeError(
+            f"self-test: log-probabilities differ by {gap:.2g} between rollout and training"
+        )
+    if logp_ref is not None and not ((logp - logp_ref) * mask).abs().max() <= (
+        1e-5 if exact else 1e-2
+    ):
         raise RuntimeError("self-test: the reference is not the model that training starts from")
 
 
@@ -251,10 +304,16 @@ def load(config: Config, device: torch.device, saved: Path | None):
     """What `config` names -> (engine, judge, hps)."""
     engine = engines.load(config, device, saved, config.model)
     if config.kl and not config.lora:
-        engine.keep_reference(gotr1.load_policy(config.model, "cpu", engines.DTYPES[config.dtype])[0])
+        engine.keep_reference(
+            gotr1.load_policy(config.model, "cpu", engines.DTYPES[config.dtype])[0]
+        )
     judge, hps, where = toy.ToyJudge(), toy.crispness, config.judge_device or device
     if config.judge != "toy":
-        how = {"batch_size": config.judge_batch, "scoring": config.scoring, "spatial_as": config.spatial_as}
+        how = {
+            "batch_size": config.judge_batch,
+            "scoring": config.scoring,
+            "spatial_as": config.spatial_as,
+        }
         judge = rewards.QwenJudge(config.judge, where, **how)
     if config.hps != "toy" and "hps" in config.rewards:
         hps = rewards.HPS(config.hps, where)
@@ -262,24 +321,26 @@ def load(config: Config, device: torch.device, saved: Path | None):
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = runtime.parse_args(Config, __doc__, argv, PRESETS)
-    rank, world, device = runtime.start_processes()
+    config = run.parse_args(Config, __doc__, argv, PRESETS)
+    rank, world, device = run.start_processes()
     check(config, world)
     prompts = read_prompts(config.prompts, False, 2000)
     held_out = read_prompts(config.eval_file, True, config.eval_prompts)
     strange = [prompt for prompt in prompts + held_out if not toy.read_text(prompt)[0]]
     if strange and "toy" in (config.judge, config.hps if "hps" in config.rewards else ""):
-        runtime.fail(f"--judge toy and --hps toy know only the toy's world, not {strange[0]!r}: give others")
-    if saved := run_folder.latest_checkpoint(Path(config.out)):
-        run_folder.open_run(config.out, config)  # with other flags it ends here
+        run.fail(
+            f"--judge toy and --hps toy know only the toy's world, not {strange[0]!r}: give others"
+        )
+    if saved := run.latest_checkpoint(Path(config.out)):
+        run.open_run(config.out, config)  # with other flags it ends here
     try:
         engine, judge, hps = load(config, device, saved)
         longest = [gotr1.encode_prompt(engine.tokenizer, max(prompts + held_out, key=len))]
         gotr1.check_room(engine.model, longest, config.max_chain + 1)
     except (OSError, ValueError) as problem:
-        runtime.fail(str(problem))
-    folder, start = run_folder.open_run(config.out, config), engine.first_step
-    log, stopped = run_folder.Log(folder, start, config.wandb), runtime.watch_signals(device)
+        run.fail(str(problem))
+    folder, start = run.open_run(config.out, config), engine.first_step
+    log, stopped = run.Log(folder, start, config.wandb), run.watch_signals(device)
 
     def score(prompts, chains, images):
         return rewards.score(judge, hps, prompts, chains, images, config.rewards, config.combine)
@@ -288,26 +349,39 @@ def main(argv: list[str] | None = None) -> None:
         """The first `count` held-out prompts, their mean rewards, and a sheet of the first 12 with the boxes found."""
         at_once = config.rollout_batch * config.group
         with engine.gathered() as model:
-            how = (config.seed, config.cfg, config.temperature, config.max_chain, rank, world, label, at_once)
+            how = (
+                config.seed,
+                config.cfg,
+                config.temperature,
+                config.max_chain,
+                rank,
+                world,
+                label,
+                at_once,
+            )
             rows = evaluation.evaluate((model, engine.tokenizer), score, held_out[:count], *how)
         if rank == 0:
             for row, found in zip(rows[:12], evaluation.found_boxes(judge, rows[:12]), strict=True):
-                row["note"] = "  ".join(f"{part} {row['scores'][part]:.2f}" for part in (*config.rewards, "total"))
+                row["note"] = "  ".join(
+                    f"{part} {row['scores'][part]:.2f}" for part in (*config.rewards, "total")
+                )
                 row["found"] = found
             report.draw_plans(rows[:12], folder / f"samples_{label}.png", side=160)
             if count == len(held_out):
                 means = json.dumps({"step": step, **evaluation.summarise(rows)}, indent=2)
-                run_folder.write_whole(folder / f"eval_{label}.json", means)
+                run.write_whole(folder / f"eval_{label}.json", means)
 
     if start == 0:
         look("before", 0, len(held_out))
     skipped = 0
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="GRPO", disable=rank > 0)
+    bar = tqdm(
+        range(start, config.steps), initial=start, total=config.steps, desc="GRPO", disable=rank > 0
+    )
     for step in bar:
         clock = [time.time()]
 
         # 1) Prompts: every rank takes its share of the step's
-        chosen = runtime.order_of_step(len(prompts), step, config.batch_size, config.seed)
+        chosen = run.order_of_step(len(prompts), step, config.batch_size, config.seed)
         share = config.batch_size // world
         indices = list(range(rank * share, (rank + 1) * share))
         batch = [prompts[chosen[i]] for i in indices]
@@ -326,28 +400,35 @@ def main(argv: list[str] | None = None) -> None:
                 logp_mode=config.logp,
             )
             few = config.rollout_batch
-            parts = [sample(batch[k : k + few], indices=indices[k : k + few]) for k in range(0, share, few)]
+            parts = [
+                sample(batch[k : k + few], indices=indices[k : k + few])
+                for k in range(0, share, few)
+            ]
         sampled = gotr1.Rollout.join(parts)
         clock.append(time.time())
 
         # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics
         images = gotr1.decode_images(engine.model, sampled.image_tokens)
         clock.append(time.time())
-        scores = score([prompt for prompt in batch for _ in range(config.group)], sampled.chains, images)
+        scores = score(
+            [prompt for prompt in batch for _ in range(config.group)], sampled.chains, images
+        )
         clock.append(time.time())
 
         # 4) Advantages: within the group of a prompt. Groups of equal rewards are left out from here on
         totals = torch.tensor([row["total"] for row in scores], device=device)
         advantages = group_advantages(totals, config.group, std=config.advantage_std)
-        live = [g for g in range(share) if advantages[g * config.group : (g + 1) * config.group].any()]
+        live = [
+            g for g in range(share) if advantages[g * config.group : (g + 1) * config.group].any()
+        ]
         kept = [g * config.group + k for g in live for k in range(config.group)]
-        n_tokens = runtime.all_sum(sampled.mask[kept].sum()).clamp(min=1)
-        n_samples = runtime.all_sum(torch.tensor(float(len(kept)), device=device)).clamp(min=1)
+        n_tokens = run.all_sum(sampled.mask[kept].sum()).clamp(min=1)
+        n_samples = run.all_sum(torch.tensor(float(len(kept)), device=device)).clamp(min=1)
 
         # 5) Loss and gradient: micro-batches and ranks add up to one mean over all tokens. All ranks make as many
         # passes, each a collective under FSDP; one that has no sample left makes them with a mask of zeros
-        lr = runtime.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
-        passes = max(runtime.gather_list([-(-len(kept) // config.micro_batch)]))
+        lr = run.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
+        passes = max(run.gather_list([-(-len(kept) // config.micro_batch)]))
         old, ref = {}, {}
         for update in range(config.updates):
             sums = torch.zeros(3, device=device)
@@ -360,10 +441,14 @@ def main(argv: list[str] | None = None) -> None:
                     old[k] = logp.detach()
                     ref[k] = engine.score_reference(mb)[0] if config.kl else None
                     if step == 0:
-                        self_test(logp.detach(), mb.logp, ref[k], mask, exact=config.dtype == "float32")
+                        self_test(
+                            logp.detach(), mb.logp, ref[k], mask, exact=config.dtype == "float32"
+                        )
                 total = n_tokens if config.loss_mean == "token" else n_samples
                 settings = (total, config.clip_low, config.clip_high, config.kl, config.loss_mean)
-                loss, parts = grpo_loss(logp, old[k], ref[k], advantages[rows or [0]], mask, *settings)
+                loss, parts = grpo_loss(
+                    logp, old[k], ref[k], advantages[rows or [0]], mask, *settings
+                )
                 engine.backward(loss)
                 sums += torch.stack([*parts.values()])
 
@@ -371,23 +456,42 @@ def main(argv: list[str] | None = None) -> None:
             norm = engine.step(lr, config.clip_grad)
             skipped = 0 if np.isfinite(norm) else skipped + 1
             if step == 0 and passes and not norm > 0:
-                raise RuntimeError(f"self-test: the gradient norm is {norm} although rewards differ")
+                raise RuntimeError(
+                    f"self-test: the gradient norm is {norm} although rewards differ"
+                )
             if skipped == 10:
-                raise RuntimeError("ten gradients in a row were not finite: lower --lr, or look at the rewards")
+                raise RuntimeError(
+                    "ten gradients in a row were not finite: lower --lr, or look at the rewards"
+                )
         clock.append(time.time())
 
         # 7) Log: means over all samples and tokens of all ranks
-        ratio, clip, kl = (runtime.all_sum(sums) / n_tokens).tolist()
-        row = {"step": step, **mean_row(runtime.gather_list(sample_rows(sampled, scores, config.group)))}
-        row |= {"ratio": ratio, "clip": clip, "kl": kl, "grad_norm": norm, "skipped": skipped, "lr": lr}
-        seconds = runtime.all_sum(torch.tensor(np.diff(clock), device=device)) / world
+        ratio, clip, kl = (run.all_sum(sums) / n_tokens).tolist()
+        row = {
+            "step": step,
+            **mean_row(run.gather_list(sample_rows(sampled, scores, config.group))),
+        }
+        row |= {
+            "ratio": ratio,
+            "clip": clip,
+            "kl": kl,
+            "grad_norm": norm,
+            "skipped": skipped,
+            "lr": lr,
+        }
+        seconds = run.all_sum(torch.tensor(np.diff(clock), device=device)) / world
         row |= dict(zip(PHASES, seconds.tolist(), strict=True)) | {"seconds": seconds.sum().item()}
-        row |= {"samples_s": config.batch_size * config.group / row["seconds"], "peak_gib": runtime.peak_gib(device)}
+        row |= {
+            "samples_s": config.batch_size * config.group / row["seconds"],
+            "peak_gib": run.peak_gib(device),
+        }
         bar.set_postfix_str(f"reward {row['reward']:.3f}")
         log.write(row)
-        runtime.say(log_line(row, config.steps))
+        run.say(log_line(row, config.steps))
         if step == 0 and row["no_box"] == 1:
-            raise RuntimeError("no chain has a box: start from a model that writes chains, see train_sft.py")
+            raise RuntimeError(
+                "no chain has a box: start from a model that writes chains, see train_sft.py"
+            )
 
         # 8) Save and look, now and then
         done = step + 1
@@ -401,7 +505,9 @@ def main(argv: list[str] | None = None) -> None:
             log.plot(CURVES)
         if stopping:
             if rank == 0:
-                print(f"stopped after step {done} of {config.steps}; the same command continues from {folder}")
+                print(
+                    f"stopped after step {done} of {config.steps}; the same command continues from {folder}"
+                )
             return
 
     # 9) After: the same held-out prompts with the same random numbers
@@ -409,9 +515,19 @@ def main(argv: list[str] | None = None) -> None:
     if not after_path.exists():
         look("after", config.steps, len(held_out))
     if rank == 0:
-        print(report.before_after(json.loads(before_path.read_text()), json.loads(after_path.read_text())))
+        print(
+            report.before_after(
+                json.loads(before_path.read_text()), json.loads(after_path.read_text())
+            )
+        )
         print(f"\n{len(held_out)} held-out prompts, one sample each. Written to {folder}:")
-        for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl", f"step_{config.steps:06d}"):
+        for name in (
+            "samples_before.png",
+            "samples_after.png",
+            "curves.png",
+            "log.jsonl",
+            f"step_{config.steps:06d}",
+        ):
             print(f"  {folder / name}")
 
 

@@ -5,7 +5,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if "GOTR1_TEST_GPU" not in os.environ:  # bitwise equality is promised on the CPU; tests/test_decode.py has GPU tests
+if (
+    "GOTR1_TEST_GPU" not in os.environ
+):  # bitwise equality is promised on the CPU; tests/test_decode.py has GPU tests
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
-import checkpoints
 import gotr1
+from engine import checkpoints
 
 GOLDEN = Path(__file__).parent / "golden_janus"
 FACTS = json.loads((GOLDEN / "expected.json").read_text())
@@ -26,14 +26,20 @@ def expected():
 
 @pytest.fixture(scope="module")
 def golden():
-    config = JanusConfig(**{k: v for k, v in json.loads((GOLDEN / "hf_config.json").read_text()).items()})
+    config = JanusConfig(
+        **{k: v for k, v in json.loads((GOLDEN / "hf_config.json").read_text()).items()}
+    )
     model = JanusForConditionalGeneration(config).eval()
-    model.load_state_dict(gotr1.convert_deepseek(load_file(GOLDEN / "deepseek.safetensors")), strict=True)
+    model.load_state_dict(
+        gotr1.convert_deepseek(load_file(GOLDEN / "deepseek.safetensors")), strict=True
+    )
     return model, PreTrainedTokenizerFast.from_pretrained(GOLDEN)
 
 
 def draw(golden, captions, mode="cond", **kwargs):
-    return gotr1.rollout(*golden, captions, cfg=5.0, temperature=0, max_chain=40, logp_mode=mode, **kwargs)
+    return gotr1.rollout(
+        *golden, captions, cfg=5.0, temperature=0, max_chain=40, logp_mode=mode, **kwargs
+    )
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["each alone", "as one batch"])
@@ -46,10 +52,16 @@ def test_greedy_rollout_is_the_official_one(golden, expected, alone):
         text, cond = gotr1.hidden_states(model, sampled)
         uncond = gotr1.hidden_states(model, sampled, torch.ones(len(captions), dtype=torch.bool))[1]
         for n in range(len(captions)):
-            want = {key.split(".")[1]: value for key, value in expected.items() if key.startswith(f"prompt{k}.")}
+            want = {
+                key.split(".")[1]: value
+                for key, value in expected.items()
+                if key.startswith(f"prompt{k}.")
+            }
             steps, size = want["text_logits"].shape[0], len(want["chain_ids"])
             assert sampled.prompt_ids[n] == want["prompt_ids"].tolist()
-            assert sampled.chain_ids[n, : sampled.chain_lens[n]].tolist() == want["chain_ids"].tolist()
+            assert (
+                sampled.chain_ids[n, : sampled.chain_lens[n]].tolist() == want["chain_ids"].tolist()
+            )
             assert bool(sampled.forced[n]) == FACTS["prompts"][k]["forced"] == (size == steps + 1)
             assert sampled.chains[n] + "<begin_of_image>" == FACTS["prompts"][k]["chain_text"]
             assert torch.equal(sampled.image_tokens[n], want["image_tokens"])
@@ -63,7 +75,10 @@ def test_greedy_rollout_is_the_official_one(golden, expected, alone):
             logp = want["text_logits"].log_softmax(-1).gather(1, chosen).squeeze(1)
             assert (sampled.logp[n, :steps] - logp).abs().max() < 1e-4
             images = len(want["image_tokens"])
-            for run, logits in ((sampled, want["image_logits_cond"]), (guided, want["image_logits_guided"])):
+            for run, logits in (
+                (sampled, want["image_logits_cond"]),
+                (guided, want["image_logits_guided"]),
+            ):
                 logp = logits.log_softmax(-1).gather(1, want["image_tokens"][:, None]).squeeze(1)
                 assert (run.logp[n, -images:] - logp).abs().max() < 2e-3
             # pixels
@@ -83,16 +98,24 @@ def test_token_logps_equal_what_was_recorded(golden, mode):
     assert ((logp - sampled.logp) * mask).abs().max() < 1e-4
 
 
-def test_encode_images_gives_the_official_indices_also_from_a_codebook_of_any_length(golden, expected):
+def test_encode_images_gives_the_official_indices_also_from_a_codebook_of_any_length(
+    golden, expected
+):
     model = golden[0]
-    assert torch.equal(gotr1.encode_images(model, expected["input_image"]), expected["input_image_tokens"])
+    assert torch.equal(
+        gotr1.encode_images(model, expected["input_image"]), expected["input_image_tokens"]
+    )
     weight = model.model.vqmodel.quantize.embedding.weight
-    assert (weight.norm(dim=-1) - 1).abs().max() < 1e-6, "the converter leaves code vectors at their length"
+    assert (weight.norm(dim=-1) - 1).abs().max() < 1e-6, (
+        "the converter leaves code vectors at their length"
+    )
     raw = load_file(GOLDEN / "deepseek.safetensors")["gen_vision_model.quantize.embedding.weight"]
     assert raw.norm(dim=-1).max() > 2, "unit vectors already: this test would prove nothing"
     unit = weight.data.clone()
     weight.data.copy_(raw)
-    assert torch.equal(gotr1.encode_images(model, expected["input_image"]), expected["input_image_tokens"])
+    assert torch.equal(
+        gotr1.encode_images(model, expected["input_image"]), expected["input_image_tokens"]
+    )
     weight.data.copy_(unit)
 
 
@@ -126,7 +149,10 @@ def test_real_sizes_come_from_config_json():
         assert gotr1.image_token_count(model) == 576
     for size, settings in (("1b", one), ("7b", seven)):
         known, read = checkpoints.janus_pro_config(size), checkpoints.config_from_deepseek(settings)
-        assert known.text_config.to_dict() == read.text_config.to_dict() and known.vq_config == read.vq_config
+        assert (
+            known.text_config.to_dict() == read.text_config.to_dict()
+            and known.vq_config == read.vq_config
+        )
 
 
 @pytest.fixture
@@ -170,7 +196,9 @@ def test_what_we_save_loads_again_with_lm_head_apart_from_the_embedding(golden, 
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = True  # transformers' default
+    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = (
+        True  # transformers' default
+    )
     (tmp_path / "config.json").write_text(json.dumps(settings))
     loaded, _ = gotr1.load_policy(str(tmp_path))
     loaded.tie_weights()  # as saving and resizing do
@@ -202,9 +230,13 @@ def test_a_lora_adapter_loads_on_its_base(golden, tmp_path):
 def test_the_tokenizer_keeps_spaces_and_bos_is_there_once(folder, golden):
     put_weights(folder, "safetensors")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"})
+    )
     model, tokenizer = gotr1.load_policy(str(folder))
-    assert tokenizer.decode(tokenizer.encode("a red cube", add_special_tokens=False)) == "a red cube"
+    assert (
+        tokenizer.decode(tokenizer.encode("a red cube", add_special_tokens=False)) == "a red cube"
+    )
     bos, pad, boi = gotr1.special_ids(tokenizer)
     ids = FACTS["token_ids"]
     assert (bos, pad, boi) == (ids["bos"], ids["pad"], ids["begin_of_image"])
@@ -221,7 +253,9 @@ def test_missing_markers_are_added(folder, golden, capsys, spare, monkeypatch):
     tensors = load_file(GOLDEN / "deepseek.safetensors")
     data = json.loads((folder / "tokenizer.json").read_text())
     markers = set(checkpoints.MARKERS)
-    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in markers]
+    data["added_tokens"] = [
+        token for token in data["added_tokens"] if token["content"] not in markers
+    ]
     for token in markers & set(data["model"]["vocab"]):
         del data["model"]["vocab"][token]
     (folder / "tokenizer.json").write_text(json.dumps(data))
@@ -247,13 +281,23 @@ def test_whatever_does_not_fit_is_named(folder):
     put_weights(folder, "safetensors", {**tensors, "language_model.extra": torch.zeros(1)})
     with pytest.raises(ValueError, match="language_model.extra is no tensor"):
         gotr1.load_policy(str(folder))
-    put_weights(folder, "safetensors", {k: v for k, v in tensors.items() if k != "gen_embed.weight"})
-    with pytest.raises(ValueError, match="lacks 1 tensors, for instance model.generation_embeddings.weight"):
+    put_weights(
+        folder, "safetensors", {k: v for k, v in tensors.items() if k != "gen_embed.weight"}
+    )
+    with pytest.raises(
+        ValueError, match="lacks 1 tensors, for instance model.generation_embeddings.weight"
+    ):
         gotr1.load_policy(str(folder))
     put_weights(folder, "safetensors", {**tensors, "gen_embed.weight": torch.zeros(3, 8)})
-    with pytest.raises(ValueError, match=r"generation_embeddings.weight is \(3, 8\), config.json says \(64, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"generation_embeddings.weight is \(3, 8\), config.json says \(64, 8\)"
+    ):
         gotr1.load_policy(str(folder))
-    put_weights(folder, "safetensors", {**tensors, "language_model.model.layers.9.mlp.up_proj.weight": torch.zeros(1)})
+    put_weights(
+        folder,
+        "safetensors",
+        {**tensors, "language_model.model.layers.9.mlp.up_proj.weight": torch.zeros(1)},
+    )
     with pytest.raises(ValueError, match="layers.9.mlp.up_proj.weight has no place"):
         gotr1.load_policy(str(folder))
 

@@ -11,14 +11,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import JanusForConditionalGeneration
 
-import decode
 import gotr1
-from checkpoints import janus_pro_config
+from engine import decode
+from engine.checkpoints import janus_pro_config
 
-PROMPTS = ["a red ball left of a blue cube", "a green cone", "a cyan cube above a purple cone and left of a red ball"]
+PROMPTS = [
+    "a red ball left of a blue cube",
+    "a green cone",
+    "a cyan cube above a purple cone and left of a red ball",
+]
 FIELDS = ("chain_ids", "chain_lens", "image_tokens", "mask", "logp", "entropy", "forced")
 # what makes a GPU wait, or copies a number from the host: neither can be captured
-HOST = ("_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero", "masked_select", "_unique", "index.Tensor")
+HOST = (
+    "_local_scalar_dense",
+    "lift_fresh",
+    "scalar_tensor",
+    "nonzero",
+    "masked_select",
+    "_unique",
+    "index.Tensor",
+)
 
 
 class Tape(TorchDispatchMode):
@@ -33,7 +45,9 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         assert not any(name in str(function) for name in HOST), f"{function} needs the host"
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        assert all(tensor.dim() for tensor in tensors), f"{function} takes a number that may live on the host"
+        assert all(tensor.dim() for tensor in tensors), (
+            f"{function} takes a number that may live on the host"
+        )
         result = function(*args, **kwargs)
         self.operations.append((function, args, kwargs, result))
         return result
@@ -42,7 +56,9 @@ class Tape(TorchDispatchMode):
         for function, args, kwargs, recorded in self.operations:
             result = function(*args, **kwargs)
             for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
-                if old.data_ptr() != new.data_ptr():  # views and in-place operations are where they were
+                if (
+                    old.data_ptr() != new.data_ptr()
+                ):  # views and in-place operations are where they were
                     old.copy_(new)
 
 
@@ -95,16 +111,23 @@ def test_layers_are_those_of_transformers(policy, dtype, tolerance):
     assert hidden.dtype == cache.dtype == dtype and torch.isfinite(cache).all()
 
 
-@pytest.mark.parametrize("cfg, temperature, mode", [(1.0, 1.0, "cond"), (3.0, 0.7, "cond"), (3.0, 0, "guided")])
+@pytest.mark.parametrize(
+    "cfg, temperature, mode", [(1.0, 1.0, "cond"), (3.0, 0.7, "cond"), (3.0, 0, "guided")]
+)
 def test_recorded_steps_give_the_same_tokens(policy, tapes, monkeypatch, cfg, temperature, mode):
     settings = {"cfg": cfg, "temperature": temperature, "logp_mode": mode, "max_chain": 80}
     recorded, plain = both_ways(policy, monkeypatch, PROMPTS, 2, seed=5, **settings)
-    assert recorded.chain_lens.unique().numel() > 1 and len(recorded.chain_ids[0]) == recorded.chain_lens.max()
+    assert (
+        recorded.chain_lens.unique().numel() > 1
+        and len(recorded.chain_ids[0]) == recorded.chain_lens.max()
+    )
     assert_same(recorded, plain)
     steps = recorded.mask.shape[1]
     assert 2 <= len(tapes) <= 4 < steps, "one tape for text and image in each bucket of 128"
     columns = max(map(len, recorded.prompt_ids)) + steps - 1
-    assert decode.KEPT[policy[0]].used == columns, "columns that were filled after the last chain's end are used again"
+    assert decode.KEPT[policy[0]].used == columns, (
+        "columns that were filled after the last chain's end are used again"
+    )
 
 
 def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch):
@@ -136,7 +159,9 @@ def test_new_weights_are_recorded_anew(policy, tapes, monkeypatch):
     assert_same(recorded, plain)
     for change in ({"temperature": 0.5}, {"cfg": 2.0}, {"max_chain": 300}):
         old = decode.KEPT[policy[0]]
-        recorded, plain = both_ways(policy, monkeypatch, PROMPTS[:1], 2, **{"max_chain": 40, **change})
+        recorded, plain = both_ways(
+            policy, monkeypatch, PROMPTS[:1], 2, **{"max_chain": 40, **change}
+        )
         assert decode.KEPT[policy[0]] is not old, change
         assert_same(recorded, plain)
 
@@ -155,7 +180,9 @@ def test_forced_given_and_undrawn_chains_on_tapes(policy, tapes, monkeypatch):
 def test_a_merged_adapter_is_not_replayed_as_an_unmerged_one(policy, tapes):
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(copy.deepcopy(policy[0]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        copy.deepcopy(policy[0]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     model = adapted.base_model.model
     prints = [decode.fingerprint(model)]
     with adapted.disable_adapter():
@@ -178,8 +205,16 @@ def test_buffers_go_with_their_model(policy, tapes):
 
 def test_the_stand_in_refuses_what_a_gpu_would_wait_for():
     values = torch.arange(3.0)
-    asks = [lambda: values.sum().item(), lambda: values * torch.tensor([2.0]), lambda: values[values > 1]]
-    asks += [lambda: torch.where(values > 1, 0.0, values), lambda: values * values.sum(), lambda: bool(values.all())]
+    asks = [
+        lambda: values.sum().item(),
+        lambda: values * torch.tensor([2.0]),
+        lambda: values[values > 1],
+    ]
+    asks += [
+        lambda: torch.where(values > 1, 0.0, values),
+        lambda: values * values.sum(),
+        lambda: bool(values.all()),
+    ]
     for ask in asks:
         with pytest.raises(AssertionError), Tape():
             ask()
@@ -217,7 +252,11 @@ def test_unused_parts_may_live_elsewhere(policy):
     """Image understanding without memory, the picture tokenizer in another dtype: only the language model's count."""
     model = copy.deepcopy(policy[0])
     want = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
-    model.model.vision_model.to("meta"), model.model.aligner.to("meta"), model.model.vqmodel.to(torch.bfloat16)
+    (
+        model.model.vision_model.to("meta"),
+        model.model.aligner.to("meta"),
+        model.model.vqmodel.to(torch.bfloat16),
+    )
     sampled = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
     assert_same(sampled, want)
     images = gotr1.decode_images(model, sampled.image_tokens)
@@ -232,13 +271,26 @@ def test_the_straightforward_loop_gives_the_same_tokens(policy, cfg, max_chain):
     u = gotr1.uniforms(4, [0], 3, images + max_chain)
     for k in range(3):
         plain = gotr1.plain_rollout(*policy, PROMPTS[0], cfg, u[k : k + 1], max_chain)
-        assert plain["chain_ids"].tolist() == [sampled.chain_ids[k, : sampled.chain_lens[k]].tolist()]
+        assert plain["chain_ids"].tolist() == [
+            sampled.chain_ids[k, : sampled.chain_lens[k]].tolist()
+        ]
         assert torch.equal(plain["image_tokens"][0], sampled.image_tokens[k])
 
 
 def test_bench_measures_both_loops_on_chains_of_the_length_asked_for(monkeypatch, capsys, policy):
-    monkeypatch.setattr(gotr1, "random_policy", lambda size, device: (copy.deepcopy(policy[0]), policy[1]))
-    flags = ["--bench_samples", "2", "--bench_chain", "9", "--bench_repeats", "2", "--bench_cfg", "2"]
+    monkeypatch.setattr(
+        gotr1, "random_policy", lambda size, device: (copy.deepcopy(policy[0]), policy[1])
+    )
+    flags = [
+        "--bench_samples",
+        "2",
+        "--bench_chain",
+        "9",
+        "--bench_repeats",
+        "2",
+        "--bench_cfg",
+        "2",
+    ]
     gotr1.main(["--bench", *flags])
     printed = capsys.readouterr().out
     assert "each 9 + 1 chain and 64 image tokens, cfg 2.0" in printed and "median of 2" in printed
@@ -248,9 +300,15 @@ def test_bench_measures_both_loops_on_chains_of_the_length_asked_for(monkeypatch
 def test_small_random_policy_is_the_one_promised():
     model, tokenizer = gotr1.random_policy("small", torch.device("cpu"))
     config = model.config.text_config
-    assert (config.num_hidden_layers, config.hidden_size, gotr1.image_token_count(model)) == (8, 512, 144)
+    assert (config.num_hidden_layers, config.hidden_size, gotr1.image_token_count(model)) == (
+        8,
+        512,
+        144,
+    )
     sampled = gotr1.rollout(model, tokenizer, ["a"], 1, cfg=2.0, max_chain=2)
-    assert torch.isfinite(sampled.logp).all() and sampled.entropy[0, 0] > 3, "a random model is unsure"
+    assert torch.isfinite(sampled.logp).all() and sampled.entropy[0, 0] > 3, (
+        "a random model is unsure"
+    )
 
 
 def test_floor_of_the_published_sizes(capsys):

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 import gotr1
-import toy
 from render_boxes import Box, format_chain, iou, parse_chain, strip_boxes
+from toy import world as toy
 
 PROMPT = "a red ball left of a blue cube"
 
@@ -19,7 +19,11 @@ def test_a_prompt_becomes_pictures_plans_chains_and_a_sheet(tmp_path, capsys):
     assert names == {f"000_{k}{end}" for k in range(3) for end in ends} | {"sheet.png"}
     assert Image.open(tmp_path / "000_0.png").size == (32, 32)
     out = capsys.readouterr().out
-    assert "mean of 3: sem" in out and "wrote 3 pictures" in out and (tmp_path / "000_0.txt").read_text() in out
+    assert (
+        "mean of 3: sem" in out
+        and "wrote 3 pictures" in out
+        and (tmp_path / "000_0.txt").read_text() in out
+    )
 
 
 def test_several_prompts_and_the_same_pictures_in_any_batch(tmp_path):
@@ -30,7 +34,9 @@ def test_several_prompts_and_the_same_pictures_in_any_batch(tmp_path):
     for name in ("000_0", "000_1", "001_0", "001_1"):
         a, b = ((tmp_path / size / f"{name}.png").read_bytes() for size in ("1", "64"))
         assert a == b
-    assert (tmp_path / "1" / "000_0.png").read_bytes() != (tmp_path / "1" / "000_1.png").read_bytes()
+    assert (tmp_path / "1" / "000_0.png").read_bytes() != (
+        tmp_path / "1" / "000_1.png"
+    ).read_bytes()
 
 
 def test_an_edited_plan_is_what_is_drawn(tmp_path):
@@ -39,11 +45,20 @@ def test_an_edited_plan_is_what_is_drawn(tmp_path):
     for x in (0, 625):
         plans.append([Box("red ball", x, 125, min(x + 375, 999), 500)])
         (tmp_path / "plan.txt").write_text(format_chain(["A", *plans[-1]]) + "\n")
-        flags = ["--n", "16", "--chain", str(tmp_path / "plan.txt"), "--out", str(tmp_path / str(x))]
+        flags = [
+            "--n",
+            "16",
+            "--chain",
+            str(tmp_path / "plan.txt"),
+            "--out",
+            str(tmp_path / str(x)),
+        ]
         gotr1.main(["a red ball", *flags])
 
     def follows(x, plan):
-        found = [toy.detect(Image.open(path)) for path in (tmp_path / str(x)).glob("000_*[0-9].png")]
+        found = [
+            toy.detect(Image.open(path)) for path in (tmp_path / str(x)).glob("000_*[0-9].png")
+        ]
         return np.mean([max((iou(plan[0], box) for box in boxes), default=0) for boxes in found])
 
     assert follows(0, plans[0]) > 0.4 and follows(0, plans[0]) > 2 * follows(0, plans[1])
@@ -60,7 +75,10 @@ def test_the_best_of_several_plans_is_drawn(policy):
     for b, prompt in enumerate(prompts):
         group = chains[4 * b : 4 * b + 4]
         said = judge.semantic([prompt] * 4, [strip_boxes(chain) for chain in group])
-        scores = [toy.faithfulness(prompt, parse_chain(chain)) + s for chain, s in zip(group, said, strict=True)]
+        scores = [
+            toy.faithfulness(prompt, parse_chain(chain)) + s
+            for chain, s in zip(group, said, strict=True)
+        ]
         assert chosen[b] == group[scores.index(max(scores))]
         gained += max(scores) - scores[0]
     assert gained > 0, "no prompt had a better plan than its first: this test would prove nothing"

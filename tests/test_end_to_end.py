@@ -19,13 +19,26 @@ import train_grpo
 import train_sft
 
 ROOT = Path(__file__).parent.parent
-GRPO = ["--steps", "10", "--batch_size", "2", "--group", "4", "--eval_prompts", "8", "--save_every", "4"]
+GRPO = [
+    "--steps",
+    "10",
+    "--batch_size",
+    "2",
+    "--group",
+    "4",
+    "--eval_prompts",
+    "8",
+    "--save_every",
+    "4",
+]
 SFT = ["--from_scratch", "--vq_steps", "3", "--examples", "300", "--steps", "40", "--batch_size", "16",
        "--eval_every", "40", "--eval_prompts", "8", "--save_every", "15"]  # fmt: skip
 
 
 def weights(folder: Path) -> dict:
-    return safetensors.torch.load_file(folder / (folder / "latest").read_text() / "model.safetensors")
+    return safetensors.torch.load_file(
+        folder / (folder / "latest").read_text() / "model.safetensors"
+    )
 
 
 def same(a: dict, b: dict) -> bool:
@@ -34,7 +47,9 @@ def same(a: dict, b: dict) -> bool:
 
 def rows(folder: Path) -> list[dict]:
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+    return [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # a killed run may leave half a line
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +60,19 @@ def grpo_run(tmp_path_factory):
 
 
 def test_ten_grpo_steps_leave_what_the_readme_promises(grpo_run):
-    for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl", "config.json", "step_000010"):
+    for name in (
+        "samples_before.png",
+        "samples_after.png",
+        "curves.png",
+        "log.jsonl",
+        "config.json",
+        "step_000010",
+    ):
         assert (grpo_run / name).exists(), name
     assert [row["step"] for row in rows(grpo_run)] == list(range(10))
-    assert rows(grpo_run)[0]["ratio"] == 1 and rows(grpo_run)[0]["kl"] == 0 < rows(grpo_run)[5]["kl"]
+    assert (
+        rows(grpo_run)[0]["ratio"] == 1 and rows(grpo_run)[0]["kl"] == 0 < rows(grpo_run)[5]["kl"]
+    )
     assert len(list(grpo_run.glob("step_*"))) == 2, "old checkpoints stay"
 
 
@@ -71,13 +95,18 @@ def test_a_grpo_run_that_died_continues_bitwise(grpo_run, tmp_path, monkeypatch)
     assert same(weights(tmp_path), weights(grpo_run))
     clocked = {"seconds", "samples_s", "peak_gib", *train_grpo.PHASES}
     timeless = [{k: v for k, v in row.items() if k not in clocked} for row in rows(tmp_path)]
-    assert timeless == [{k: v for k, v in row.items() if k in timeless[0]} for row in rows(grpo_run)]
+    assert timeless == [
+        {k: v for k, v in row.items() if k in timeless[0]} for row in rows(grpo_run)
+    ]
 
 
 def test_sft_from_scratch_learns_and_resumes_bitwise(tmp_path, monkeypatch):
     train_sft.main([*SFT, "--out", str(tmp_path / "whole")])
     log = rows(tmp_path / "whole")
-    for loss, share in (("chain_loss", 0.7), ("image_loss", 0.85)):  # the picture tokenizer is as good as untrained
+    for loss, share in (
+        ("chain_loss", 0.7),
+        ("image_loss", 0.85),
+    ):  # the picture tokenizer is as good as untrained
         assert sum(row[loss] for row in log[-5:]) < share * sum(row[loss] for row in log[:5]), loss
     assert "ri" in log[-1] and (tmp_path / "whole" / "curves.png").exists()
 
@@ -100,7 +129,10 @@ def test_a_grpo_checkpoint_is_a_model_like_any_other(grpo_run):
     import gotr1
 
     model, tokenizer = gotr1.load_policy(str(grpo_run / "step_000010"))
-    assert gotr1.rollout(model, tokenizer, ["a red ball"], max_chain=60).image_tokens.shape == (1, 64)
+    assert gotr1.rollout(model, tokenizer, ["a red ball"], max_chain=60).image_tokens.shape == (
+        1,
+        64,
+    )
 
 
 BAD = [
@@ -115,7 +147,10 @@ BAD = [
     (["--combine", "median"], "median"),
     (["--model", "/no/such/model"], "/no/such/model"),
     (["--prompts", "/no/such/file"], "cannot read prompts from /no/such/file"),
-    (["--max_chain", "600"], "tokens but this model holds 512: shorten the prompt or lower max_chain (600)"),
+    (
+        ["--max_chain", "600"],
+        "tokens but this model holds 512: shorten the prompt or lower max_chain (600)",
+    ),
     (["--lora", "4", "--shard", "yes"], "--shard yes is for all weights"),
     (["--dtype", "bfloat16", "--shard", "no"], "trains all weights through float32 shards"),
     (["--out", "/proc/nowhere"], "cannot use /proc/nowhere as output folder"),
@@ -147,28 +182,42 @@ def test_the_toys_judge_refuses_prompts_that_it_cannot_understand(tmp_path, caps
         with pytest.raises(SystemExit) as stop:
             prompts = ["--prompts", str(tmp_path / "prompts.txt")]
             train_grpo.main([*prompts, *flags, "--out", str(tmp_path / "run")])
-        assert stop.value.code == 2 and "know only the toy's world, not 'a photo of a cat'" in capsys.readouterr().err
+        assert (
+            stop.value.code == 2
+            and "know only the toy's world, not 'a photo of a cat'" in capsys.readouterr().err
+        )
 
 
 def test_a_model_that_writes_no_boxes_is_told_so_after_one_step(tmp_path):
     """Every reward would be 0, every group equal, and a thousand steps would learn nothing in silence."""
-    with pytest.raises(RuntimeError, match="no chain has a box: start from a model that writes chains"):
+    with pytest.raises(
+        RuntimeError, match="no chain has a box: start from a model that writes chains"
+    ):
         train_grpo.main([*GRPO, "--max_chain", "1", "--out", str(tmp_path)])
 
 
 def test_an_empty_prompt_file_is_refused(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n \n")
     with pytest.raises(SystemExit) as stop:
-        train_grpo.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "holds no prompt: expected one a line" in capsys.readouterr().err
+        train_grpo.main(
+            ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
+        )
+    assert (
+        stop.value.code == 2 and "holds no prompt: expected one a line" in capsys.readouterr().err
+    )
 
 
 def kill_and_restart(folder: Path, flags: list[str], moments: list) -> int:
     """Starts the run again and again; kills it (SIGKILL) when `moments` in turn say so; returns the number of kills."""
     command, kills = [sys.executable, "train_grpo.py", *flags, "--out", str(folder)], 0
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: another number of threads adds in another order
+    one = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as here: another number of threads adds in another order
     for moment in moments:
-        process = subprocess.Popen(command, cwd=ROOT, env=one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         begun = time.time()
         while process.poll() is None and not moment(time.time() - begun):
             time.sleep(0.001)
@@ -179,7 +228,18 @@ def kill_and_restart(folder: Path, flags: list[str], moments: list) -> int:
     return kills
 
 
-KILLED = ["--steps", "5", "--batch_size", "2", "--group", "4", "--eval_prompts", "4", "--save_every", "1"]
+KILLED = [
+    "--steps",
+    "5",
+    "--batch_size",
+    "2",
+    "--group",
+    "4",
+    "--eval_prompts",
+    "4",
+    "--save_every",
+    "1",
+]
 
 
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path):
@@ -200,18 +260,25 @@ def test_a_run_that_is_killed_at_ten_random_moments_ends_with_the_same_weights(t
         reached, delay = [], rng.random()
 
         def now(seconds):
-            if (tmp_path / "killed" / "log.jsonl").exists() and len(rows(tmp_path / "killed")) > step:
+            if (tmp_path / "killed" / "log.jsonl").exists() and len(
+                rows(tmp_path / "killed")
+            ) > step:
                 reached.append(seconds)
             return bool(reached) and seconds > reached[0] + delay
 
         return now
 
     train_grpo.main([*flags, "--out", str(tmp_path / "whole")])
-    assert kill_and_restart(tmp_path / "killed", flags, [some_time_after(5 * k) for k in range(10)]) == 10
+    assert (
+        kill_and_restart(tmp_path / "killed", flags, [some_time_after(5 * k) for k in range(10)])
+        == 10
+    )
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_counted_and_ten_in_a_row_stop_the_run(tmp_path, monkeypatch):
+def test_gradients_that_are_not_finite_are_skipped_and_counted_and_ten_in_a_row_stop_the_run(
+    tmp_path, monkeypatch
+):
     loss, calls = train_grpo.grpo_loss, []
 
     def broken(*args, **kwargs):
@@ -229,10 +296,23 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted_and_ten_in_a_row_
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_run_that_is_told_to_stop_saves_and_leaves_with_exit_code_0(tmp_path, name):
-    command = [sys.executable, "train_grpo.py", *GRPO[2:], "--steps", "1000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "train_grpo.py",
+        *GRPO[2:],
+        "--steps",
+        "1000",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.time() + 120
-    while not ((tmp_path / "log.jsonl").exists() and len(rows(tmp_path)) >= 2) and time.time() < deadline:
+    while (
+        not ((tmp_path / "log.jsonl").exists() and len(rows(tmp_path)) >= 2)
+        and time.time() < deadline
+    ):
         time.sleep(0.2)
     process.send_signal(getattr(signal, name))
     output = process.communicate(timeout=60)[0]
@@ -251,6 +331,9 @@ def test_groups_of_equal_rewards_teach_nothing_and_are_counted(tmp_path, monkeyp
 
     monkeypatch.setattr(rewards, "score", all_equal)
     train_grpo.main([*GRPO[2:], "--steps", "2", "--out", str(tmp_path)])
-    assert all(row["zero_var"] == 1 and row["grad_norm"] == 0 and row["reward_std"] == 0 for row in rows(tmp_path))
-    toy_weights = safetensors.torch.load_file(ROOT / "toy_janus" / "model.safetensors")
+    assert all(
+        row["zero_var"] == 1 and row["grad_norm"] == 0 and row["reward_std"] == 0
+        for row in rows(tmp_path)
+    )
+    toy_weights = safetensors.torch.load_file(ROOT / "toy" / "weights" / "model.safetensors")
     assert same(weights(tmp_path), toy_weights)

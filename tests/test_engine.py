@@ -13,14 +13,25 @@ import safetensors.torch
 import torch
 from torch.distributed.tensor import DTensor
 
-import checkpoints
-import engine as engines
 import gotr1
 import train_grpo
+from engine import checkpoints
+from engine import trainer as engines
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red ball left of a blue cube", "a green cone and a yellow ball"]
-SMALL = ["--batch_size", "2", "--group", "4", "--eval_prompts", "4", "--lr", "1e-4", "--save_every", "100"]
+SMALL = [
+    "--batch_size",
+    "2",
+    "--group",
+    "4",
+    "--eval_prompts",
+    "4",
+    "--lr",
+    "1e-4",
+    "--save_every",
+    "100",
+]
 MODES = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
@@ -36,7 +47,9 @@ def make(mode: dict, saved: Path | None = None) -> engines.Engine:
     dtype = engines.DTYPES[mode.get("dtype", "float32")] if "lora" in mode else torch.float32
     source = str(saved) if saved and "lora" not in mode else "toy"
     torch.manual_seed(0)  # LoRA's initial weights
-    engine = engines.Engine(*gotr1.load_policy(source, "cpu", dtype), torch.device("cpu"), saved=saved, **mode)
+    engine = engines.Engine(
+        *gotr1.load_policy(source, "cpu", dtype), torch.device("cpu"), saved=saved, **mode
+    )
     if "lora" not in mode:
         engine.keep_reference(gotr1.load_policy("toy")[0])
     return engine
@@ -60,7 +73,10 @@ def train(engine, sampled, steps: int) -> list[float]:
 
 
 def whole(engine) -> dict:
-    return {name: engines.full(value.detach()).clone() for name, value in engine.model.state_dict().items()}
+    return {
+        name: engines.full(value.detach()).clone()
+        for name, value in engine.model.state_dict().items()
+    }
 
 
 def largest_gap(a: dict, b: dict) -> float:
@@ -75,7 +91,9 @@ def test_shards_and_checkpointing_take_the_same_steps_as_the_plain_model(sampled
     norms = train(plain, sampled, 3)
     assert train(other, sampled, 3) == pytest.approx(norms, rel=1e-5) and norms[0] > 0
     assert largest_gap(whole(plain), whole(other)) < 1e-6
-    assert largest_gap(whole(plain), dict(gotr1.load_policy("toy")[0].state_dict())) > 1e-4, "nothing was trained"
+    assert largest_gap(whole(plain), dict(gotr1.load_policy("toy")[0].state_dict())) > 1e-4, (
+        "nothing was trained"
+    )
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(sampled):
@@ -84,14 +102,19 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(sampled):
     before = whole(engine)
     assert all(p.dtype == torch.float32 for p in engine.parameters)
     with engine.gathered() as model:
-        assert model.lm_head.weight.dtype == torch.bfloat16 and not isinstance(model.lm_head.weight, DTensor)
+        assert model.lm_head.weight.dtype == torch.bfloat16 and not isinstance(
+            model.lm_head.weight, DTensor
+        )
     logp, mask = engine.score(sampled)
     engine.backward(-(logp * mask).mean())
     engine.step(1e-6, 1.0)
     moved = (whole(engine)["lm_head.weight"] - before["lm_head.weight"]).abs().max().item()
     assert 0 < moved < 2e-6
     exact = gotr1.token_logps(gotr1.load_policy("toy")[0], sampled)[0]
-    assert 0 < ((logp - exact) * mask).abs().max() < 0.5 and ((logp - exact) * mask).abs().mean() < 0.02
+    assert (
+        0 < ((logp - exact) * mask).abs().max() < 0.5
+        and ((logp - exact) * mask).abs().mean() < 0.02
+    )
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -122,27 +145,42 @@ def test_a_checkpoint_continues_bitwise_and_is_a_model(sampled, name, tmp_path):
     gap = (gotr1.token_logps(loaded, sampled)[0] - trained).abs()
     assert gap.max() < (0.5 if "bfloat16" in name else 1e-4)
     base = gotr1.token_logps(gotr1.load_policy("toy")[0], sampled)[0]
-    assert gap.mean() < 0.2 * (base - trained).abs().mean(), "what was loaded is not what was trained"
+    assert gap.mean() < 0.2 * (base - trained).abs().mean(), (
+        "what was loaded is not what was trained"
+    )
 
 
 def test_only_the_adapter_is_trained_and_saved_in_peft_s_format(sampled, tmp_path):
     engine = make(MODES["lora"])
-    base = {name: value.clone() for name, value in engine.model.state_dict().items() if "lora_" not in name}
+    base = {
+        name: value.clone()
+        for name, value in engine.model.state_dict().items()
+        if "lora_" not in name
+    }
     train(engine, sampled, 2)
     after = engine.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in base.items())
     assert len(engine.parameters) == 4 * 7 * 2  # 4 layers, 7 linear maps, A and B
     engine.save(tmp_path, 2)
     settings = json.loads((tmp_path / "step_000002" / "adapter_config.json").read_text())
-    assert settings["peft_type"] == "LORA" and settings["r"] == 4 and settings["base_model_name_or_path"] == "toy"
-    assert len(safetensors.torch.load_file(tmp_path / "step_000002" / "adapter_model.safetensors")) == 56
+    assert (
+        settings["peft_type"] == "LORA"
+        and settings["r"] == 4
+        and settings["base_model_name_or_path"] == "toy"
+    )
+    assert (
+        len(safetensors.torch.load_file(tmp_path / "step_000002" / "adapter_model.safetensors"))
+        == 56
+    )
 
 
 def test_an_adapter_is_merged_by_one_command(sampled, tmp_path, capsys):
     engine = make(MODES["lora"])
     train(engine, sampled, 3)
     engine.save(tmp_path, 3)
-    checkpoints.main([str(tmp_path / "step_000003"), str(tmp_path / "merged"), "--dtype", "float32"])
+    checkpoints.main(
+        [str(tmp_path / "step_000003"), str(tmp_path / "merged"), "--dtype", "float32"]
+    )
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     merged = gotr1.load_policy(str(tmp_path / "merged"))[0]
     trained = engine.score(sampled)[0].detach()
@@ -164,7 +202,11 @@ def test_logits_exist_only_where_they_are_needed_and_only_in_chunks(sampled):
             result = function(*args, **(kwargs or {}))
             parameters = {tuple(p.shape) for p in engine.parameters} | {tuple(p.T.shape) for p in engine.parameters
                                                                         if p.dim() == 2}  # fmt: skip
-            found = [x for x in torch.utils._pytree.tree_leaves(result) if torch.is_tensor(x) and x.dim() > 1]
+            found = [
+                x
+                for x in torch.utils._pytree.tree_leaves(result)
+                if torch.is_tensor(x) and x.dim() > 1
+            ]
             shapes.extend(tuple(x.shape) for x in found if tuple(x.shape) not in parameters)
             return result
 
@@ -191,7 +233,9 @@ def test_a_gradient_that_is_zero_or_not_finite_changes_nothing(sampled):
 
 def test_image_understanding_stays_on_the_host_and_out_of_the_optimizer():
     model = gotr1.load_policy("toy")[0]
-    engines.to_device(model, torch.device("meta"), torch.float32, sharded=False)  # meta stands for a GPU
+    engines.to_device(
+        model, torch.device("meta"), torch.float32, sharded=False
+    )  # meta stands for a GPU
     hosts = {name.split(".")[1] for name, p in model.named_parameters() if p.device.type == "cpu"}
     assert hosts == {"vision_model", "aligner"}
     engine = make({})
@@ -218,14 +262,15 @@ import resource, sys
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {str(ROOT)!r})
-import train_grpo, engine, signal
+import train_grpo, signal
+from engine import trainer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = engine.Engine.save
+save = trainer.Engine.save
 def saving(self, folder, step, keep):
     if step > 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     save(self, folder, step, keep)
-engine.Engine.save = saving
+trainer.Engine.save = saving
 train_grpo.main({[*SMALL[:-2], "--steps", "3", "--save_every", "1", "--out", str(tmp_path)]!r})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -240,9 +285,22 @@ train_grpo.main({[*SMALL[:-2], "--steps", "3", "--save_every", "1", "--out", str
 def launch(count: int, program: str, tmp_path: Path) -> None:
     script = tmp_path / f"run_{count}.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(count),
+        script,
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -251,9 +309,10 @@ def test_two_processes_take_the_same_steps_as_one_whatever_their_groups_look_lik
     """All rewards of rank 1's prompt are equal in step 1, and of both in step 2: no gradient there, no deadlock. In
     shards (auto), replicated, and with an adapter."""
     program = """
-import rewards, runtime, train_grpo
+import rewards, train_grpo
+from engine import run
 prompts = train_grpo.read_prompts("toy", False, 2000)
-second = prompts[runtime.order_of_step(len(prompts), 1, 2, seed=0)[1]]
+second = prompts[run.order_of_step(len(prompts), 1, 2, seed=0)[1]]
 score, steps = rewards.score, []
 def flat(judge, hps, batch, *rest):
     rows = score(judge, hps, batch, *rest)
@@ -267,18 +326,42 @@ for flags in FLAGS:
     steps.clear()
     train_grpo.main(flags)
 """
-    modes = {"shards": ["--shard", "auto"], "replicated": ["--shard", "no"], "adapter": ["--lora", "4"]}
-    small = [*SMALL[:-6], "--eval_prompts", "2", "--lr", "1e-4", "--micro_batch", "3", "--steps", "5"]
+    modes = {
+        "shards": ["--shard", "auto"],
+        "replicated": ["--shard", "no"],
+        "adapter": ["--lora", "4"],
+    }
+    small = [
+        *SMALL[:-6],
+        "--eval_prompts",
+        "2",
+        "--lr",
+        "1e-4",
+        "--micro_batch",
+        "3",
+        "--steps",
+        "5",
+    ]
     for count in (1, 2):
-        flags = [[*small, *mode, "--out", str(tmp_path / name / str(count))] for name, mode in modes.items()]
+        flags = [
+            [*small, *mode, "--out", str(tmp_path / name / str(count))]
+            for name, mode in modes.items()
+        ]
         launch(count, program.replace("FLAGS", repr(flags)), tmp_path)
     for name in modes:
         folders = [tmp_path / name / count for count in "12"]
-        one, two = (gotr1.load_policy(str(folder / "step_000005"))[0].state_dict() for folder in folders)
+        one, two = (
+            gotr1.load_policy(str(folder / "step_000005"))[0].state_dict() for folder in folders
+        )
         assert largest_gap(one, two) < 1e-6, name
         assert largest_gap(one, gotr1.load_policy("toy")[0].state_dict()) > 1e-5, name
-        logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in folders]
-        assert [row["zero_var"] for row in logs[0]][1:3] == [0.5, 1.0] and logs[0][2]["grad_norm"] == 0
+        logs = [
+            [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in folders
+        ]
+        assert [row["zero_var"] for row in logs[0]][1:3] == [0.5, 1.0] and logs[0][2][
+            "grad_norm"
+        ] == 0
         for a, b in zip(*logs, strict=True):
             assert a["reward"] == b["reward"] and a["zero_var"] == b["zero_var"], name
             assert a["kl"] == pytest.approx(b["kl"], abs=1e-5)
@@ -290,7 +373,13 @@ def test_memory_table_counts_the_published_models():
     full = engines.memory("7b", 0, 1, samples=16, cfg=True, micro_batch=4, kl=True)
     shared = engines.memory("7b", 0, 8, samples=16, cfg=True, micro_batch=4, kl=True)
     blocks = 30 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
-    heads = 2 * 102400 * 4096 + (8 * 4096 + 4096) + (4096**2 + 4096) + (4096**2 + 4096) + (4096 * 16384 + 16384)
+    heads = (
+        2 * 102400 * 4096
+        + (8 * 4096 + 4096)
+        + (4096**2 + 4096)
+        + (4096**2 + 4096)
+        + (4096 * 16384 + 16384)
+    )
     embeddings = 16384 * 8
     assert full["AdamW"] == 8 * (blocks + heads + embeddings) == 8 * shared["AdamW"]
     assert full["cache"] == 2 * 30 * 32 * 1280 * 4096 * 2  # keys and values, 32 rows, two bytes
@@ -299,19 +388,32 @@ def test_memory_table_counts_the_published_models():
     assert lora["AdamW"] == 8 * adapter and lora["reference"] == 0 and full["reference"] > 0
     assert engines.memory("7b", 0, 1, 16, True, 4, kl=False)["reference"] == 0
     assert lora["most"] == sum(lora.values()) - lora["most"]  # the cache stays for the next rollout
-    assert full["most"] == sum(full.values()) - full["most"] - full["activations"]  # smaller than what a rollout needs
+    assert (
+        full["most"] == sum(full.values()) - full["most"] - full["activations"]
+    )  # smaller than what a rollout needs
     assert full["judge"] == 2 * (8_292_166_656 + 986_109_441)  # Qwen2.5-VL-7B's published count
     engines.main([])
 
 
 def test_preset_is_the_papers_recipe_and_flags_still_win(monkeypatch):
-    import runtime
+    from engine import run
 
-    paper = runtime.parse_args(train_grpo.Config, "", ["--preset", "paper", "--lr", "3e-5"], train_grpo.PRESETS)
-    stated = {"group": 16, "batch_size": 8, "steps": 1000, "lora": 32, "lora_alpha": 32.0, "temperature": 1.0}
+    paper = run.parse_args(
+        train_grpo.Config, "", ["--preset", "paper", "--lr", "3e-5"], train_grpo.PRESETS
+    )
+    stated = {
+        "group": 16,
+        "batch_size": 8,
+        "steps": 1000,
+        "lora": 32,
+        "lora_alpha": 32.0,
+        "temperature": 1.0,
+    }
     assert {name: getattr(paper, name) for name in stated} == stated and paper.lr == 3e-5
-    assert runtime.parse_args(train_grpo.Config, "", ["--preset", "paper"], train_grpo.PRESETS).lr == 1e-5
-    assert runtime.parse_args(train_grpo.Config, "", [], train_grpo.PRESETS) == train_grpo.Config()
+    assert (
+        run.parse_args(train_grpo.Config, "", ["--preset", "paper"], train_grpo.PRESETS).lr == 1e-5
+    )
+    assert run.parse_args(train_grpo.Config, "", [], train_grpo.PRESETS) == train_grpo.Config()
 
 
 def test_log_probabilities_and_masks_are_float32_whatever_the_forward_pass_is(sampled):

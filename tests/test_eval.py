@@ -26,13 +26,15 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import compbench  # noqa: E402
 import eval as evaluation  # noqa: E402
-import geneval  # noqa: E402
 import gotr1  # noqa: E402
-import report  # noqa: E402
 import rewards  # noqa: E402
-import toy  # noqa: E402
+from benchmarks import (
+    compbench,  # noqa: E402
+    geneval,  # noqa: E402
+)
+from benchmarks import stats as report  # noqa: E402
+from toy import world as toy  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden_eval"
 M2F = GOLDEN / "mask2former"
@@ -71,7 +73,13 @@ def test_geneval_names():
     assert {name for case in RULES["cases"] for name in case["detections"]} <= set(geneval.CLASSES)
     assert {case["metadata"]["tag"] for case in RULES["cases"]} == set(geneval.TAGS)
     # COCO's numbers of the three that have other names there, and of the first and the last
-    numbers = {"person": 0, "computer mouse": 64, "tv remote": 65, "computer keyboard": 66, "toothbrush": 79}
+    numbers = {
+        "person": 0,
+        "computer mouse": 64,
+        "tv remote": 65,
+        "computer keyboard": 66,
+        "toothbrush": 79,
+    }
     assert {name: geneval.CLASSES.index(name) for name in numbers} == numbers
 
 
@@ -102,7 +110,9 @@ def tiny_mask2former_config():
 
 
 def mmdet_state():
-    return {name: value.float() for name, value in load_file(M2F / "state_dict.safetensors").items()}
+    return {
+        name: value.float() for name, value in load_file(M2F / "state_dict.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +142,10 @@ def test_both_generations_of_names():
 
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_detector_is_mmdets(detector, case):
-    golden, sizes = load_file(M2F / "expected.safetensors"), json.loads((M2F / "config.json").read_text())["geometry"]
+    golden, sizes = (
+        load_file(M2F / "expected.safetensors"),
+        json.loads((M2F / "config.json").read_text())["geometry"],
+    )
     pixels = golden[f"{case}.pixels_q"].float() / 32
     with torch.inference_mode():
         out = detector.model(pixel_values=pixels[None])
@@ -163,26 +176,37 @@ def test_fusion_of_masks_is_mmdets(case):
     golden = load_file(M2F / "postprocess.safetensors")
     sizes = json.loads((M2F / "config.json").read_text())["geometry"]
     sizes = [sizes[case][key] for key in ("input", "valid", "original")]
-    found = geneval.fuse_masks(golden[f"{case}.class_logits"], golden[f"{case}.mask_logits"], *sizes)
+    found = geneval.fuse_masks(
+        golden[f"{case}.class_logits"], golden[f"{case}.mask_logits"], *sizes
+    )
     compare_instances(found, golden, case, box=0, area=0, score=1e-6)
     packed = golden[f"{case}.masks_packed"].numpy()
     for one in found:
         mask = np.unpackbits(packed[one.query])[: one.mask.size].reshape(one.mask.shape)
         assert (one.mask == mask).all()
-    few = geneval.fuse_masks(golden[f"{case}.class_logits"], golden[f"{case}.mask_logits"], *sizes, threshold=0.3)
+    few = geneval.fuse_masks(
+        golden[f"{case}.class_logits"], golden[f"{case}.mask_logits"], *sizes, threshold=0.3
+    )
     above = [one for one in found if one.score > 0.3]
     assert above and [one[:3] for one in few if one.score > 0.3] == [one[:3] for one in above]
 
 
 def test_network_input_is_mmdets(monkeypatch):
-    golden, spec = load_file(M2F / "preprocess.safetensors"), json.loads((M2F / "preprocess.json").read_text())
+    golden, spec = (
+        load_file(M2F / "preprocess.safetensors"),
+        json.loads((M2F / "preprocess.json").read_text()),
+    )
     monkeypatch.setattr(geneval, "SIDES", tuple(spec["scale"]))
     for case in spec["images"]:
-        image = Image.open(ROOT / "tests" / "golden_hps" / Path(case["image"]["file"]).name).convert("RGB")
+        image = Image.open(
+            ROOT / "tests" / "golden_hps" / Path(case["image"]["file"]).name
+        ).convert("RGB")
         image = Image.fromarray(np.tile(np.array(image), (case["image"]["tile"],) * 2 + (1,)))
         pixels, valid = geneval.detector_pixels(image)
         assert [*pixels.shape[1:]] == case["input"] and [*valid] == case["valid"]
-        gap = (pixels[:, :: spec["stride"], :: spec["stride"]] - golden[case["name"] + ".uint8"]).abs()
+        gap = (
+            pixels[:, :: spec["stride"], :: spec["stride"]] - golden[case["name"] + ".uint8"]
+        ).abs()
         levels = gap * torch.tensor(spec["std"])[:, None, None]
         assert levels.max() < 1.01 and levels.mean() < 0.2  # one grey level, one pixel in eight
 
@@ -217,7 +241,10 @@ def test_spatial_arithmetic():
         assert compbench.complex_objects(case["tokens"], case["pos"]) == case["objects"]
     for tagged, objects in (  # by hand, from the official loop
         ("cup/NOUN on/ADP the/DET left/ADJ side/NOUN of/ADP the/DET plate/NOUN", ["cup", "side"]),
-        ("dog/NOUN near/ADP the/DET tree/NOUN and/CCONJ next/ADV to/ADP the/DET house/NOUN", None),  # four objects
+        (
+            "dog/NOUN near/ADP the/DET tree/NOUN and/CCONJ next/ADV to/ADP the/DET house/NOUN",
+            None,
+        ),  # four objects
         ("cat/NOUN near/ADP the/DET Teddy/PROPN Bear/PROPN ./PUNCT", ["cat", "Bear"]),
         ("cat/NOUN near/ADP the/DET Teddy/PROPN Bear/PROPN", None),  # nothing follows the run
         ("Tom/PROPN near/ADP the/DET Eiffel/PROPN tower/NOUN", ["Tom", "tower"]),
@@ -232,7 +259,9 @@ def test_three_in_one_arithmetic():
     for k, wanted in enumerate(case["score"]):
         parts = (case[part][k] for part in ("attribute", "spatial", "action"))
         prompt = case["prompts"][k // case["images_per_prompt"]]
-        score = compbench.three_in_one(prompt, *parts, case["spatial_prompts"], case["action_prompts"])
+        score = compbench.three_in_one(
+            prompt, *parts, case["spatial_prompts"], case["action_prompts"]
+        )
         assert score == pytest.approx(wanted, abs=1e-6), prompt
         scores.append(score)
     assert len(scores) == 70 and np.mean(scores) == pytest.approx(case["mean"])
@@ -247,7 +276,12 @@ def save_tokenizer(folder, start, end):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {"[PAD]": 0, start: 101, end: 102, **{letter: 1000 + k for k, letter in enumerate(LETTERS)}}
+    vocab = {
+        "[PAD]": 0,
+        start: 101,
+        end: 102,
+        **{letter: 1000 + k for k, letter in enumerate(LETTERS)},
+    }
     letters = Tokenizer(models.WordLevel(vocab, unk_token="[PAD]"))
     letters.normalizer = normalizers.Lowercase()
     spaces = pre_tokenizers.Split(Regex(r"[^a-z0-9.]"), "removed")
@@ -267,12 +301,19 @@ def save_networks(folder, size="tiny"):
 
     tiny, folder = size == "tiny", Path(folder)
     torch.manual_seed(0)
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text = text if tiny else {}
     full = {"clip": (1024, 24, 16, 14), "clip_b32": (768, 12, 12, 32)}
     for name, (width, layers, heads, patch) in full.items():
         wide = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        vision = (text if tiny else wide | {"intermediate_size": 4 * width}) | {"patch_size": 32 if tiny else patch}
+        vision = (text if tiny else wide | {"intermediate_size": 4 * width}) | {
+            "patch_size": 32 if tiny else patch
+        }
         words = text | {"vocab_size": 2000, "bos_token_id": 101, "eos_token_id": 102}
         config = tf.CLIPConfig(text_config=words, vision_config=vision)
         tf.CLIPModel(config).save_pretrained(folder / name)
@@ -281,7 +322,9 @@ def save_networks(folder, size="tiny"):
     words = (text | {"encoder_hidden_size": 32} if tiny else {}) | {"vocab_size": 30524}
     config = tf.BlipConfig(text_config=words, vision_config=vision)
     blip = tf.BlipForQuestionAnswering(config)
-    for parameter in blip.parameters():  # transformers starts a model with weights so small that it ignores its input
+    for parameter in (
+        blip.parameters()
+    ):  # transformers starts a model with weights so small that it ignores its input
         if parameter.dim() > 1:
             parameter.data.normal_(std=0.2)
     blip.save_pretrained(folder / "blip")
@@ -298,12 +341,24 @@ def save_networks(folder, size="tiny"):
         if name.endswith(("mask_projection.bias", "mask_embedder.2.0.bias")):
             parameter.data += 1  # no mask is empty
     detector.save_pretrained(folder / "detector")
-    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    small = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    }
     small |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 20}
     words = tf.BertConfig(**(text if tiny else {}), vocab_size=2000)
-    swin = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]} if tiny else {"window_size": 7}
+    swin = (
+        {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
+        if tiny
+        else {"window_size": 7}
+    )
     swin = tf.SwinConfig(**swin, out_indices=[2, 3, 4])
-    config = tf.GroundingDinoConfig(backbone_config=swin, text_config=words, **(small if tiny else {}))
+    config = tf.GroundingDinoConfig(
+        backbone_config=swin, text_config=words, **(small if tiny else {})
+    )
     tf.GroundingDinoForObjectDetection(config).save_pretrained(folder / "gdino")
     save_tokenizer(folder / "gdino", "[CLS]", "[SEP]")
 
@@ -353,7 +408,9 @@ def test_clip_is_transformers_clip(networks):
             scores.append(float(clip.images([crop])[0] @ text / text.norm()))
         assert color == geneval.COLORS[int(np.argmax(scores))]
     cosines = compbench.cosines(clip, crops, names)
-    assert cosines[2] == pytest.approx(float(clip.images([crops[2]])[0] @ clip.texts(["cat"])[0]), abs=1e-5)
+    assert cosines[2] == pytest.approx(
+        float(clip.images([crops[2]])[0] @ clip.texts(["cat"])[0]), abs=1e-5
+    )
 
 
 def test_blip_pads_nothing(networks):
@@ -361,9 +418,16 @@ def test_blip_pads_nothing(networks):
     lets the answer look at it (the last assertion fails the day that is mended)."""
     blip = compbench.BlipVQA(str(networks / "blip"), batch_size=3)
     pictures = noise(4)
-    asked = [["a red ball?", "cat?"], [], ["a dog?", "a very long question about dogs?", "cat?"], ["cat?"]]
+    asked = [
+        ["a red ball?", "cat?"],
+        [],
+        ["a dog?", "a very long question about dogs?", "cat?"],
+        ["cat?"],
+    ]
     together = blip(pictures, asked)
-    assert [len(some) for some in together] == [2, 0, 3, 1] and len({s for some in together for s in some}) > 3
+    assert [len(some) for some in together] == [2, 0, 3, 1] and len(
+        {s for some in together for s in some}
+    ) > 3
     for picture, some, scores in zip(pictures, asked, together, strict=True):
         for question, score in zip(some, scores, strict=True):
             assert blip([picture], [[question]])[0][0] == pytest.approx(score, abs=1.1e-4)
@@ -407,7 +471,9 @@ def test_blip_from_the_official_file(networks, tmp_path):
 def test_blip_is_transformers_generate(networks):
     """The first answer token that transformers would generate has the probabilities that the score is made of."""
     blip = compbench.BlipVQA(str(networks / "blip"))
-    assert blip.model.vision_model.post_layernorm.eps == 1e-6  # the official one, whatever the folder says
+    assert (
+        blip.model.vision_model.post_layernorm.eps == 1e-6
+    )  # the official one, whatever the folder says
     picture, ids = noise(1)[0], blip.tokenizer("a red ball?", return_tensors="pt").input_ids
     ids[:, 0] = 30523
     small = np.array(picture.resize((480, 480), Image.Resampling.BICUBIC))
@@ -430,7 +496,10 @@ def test_grounding_dino_frame_and_names(networks, monkeypatch):
     """Boxes in a frame of 479 pixels, best first, labels from the two names only; batched or alone the same."""
     monkeypatch.setattr(compbench.GroundingDino, "THRESHOLD", 0.0)
     gdino = compbench.GroundingDino(str(networks / "gdino"), batch_size=4)
-    pictures, names = [*noise(2, 96, 64), *noise(1)], [["cat", "tree"], ["cat", "tree"], ["dog", "car"]]
+    pictures, names = (
+        [*noise(2, 96, 64), *noise(1)],
+        [["cat", "tree"], ["cat", "tree"], ["dog", "car"]],
+    )
     together = gdino(pictures, names)
     for found, picture, pair in zip(together, pictures, names, strict=True):
         assert {label for label, _, _ in found} == set(pair) and len(found) == 40
@@ -459,13 +528,17 @@ class ExactDetector:
                 x1, y1, x2, y2 = (round(edge * toy.SIZE / 1000) for edge in edges)
                 mask = np.zeros((toy.SIZE, toy.SIZE), bool)
                 mask[y1:y2, x1:x2] = True
-                found[-1].append(geneval.Instance(names[name.split()[1]], self.score, (x1, y1, x2, y2), mask, 0))
+                found[-1].append(
+                    geneval.Instance(names[name.split()[1]], self.score, (x1, y1, x2, y2), mask, 0)
+                )
         return found
 
 
 class ExactClip:
     def colors(self, crops, names):
-        palette = {name: np.array(color) for name, color in toy.COLORS.items() if name in geneval.COLORS}
+        palette = {
+            name: np.array(color) for name, color in toy.COLORS.items() if name in geneval.COLORS
+        }
         centres = [np.array(crop.getpixel((crop.width // 2, crop.height // 2))) for crop in crops]
         return [min(palette, key=lambda name: np.abs(palette[name] - rgb).sum()) for rgb in centres]
 
@@ -478,7 +551,10 @@ SCENE = toy.draw_scene(["red ball", "blue cube"], [(0, 0, 3), (5, 4, 3)])
 VERDICTS = {  # clauses -> what is wrong
     "one": ({"include": [clause("book")]}, ""),
     "missing": ({"include": [clause("kite"), clause("book")]}, "kite: 0 found, 1 wanted"),
-    "colours": ({"include": [clause("sports ball", color="red"), clause("book", color="blue")]}, ""),
+    "colours": (
+        {"include": [clause("sports ball", color="red"), clause("book", color="blue")]},
+        "",
+    ),
     "swapped": (
         {"include": [clause("sports ball", color="blue"), clause("book", color="red")]},
         "sports ball: red, not blue; book: blue, not red",
@@ -540,19 +616,29 @@ def test_templates_then_cache_then_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     path, long = tmp_path / "phrases.json", "The red book is next to the kite."
     path.write_text(json.dumps(CACHE))
-    simple, placed = "a red apple and a metal-framed green bench.", "a dog on the left of a wine glass"
+    simple, placed = (
+        "a red apple and a metal-framed green bench.",
+        "a dog on the left of a wine glass",
+    )
     parses, source = compbench.parse_prompts([simple, placed, long], str(path))
     assert parses[simple]["chunks"] == ["a red apple", "a metal-framed green bench"]
     assert compbench.spatial_objects(parses[placed]) == ["dog", "wine glass"]
     assert compbench.questions(parses[placed]["chunks"]) == ["a dog?", "a wine glass?"]
-    assert parses[long] == CACHE["prompts"][long] and source == f"templates 2, {path} (spaCy test) 1"
+    assert (
+        parses[long] == CACHE["prompts"][long] and source == f"templates 2, {path} (spaCy test) 1"
+    )
     assert compbench.without_adjectives(parses[long]) == "The book is next to the kite ."
     with pytest.raises(ValueError, match="en_core_web_sm"):  # a template knows no parts of speech
         compbench.parse_prompts([simple], str(path), in_full=(simple,))
     (tmp_path / "other.json").write_text('["a list"]')
     with pytest.raises(ValueError, match="no file of noun phrases"):
         compbench.parse_prompts([simple], str(tmp_path / "other.json"))
-    for hard in ("a dog and a cat and a bird", "a cup of tea and a spoon", "the dog", "a red apple on a table"):
+    for hard in (
+        "a dog and a cat and a bird",
+        "a cup of tea and a spoon",
+        "the dog",
+        "a red apple on a table",
+    ):
         with pytest.raises(ValueError, match="en_core_web_sm"):
             compbench.parse_prompts([simple, hard])
 
@@ -564,7 +650,14 @@ def test_spacy_comes_first_and_fills_the_cache(tmp_path, monkeypatch):
     class Doc(list):
         noun_chunks = [token(text="a red apple"), token(text="a bench")]
 
-    words = [("a", "DET"), ("red", "ADJ"), ("apple", "NOUN"), ("and", "CCONJ"), ("a", "DET"), ("bench", "NOUN")]
+    words = [
+        ("a", "DET"),
+        ("red", "ADJ"),
+        ("apple", "NOUN"),
+        ("and", "CCONJ"),
+        ("a", "DET"),
+        ("bench", "NOUN"),
+    ]
     doc = Doc(token(text=text, pos_=pos) for text, pos in words)
     nlp = token(meta={"version": "3.8.0"}, pipe=lambda prompts: [doc for _ in prompts])
     monkeypatch.setitem(sys.modules, "spacy", token(__version__="3.8.18", load=lambda name: nlp))
@@ -594,7 +687,9 @@ def rows_of(values, name="x"):
 def test_interval_of_independent_and_of_equal_samples():
     """One sample a prompt: the binomial standard error. Four equal ones say no more than one: the interval stays."""
     hits = np.arange(200)[:, None] % 5 == 0
-    one, four = (report.intervals(rows_of(values))["x"] for values in (hits, np.repeat(hits, 4, axis=1)))
+    one, four = (
+        report.intervals(rows_of(values))["x"] for values in (hits, np.repeat(hits, 4, axis=1))
+    )
     error = 1.96 * np.sqrt(0.2 * 0.8 / 200)
     assert one["score"] == four["score"] == pytest.approx(0.2)
     assert one["high"] - one["low"] == pytest.approx(2 * error, rel=0.1)
@@ -607,7 +702,9 @@ def test_overall_is_the_mean_of_the_tags():
     rows = rows_of(np.ones((10, 4)), "counting") + rows_of(np.zeros((90, 4)), "colors")
     summary = report.intervals(rows, geneval.TAGS)
     assert summary["overall"]["score"] == 0.5 and summary["overall"]["samples"] == 400
-    assert list(summary) == ["counting", "colors", "overall"] and "overall" not in report.intervals(rows)
+    assert list(summary) == ["counting", "colors", "overall"] and "overall" not in report.intervals(
+        rows
+    )
     uneven = rows_of([[1, 1, 1], [0]], "counting")  # over pictures, not over prompts
     assert report.intervals(uneven)["counting"]["score"] == 0.75
 
@@ -638,7 +735,9 @@ def test_compare_finds_what_pairing_shows():
     found = {row["name"]: row for row in report.compare(
         {"rows": first + same}, {"rows": second[40:] + rows_of(level, "same")})}  # fmt: skip
     assert found["x"]["real"] and found["x"]["prompts"] == 90
-    assert found["x"]["low"] < 0.03 < found["x"]["high"] and found["x"]["difference"] == pytest.approx(0.03, abs=0.01)
+    assert found["x"]["low"] < 0.03 < found["x"]["high"] and found["x"][
+        "difference"
+    ] == pytest.approx(0.03, abs=0.01)
     assert not found["same"]["real"] and found["same"]["low"] < 0 < found["same"]["high"]
     with pytest.raises(ValueError, match="no prompt"):
         report.compare({"rows": first}, {"rows": rows_of(b, "y")})
@@ -651,10 +750,18 @@ def test_sheets_show_right_and_wrong(tmp_path):
     assert [cell["k"] for cell in report.choose(shades)] == [19, 18, 17, 16, 3, 2, 1, 0]
     assert len(report.choose(cells[:2])) == 2
     box = ["red ball", 0, 0, 400, 400]
-    row = {"prompt": "a red ball " * 12, "score": 0.0, "reason": "nothing " * 40, "boxes": [box], "image": SCENE}
+    row = {
+        "prompt": "a red ball " * 12,
+        "score": 0.0,
+        "reason": "nothing " * 40,
+        "boxes": [box],
+        "image": SCENE,
+    }
     report.draw_sheet([row, row | {"score": 1.0, "reason": ""}], tmp_path / "sheet.png")
     pixels = np.array(Image.open(tmp_path / "sheet.png"))
-    assert (pixels == (0xD6, 0x28, 0x39)).all(-1).any() and (pixels == (0x23, 0x86, 0x2C)).all(-1).any()
+    assert (pixels == (0xD6, 0x28, 0x39)).all(-1).any() and (pixels == (0x23, 0x86, 0x2C)).all(
+        -1
+    ).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,15 +792,23 @@ def test_the_toys_evaluation_does_not_depend_on_the_number_of_processes(policy):
     drawn = gotr1.rollout(*policy, prompts, 1, 1.0, 1.0, (3, 2**31), 96)
     assert [row["chain"] for row in ours] == drawn.chains
     pictures = gotr1.decode_images(policy[0], drawn.image_tokens)
-    assert all(np.array_equal(row["image"], image) for row, image in zip(ours, pictures, strict=True))
+    assert all(
+        np.array_equal(row["image"], image) for row, image in zip(ours, pictures, strict=True)
+    )
     assert [row["prompt"] for row in ours] == prompts and len({row["chain"] for row in ours}) > 12
-    halves = [evaluation.evaluate(policy, score, prompts, 3, 1.0, 1.0, 96, rank, 2) for rank in (0, 1)]
+    halves = [
+        evaluation.evaluate(policy, score, prompts, 3, 1.0, 1.0, 96, rank, 2) for rank in (0, 1)
+    ]
     for rank in (0, 1):
         assert [row["chain"] for row in ours[rank::2]] == [row["chain"] for row in halves[rank]]
         assert [row["scores"] for row in ours[rank::2]] == [row["scores"] for row in halves[rank]]
     summary = evaluation.summarise(ours)
     assert summary["total"] == pytest.approx(np.mean([row["scores"]["total"] for row in ours]))
-    assert {"color: picture right", "spatial: plan right", "complex: picture right"} <= summary.keys()
+    assert {
+        "color: picture right",
+        "spatial: plan right",
+        "complex: picture right",
+    } <= summary.keys()
 
 
 def test_categories_and_faults():
@@ -704,7 +819,10 @@ def test_categories_and_faults():
     assert evaluation.categories("a photo of a dog") == []
     boxes = toy.detect(SCENE)  # the ball left of and above the cube
     assert evaluation.toy_faults(prompt, boxes) == ""
-    assert evaluation.toy_faults("a red ball below a blue cube", boxes) == "red ball not below blue cube"
+    assert (
+        evaluation.toy_faults("a red ball below a blue cube", boxes)
+        == "red ball not below blue cube"
+    )
     wrong = "no green cone; red ball not asked for; blue cube not asked for"
     assert evaluation.toy_faults("a green cone", boxes) == wrong
     for kind in toy.PROMPT_MIX:  # the words agree with the exact judge
@@ -721,14 +839,20 @@ def test_toy_benchmark(tmp_path, capsys):
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert len(results["rows"]) == 60
-    one_place = [row for row in results["rows"] if len(re.findall("left|right|above|below", row["prompt"])) == 1]
+    one_place = [
+        row
+        for row in results["rows"]
+        if len(re.findall("left|right|above|below", row["prompt"])) == 1
+    ]
     right = np.mean([row["measures"]["pi"] == 1 for row in one_place])
     line = results["summary"]["spatial: picture right"]
     assert line["score"] == pytest.approx(right) and line["low"] < right < line["high"]
     assert min(line["seeds"]) <= right <= max(line["seeds"]) and len(line["seeds"]) == 2
     assert f"spatial: picture right       {right:.4f}" in shown
     assert all((row["reason"] == "") == (row["measures"]["pi"] == 1) for row in results["rows"])
-    assert {"torch", "transformers"} <= results["versions"].keys() and results["generation"]["cfg"] == 1.0
+    assert {"torch", "transformers"} <= results["versions"].keys() and results["generation"][
+        "cfg"
+    ] == 1.0
     for sheet in ("color", "left_of", "complex"):
         assert (tmp_path / "a" / f"sheet_{sheet}.png").is_file()
     run("--compare", tmp_path / "a" / "results.json", tmp_path / "b" / "results.json")
@@ -738,7 +862,11 @@ def test_toy_benchmark(tmp_path, capsys):
 
 METADATA = [
     {"tag": "single_object", "include": [clause("dog")], "prompt": "a photo of a dog"},
-    {"tag": "two_object", "include": [clause("dog"), clause("cat")], "prompt": "a photo of a dog and a cat"},
+    {
+        "tag": "two_object",
+        "include": [clause("dog"), clause("cat")],
+        "prompt": "a photo of a dog and a cat",
+    },
     {"tag": "colors", "include": [clause("dog", color="red")], "prompt": "a photo of a red dog"},
 ]
 
@@ -769,13 +897,19 @@ def test_geneval_layout_and_report(geneval_run, capsys):
         assert "<|box_start|>" in (images / f"{p:05d}" / "chains" / "0000.txt").read_text()
     results = json.loads((folder / "run" / "results.json").read_text())
     summary = results["summary"]
-    assert summary["single_object"]["score"] == 1 and summary["two_object"]["score"] == 0  # a detector of dogs only
+    assert (
+        summary["single_object"]["score"] == 1 and summary["two_object"]["score"] == 0
+    )  # a detector of dogs only
     means = [summary[line["tag"]]["score"] for line in METADATA]
     assert list(summary) == ["single_object", "two_object", "colors", "overall"]
-    assert summary["overall"]["score"] == pytest.approx(np.mean(means)) and len(results["rows"]) == 6
+    assert (
+        summary["overall"]["score"] == pytest.approx(np.mean(means)) and len(results["rows"]) == 6
+    )
     assert results["generation"]["size"] == "32 x 32" and results["generation"]["chain"] is True
     assert "not GenEval's own" in results["notes"][0] and "scoring" in results
-    assert {row["reason"] for row in results["rows"] if row["group"] == "two_object"} == {"cat: 0 found, 1 wanted"}
+    assert {row["reason"] for row in results["rows"] if row["group"] == "two_object"} == {
+        "cat: 0 found, 1 wanted"
+    }
     assert (folder / "run" / "sheet_colors.png").is_file()
     # the same pictures, as if another model had made them
     run(*flags, "--images", images, "--out", folder / "again", "--model", "someone's")
@@ -807,26 +941,44 @@ def test_geneval_goes_on_where_it_was(geneval_run, tmp_path, capsys, monkeypatch
     with (tmp_path / "run" / "scores_0.jsonl").open("a") as file:
         file.write('{"path": "half a li')
     seen, detect = [], geneval.Mask2Former.__call__
-    monkeypatch.setattr(geneval.Mask2Former, "__call__", lambda self, x: seen.extend(x) or detect(self, x))
+    monkeypatch.setattr(
+        geneval.Mask2Former, "__call__", lambda self, x: seen.extend(x) or detect(self, x)
+    )
     run(*flags, *draw, "--out", tmp_path / "run")
     shown = capsys.readouterr()
     assert f"{broken} cannot be read" in shown.err and files(images) == before
     assert seen == []  # the checksums are those of the rows that are there
-    summary = [json.loads((where / "run" / "results.json").read_text())["summary"] for where in (folder, tmp_path)]
+    summary = [
+        json.loads((where / "run" / "results.json").read_text())["summary"]
+        for where in (folder, tmp_path)
+    ]
     assert summary[0] == summary[1]
     noise(1, 32, 32)[0].save(lost)  # another picture: its row, and only its, is made anew
     run(*flags, *draw, "--out", tmp_path / "run")
     assert len(seen) == 1
     seen.clear()
-    shutil.copytree(geneval_run[1][3], tmp_path / "detector")  # other weights: all rows are made anew
+    shutil.copytree(
+        geneval_run[1][3], tmp_path / "detector"
+    )  # other weights: all rows are made anew
     monkeypatch.setattr(geneval.Mask2Former, "__call__", interrupted(detect, seen, 2))
-    other = [*flags, *draw, "--out", tmp_path / "run", "--detector", tmp_path / "detector", "--score_batch", 2]
+    other = [
+        *flags,
+        *draw,
+        "--out",
+        tmp_path / "run",
+        "--detector",
+        tmp_path / "detector",
+        "--score_batch",
+        2,
+    ]
     with pytest.raises(KeyboardInterrupt):
         run(*other)
     monkeypatch.setattr(geneval.Mask2Former, "__call__", interrupted(detect, seen, 99))
     run(*other)
     assert len(seen) == 6  # of three batches two were scored before the interruption, one after it
-    assert "--cfg 1.0 (now 3.0)" in refused(capsys, *flags, *draw, "--out", tmp_path / "run", "--cfg", 3)
+    assert "--cfg 1.0 (now 3.0)" in refused(
+        capsys, *flags, *draw, "--out", tmp_path / "run", "--cfg", 3
+    )
     shutil.copy(M2F / "config.json", broken)
     line = refused(capsys, *flags, "--images", images, "--out", tmp_path / "other")
     assert "1 of 6 pictures cannot be read" in line and str(broken) in line
@@ -847,15 +999,30 @@ COLOR = ["a red ball and a blue cube", "a green cone and a red cube"]
 def compbench_run(networks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compbench")
     long = next(iter(CACHE["prompts"]))
-    lines = {"color": COLOR, "spatial": ["a dog on the left of a cat"], "non_spatial": [long], "complex": [long]}
+    lines = {
+        "color": COLOR,
+        "spatial": ["a dog on the left of a cat"],
+        "non_spatial": [long],
+        "complex": [long],
+    }
     lines |= {"complex_val_spatial": [long], "complex_val_action": ["The dog runs."]}
     for name, prompts in lines.items():
-        (folder / f"{name.removesuffix('_val')}{'' if '_val_' in name else '_val'}.txt").write_text("\n".join(prompts))
+        (folder / f"{name.removesuffix('_val')}{'' if '_val_' in name else '_val'}.txt").write_text(
+            "\n".join(prompts)
+        )
     (folder / "phrases.json").write_text(json.dumps(CACHE))
     flags = ["--bench", "compbench", "--phrases", folder / "phrases.json"]
-    flags += [part for name in ("blip", "gdino", "clip_b32") for part in (f"--{name}", networks / name)]
-    flags += ["--complex_lists", folder / "complex_val_spatial.txt", folder / "complex_val_action.txt"]
-    prompts = [folder / f"{name}_val.txt" for name in ("color", "spatial", "non_spatial", "complex")]
+    flags += [
+        part for name in ("blip", "gdino", "clip_b32") for part in (f"--{name}", networks / name)
+    ]
+    flags += [
+        "--complex_lists",
+        folder / "complex_val_spatial.txt",
+        folder / "complex_val_action.txt",
+    ]
+    prompts = [
+        folder / f"{name}_val.txt" for name in ("color", "spatial", "non_spatial", "complex")
+    ]
     run(*flags, "--prompts", *prompts, "--model", "toy", "--samples", 2, "--out", folder / "run")
     return folder, flags
 
@@ -864,10 +1031,14 @@ def test_compbench_layout_and_report(compbench_run, networks):
     folder, flags = compbench_run
     images = folder / "run" / "images"
     wanted = {f"color/samples/{COLOR[k // 2]}_{k:06d}.png" for k in range(4)}
-    assert {name for name in files(images) if name.startswith("color")} == wanted and len(files(images)) == 10
+    assert {name for name in files(images) if name.startswith("color")} == wanted and len(
+        files(images)
+    ) == 10
     results = json.loads((folder / "run" / "results.json").read_text())
     assert set(results["summary"]) == {"color", "spatial-gdino", "non_spatial", "complex-gdino"}
-    assert "not the published" in results["notes"][0] and "spaCy test" in results["scoring"]["phrases"]
+    assert (
+        "not the published" in results["notes"][0] and "spaCy test" in results["scoring"]["phrases"]
+    )
     # colour by hand: the product of the phrases, asked alone
     blip = compbench.BlipVQA(str(networks / "blip"))
     for row in [row for row in results["rows"] if row["group"] == "color"]:
@@ -895,14 +1066,24 @@ def test_processes_change_nothing(compbench_run, tmp_path):
     """Two processes draw and score what one does."""
     folder, flags = compbench_run
     argv = [*flags, "--prompts", folder / "color_val.txt", "--model", "toy", "--samples", 2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "eval.py",
+    ]
     command = list(map(str, [*command, *argv, "--out", tmp_path / "two"]))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run(*argv, "--out", tmp_path / "one")
     assert files(tmp_path / "one" / "images") == files(tmp_path / "two" / "images")
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
+    )
     assert one["summary"] == two["summary"] and len(two["rows"]) == 4
     rows = [path.read_text().splitlines() for path in (tmp_path / "two").glob("scores_*.jsonl")]
     assert [len(some) for some in rows] == [2, 2]
@@ -916,7 +1097,9 @@ def test_processes_change_nothing(compbench_run, tmp_path):
     assert files(tmp_path / "two" / "images") == kept
 
 
-def test_other_prompts_in_the_same_file_are_not_scored_with_the_pictures_of_the_first(compbench_run, tmp_path, capsys):
+def test_other_prompts_in_the_same_file_are_not_scored_with_the_pictures_of_the_first(
+    compbench_run, tmp_path, capsys
+):
     folder, flags = compbench_run
     prompts = tmp_path / "color_val.txt"
     prompts.write_text((folder / "color_val.txt").read_text())
@@ -950,26 +1133,48 @@ def test_scoring_never_touches_the_network(geneval_run, compbench_run, tmp_path,
     assert asked == []
     folder, flags, _ = geneval_run
     with pytest.raises(Asked):
-        run(*flags, "--images", folder / "run" / "images", "--out", tmp_path, "--clip", "nobody/nothing")
+        run(
+            *flags,
+            "--images",
+            folder / "run" / "images",
+            "--out",
+            tmp_path,
+            "--clip",
+            "nobody/nothing",
+        )
 
 
 def test_bad_input_is_one_line(geneval_run, tmp_path, capsys):
     folder, flags, draw = geneval_run
     images, out = folder / "run" / "images", tmp_path / "out"
     official = "743b7d99.pth from download.openmmlab.com"
-    missing = refused(capsys, *flags, "--images", images, "--out", out, "--detector", tmp_path / "m2f.pth")
-    assert official in missing and "--detector PATH" in missing and str(tmp_path / "m2f.pth") in missing
-    missing = refused(capsys, *flags, "--images", images, "--out", out, "--clip", tmp_path / "nothing")
+    missing = refused(
+        capsys, *flags, "--images", images, "--out", out, "--detector", tmp_path / "m2f.pth"
+    )
+    assert (
+        official in missing
+        and "--detector PATH" in missing
+        and str(tmp_path / "m2f.pth") in missing
+    )
+    missing = refused(
+        capsys, *flags, "--images", images, "--out", out, "--clip", tmp_path / "nothing"
+    )
     assert "openai/clip-vit-large-patch14" in missing and "--clip PATH" in missing
     torch.save({"state_dict": {"backbone.norm0.weight": torch.ones(2)}}, tmp_path / "other.pth")
     other = ["--images", images, "--out", out, "--detector", tmp_path / "other.pth"]
     assert "do not fit" in refused(capsys, *flags, *other)
-    assert "nothing for geneval" in refused(capsys, *flags, "--images", tmp_path / "empty", "--out", out)
+    assert "nothing for geneval" in refused(
+        capsys, *flags, "--images", tmp_path / "empty", "--out", out
+    )
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a dog", "tag": "colors"}')
-    assert "line 1" in refused(capsys, *flags, "--prompts", tmp_path / "bad.jsonl", "--model", "toy", "--out", out)
+    assert "line 1" in refused(
+        capsys, *flags, "--prompts", tmp_path / "bad.jsonl", "--model", "toy", "--out", out
+    )
     unknown = METADATA[0] | {"include": [clause("dragon")]}
     (tmp_path / "bad.jsonl").write_text(json.dumps(unknown))
-    assert "dragon" in refused(capsys, *flags, "--prompts", tmp_path / "bad.jsonl", "--model", "toy", "--out", out)
+    assert "dragon" in refused(
+        capsys, *flags, "--prompts", tmp_path / "bad.jsonl", "--model", "toy", "--out", out
+    )
     assert "--model is missing" in refused(capsys, *flags, *draw[:2])
     assert "--images" in refused(capsys, *flags)
     assert "--samples is -1" in refused(capsys, "--samples", -1)
@@ -982,10 +1187,16 @@ def test_bad_input_is_one_line(geneval_run, tmp_path, capsys):
     (tmp_path / "complex_val.txt").write_text("The red book is next to the kite.")
     assert "--complex_lists" in refused(capsys, *names, tmp_path / "complex_val.txt")
     assert "en_core_web_sm" in refused(
-        capsys, *names, tmp_path / "complex_val.txt", "--complex_lists", *[tmp_path / "complex_val.txt"] * 2
+        capsys,
+        *names,
+        tmp_path / "complex_val.txt",
+        "--complex_lists",
+        *[tmp_path / "complex_val.txt"] * 2,
     )
     assert not list((out / "images").glob("complex"))  # what cannot be scored is not drawn
-    assert "results.json" in refused(capsys, "--compare", tmp_path / "names.txt", tmp_path / "names.txt")
+    assert "results.json" in refused(
+        capsys, "--compare", tmp_path / "names.txt", tmp_path / "names.txt"
+    )
     assert "give two" in refused(capsys, "--compare", tmp_path / "names.txt")
     assert "give the path" in refused(capsys, "--bench", "speed")
 
@@ -998,7 +1209,11 @@ class Bomb:
 def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for legacy in (True, False):
-        torch.save({"meta": Bomb(), "state_dict": {}}, "bomb.pth", _use_new_zipfile_serialization=not legacy)
+        torch.save(
+            {"meta": Bomb(), "state_dict": {}},
+            "bomb.pth",
+            _use_new_zipfile_serialization=not legacy,
+        )
         with pytest.raises(ValueError, match="--detector"):
             geneval.load_tensors("bomb.pth", "detector")
     Path("text.pth").write_text("no weights")
@@ -1011,15 +1226,24 @@ def test_speed_table(networks, capsys):
     flags = [part for name in ("clip", "clip_b32") for part in (f"--{name}", networks / name)]
     run("--bench", "speed", *flags)
     lines = capsys.readouterr().out.splitlines()
-    assert "batch 1   batch 16" in lines[0] and [line.split()[0] for line in lines[1:]] == ["clip", "clip_b32"]
+    assert "batch 1   batch 16" in lines[0] and [line.split()[0] for line in lines[1:]] == [
+        "clip",
+        "clip_b32",
+    ]
     one, many, ratio = map(float, lines[1].split()[1:])
     assert one > 0 and ratio == pytest.approx(many / one, abs=0.02)
 
 
 def test_every_setting_is_explained():
     for settings in (evaluation.Settings,):
-        lines = [line for line in inspect.getsource(settings).splitlines() if re.match(r"    \w+: ", line)]
-        assert len(lines) == len(dataclasses.fields(settings)) and all("  # " in line for line in lines)
+        lines = [
+            line
+            for line in inspect.getsource(settings).splitlines()
+            if re.match(r"    \w+: ", line)
+        ]
+        assert len(lines) == len(dataclasses.fields(settings)) and all(
+            "  # " in line for line in lines
+        )
 
 
 if __name__ == "__main__":

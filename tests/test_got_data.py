@@ -21,14 +21,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import got_data
 import gotr1
-import token_cache
-import toy
-from got_data import BadRecord, Source
+from data import cache as token_cache
+from data import got as got_data
+from data.got import BadRecord, Source
 from render_boxes import Box, chain_problems, draw_boxes, format_chain, parse_chain
+from toy import world as toy
 
-CAUSES = {"no text", "special token", "no box", "broken box", "box outside", "box format", "empty box", "no name"}
+CAUSES = {
+    "no text",
+    "special token",
+    "no box",
+    "broken box",
+    "box outside",
+    "box format",
+    "empty box",
+    "no name",
+}
 CAUSES |= {"chain too long", "broken image"}
 WRITTEN = re.compile(  # what a chain holds for one object; written here on its own, so that it can judge
     r"<\|obj_start\|>(.*?)<\|obj_end\|> <\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>"
@@ -38,7 +47,9 @@ SIDE = 250  # of the pictures in pixels: four grid units each
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets"
+    )
 
 
 def make_examples(n: int, seed: int = 0) -> list[toy.Example]:
@@ -66,7 +77,9 @@ def apart(example: toy.Example, name: str) -> dict:
     coords = {}
 
     def take(found):
-        coords[f"<coord_{len(coords) + 1}>"] = [int(edge) * SIDE / 1000 for edge in found.groups()[1:]]
+        coords[f"<coord_{len(coords) + 1}>"] = [
+            int(edge) * SIDE / 1000 for edge in found.groups()[1:]
+        ]
         return f"{found[1]} <coord_{len(coords)}>"
 
     got = WRITTEN.sub(take, example.chain)
@@ -77,11 +90,17 @@ def write_parquet(folder: Path, rows: list[dict]) -> Source:
     """Two files, so that order and counting cross them."""
     folder.mkdir()
     schema = datasets.Features(
-        {"prompt": datasets.Value("string"), "chain": datasets.Value("string"), "image": datasets.Image()}
+        {
+            "prompt": datasets.Value("string"),
+            "chain": datasets.Value("string"),
+            "image": datasets.Image(),
+        }
     ).arrow_schema
     for part in range(2):
         half = rows[part * len(rows) // 2 : (part + 1) * len(rows) // 2]
-        pa.parquet.write_table(pa.Table.from_pylist(half, schema=schema), folder / f"train-{part}.parquet")
+        pa.parquet.write_table(
+            pa.Table.from_pylist(half, schema=schema), folder / f"train-{part}.parquet"
+        )
     return Source(str(folder), box_format="0..999")
 
 
@@ -95,7 +114,12 @@ def write_lines(folder: Path, examples: list[toy.Example]) -> tuple[Source, list
 
 def save_lines(folder: Path, rows: list[dict]) -> Source:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = {"prompt_field": "caption", "chain_field": "got", "image_field": "file", "coords_field": "coord"}
+    fields = {
+        "prompt_field": "caption",
+        "chain_field": "got",
+        "image_field": "file",
+        "coords_field": "coord",
+    }
     return Source(str(folder / "data.jsonl"), **fields, box_format="pixels")
 
 
@@ -131,11 +155,17 @@ def test_every_style_gives_the_same_records(style, streaming, tmp_path, policy):
     if style == "parquet":
         source = write_parquet(tmp_path / "set", [inline(example) for example in examples])
     else:
-        source = write_tar(tmp_path / "set", examples) if style == "tar" else write_lines(tmp_path / "set", examples)[0]
+        source = (
+            write_tar(tmp_path / "set", examples)
+            if style == "tar"
+            else write_lines(tmp_path / "set", examples)[0]
+        )
     source.streaming = streaming
     rows = got_data.open_rows(source)
     assert hasattr(rows, "__len__") != streaming
-    records = [got_data.read_record(get(), source, policy[1]) for _, get in got_data.numbered(rows, source)]
+    records = [
+        got_data.read_record(get(), source, policy[1]) for _, get in got_data.numbered(rows, source)
+    ]
     assert [record.prompt for record in records] == [example.prompt for example in examples]
     assert [record.chain for record in records] == [example.chain for example in examples]
     for record, example in zip(records, examples, strict=True):
@@ -149,9 +179,14 @@ def test_coordinates_may_be_a_dict_with_other_keys_in_each_row(tmp_path, policy)
     _, rows = write_lines(tmp_path / "set", examples)
     for k, row in enumerate(rows):
         row["got"] = row["got"].replace("coord_", f"row{k}_")
-        row["coord"] = {key.replace("coord_", f"row{k}_"): value for key, value in json.loads(row["coord"]).items()}
+        row["coord"] = {
+            key.replace("coord_", f"row{k}_"): value
+            for key, value in json.loads(row["coord"]).items()
+        }
     source = save_lines(tmp_path / "set", rows)
-    chains = [got_data.read_record(row, source, policy[1]).chain for row in got_data.open_rows(source)]
+    chains = [
+        got_data.read_record(row, source, policy[1]).chain for row in got_data.open_rows(source)
+    ]
     assert chains == [example.chain for example in examples]
 
 
@@ -190,7 +225,9 @@ def test_errors_are_one_line(tmp_path, policy, monkeypatch):
     for flag in ("prompt_field", "chain_field", "image_field", "coords_field"):
         wrong = copy.copy(source)
         setattr(wrong, flag, "nothere")
-        with pytest.raises(ValueError, match=f"--{flag} nothere: .* there are caption, got, coord, file"):
+        with pytest.raises(
+            ValueError, match=f"--{flag} nothere: .* there are caption, got, coord, file"
+        ):
             got_data.open_rows(wrong)
     source.box_format = ""
     with pytest.raises(ValueError, match="--box_format"):
@@ -199,7 +236,9 @@ def test_errors_are_one_line(tmp_path, policy, monkeypatch):
 
 def test_every_setting_is_explained():
     """The trailing comments are what --help shows."""
-    lines = [line for line in inspect.getsource(Source).splitlines() if re.match(r"    \w+: ", line)]
+    lines = [
+        line for line in inspect.getsource(Source).splitlines() if re.match(r"    \w+: ", line)
+    ]
     assert len(lines) == len(dataclasses.fields(Source)) and all("  # " in line for line in lines)
 
 
@@ -230,14 +269,29 @@ def chain(*parts) -> str:
         ("A dog: [1, 2, 30, 40] sleeps", chain("A", ("dog", 1, 2, 30, 40), "sleeps")),
         ("A dog ((1, 2), (30, 40))", chain("A", ("dog", 1, 2, 30, 40))),
         ("<|obj_start|>old dog<|obj_end|> (1,2),(30,40)", chain(("old dog", 1, 2, 30, 40))),
-        ("an old dog <|box_start|>(1,2),(30,40)<|box_end|>", chain("an", ("old dog", 1, 2, 30, 40))),
-        ("his dog (1,2),(30,40) and <|obj_start|>fog<|obj_end|>", chain("his", ("dog", 1, 2, 30, 40), "and fog")),
-        ("a <|obj_start|>man in a hat<|obj_end|> (1,2),(30,40)", chain("a", ("man in a hat", 1, 2, 30, 40))),
-        ("with a man in a red hat (1,2),(30,40)", chain("with a man in a", ("red hat", 1, 2, 30, 40))),
+        (
+            "an old dog <|box_start|>(1,2),(30,40)<|box_end|>",
+            chain("an", ("old dog", 1, 2, 30, 40)),
+        ),
+        (
+            "his dog (1,2),(30,40) and <|obj_start|>fog<|obj_end|>",
+            chain("his", ("dog", 1, 2, 30, 40), "and fog"),
+        ),
+        (
+            "a <|obj_start|>man in a hat<|obj_end|> (1,2),(30,40)",
+            chain("a", ("man in a hat", 1, 2, 30, 40)),
+        ),
+        (
+            "with a man in a red hat (1,2),(30,40)",
+            chain("with a man in a", ("red hat", 1, 2, 30, 40)),
+        ),
         ("a glass of wine (1,2),(30,40)", chain("a", ("glass of wine", 1, 2, 30, 40))),
         ("fog in front of trees (1,2),(30,40)", chain("fog in front of", ("trees", 1, 2, 30, 40))),
         ("a large, red ball (1,2),(30,40)", chain("a large,", ("red ball", 1, 2, 30, 40))),
-        ("a1 b2 c3 d4 e5 f6 g7 h8 (1,2),(30,40)", chain("a1 b2", ("c3 d4 e5 f6 g7 h8", 1, 2, 30, 40))),
+        (
+            "a1 b2 c3 d4 e5 f6 g7 h8 (1,2),(30,40)",
+            chain("a1 b2", ("c3 d4 e5 f6 g7 h8", 1, 2, 30, 40)),
+        ),
         ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
     ],
 )
@@ -247,7 +301,10 @@ def test_names_are_found(text, want):
 
 def test_several_boxes_of_one_name():
     text = got_data.normalize_chain("two red balls (1,2),(30,40), (50,60),(70,80) fly", "0..999")
-    assert parse_chain(text) == [Box("two red balls", 1, 2, 30, 40), Box("two red balls", 50, 60, 70, 80)]
+    assert parse_chain(text) == [
+        Box("two red balls", 1, 2, 30, 40),
+        Box("two red balls", 50, 60, 70, 80),
+    ]
     assert text.endswith("<|box_end|> fly") and not chain_problems(text)
 
 
@@ -276,44 +333,65 @@ def test_several_boxes_of_one_name():
 )
 def test_coordinates(text, box_format, result):
     if isinstance(result, tuple):
-        assert parse_chain(got_data.normalize_chain("A dog " + text, box_format, (200, 100))) == [Box("dog", *result)]
+        assert parse_chain(got_data.normalize_chain("A dog " + text, box_format, (200, 100))) == [
+            Box("dog", *result)
+        ]
     else:
         with pytest.raises(BadRecord) as caught:
             got_data.normalize_chain("A dog " + text, box_format, (200, 100))
         assert caught.value.cause == result
 
 
-BOXES = st.tuples(*[st.integers(0, 999)] * 4).map(lambda b: (min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2])))
-OBJECTS = st.lists(st.tuples(st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True), BOXES), min_size=1)
+BOXES = st.tuples(*[st.integers(0, 999)] * 4).map(
+    lambda b: (min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2]))
+)
+OBJECTS = st.lists(
+    st.tuples(st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True), BOXES), min_size=1
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(OBJECTS, st.integers(1, 4000), st.integers(1, 4000))
 def test_any_layout_comes_back(objects, width, height):
-    objects = [(name, box) for name, box in objects if box[0] < box[2] and box[1] < box[3] and max(box) > 1]
+    objects = [
+        (name, box) for name, box in objects if box[0] < box[2] and box[1] < box[3] and max(box) > 1
+    ]
     if not objects:
         return
     whole = chain(*sum([["the", (name, *box)] for name, box in objects], []))
     assert got_data.normalize_chain(whole, "0..999") == whole
-    plain = " ".join(f"the {name} ({a / 1000},{b / 1000}),({c / 1000},{d / 1000})" for name, (a, b, c, d) in objects)
+    plain = " ".join(
+        f"the {name} ({a / 1000},{b / 1000}),({c / 1000},{d / 1000})"
+        for name, (a, b, c, d) in objects
+    )
     if not any(word in got_data.BREAKS.split("|") for name, _ in objects for word in name.split()):
         assert got_data.normalize_chain(plain, "0..1") == whole
     sides = np.array([width, height, width, height]) / 1000
     coords = {f"{{{k}}}": list(np.array(box) * sides) for k, (_, box) in enumerate(objects)}
-    text = " ".join(f"the <|obj_start|>{name}<|obj_end|> {{{k}}}" for k, (name, _) in enumerate(objects))
+    text = " ".join(
+        f"the <|obj_start|>{name}<|obj_end|> {{{k}}}" for k, (name, _) in enumerate(objects)
+    )
     if all(max(box) > 1 for box in coords.values()):
         filled = got_data.fill_placeholders(text, json.dumps(coords))
         assert got_data.normalize_chain(filled, "pixels", (width, height)) == whole
 
 
 PIECES = st.sampled_from(
-    "<|obj_start|> <|obj_end|> <|box_start|> <|box_end|> ( ) [ ] , . : 1 20 999 0.5 -3 1e-2 of a dog red \n".split(" ")
+    "<|obj_start|> <|obj_end|> <|box_start|> <|box_end|> ( ) [ ] , . : 1 20 999 0.5 -3 1e-2 of a dog red \n".split(
+        " "
+    )
     + ["(1,2),(30,40)", "(0.1,0.2),(0.3,0.4)", " ", "<|", "١", "\ud800", "<begin_of_image>"]
 )
-TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=30).map("".join), st.lists(PIECES, max_size=30).map(" ".join))
+TEXTS = st.one_of(
+    st.text(),
+    st.lists(PIECES, max_size=30).map("".join),
+    st.lists(PIECES, max_size=30).map(" ".join),
+)
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.binary()),
-    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(st.text(max_size=6), inner, max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5), st.dictionaries(st.text(max_size=6), inner, max_size=5)
+    ),
     max_leaves=12,
 )
 
@@ -354,7 +432,14 @@ def test_placeholders():
     assert fill("a box_2", {"box_2": [[1, 2], [3, 4]], "box_3": None}) == "a (1,2),(3,4)"
     assert fill("a $x$", b'{"$x$": "(1,2),(3,4)"}') == "a (1,2),(3,4)"
     assert fill("a $x$", {"$x$": [[1, 2, 3, 4], [5, 6, 7, 8]]}) == "a (1,2),(3,4) (5,6),(7,8)"
-    for wrong in ({"x": [1, 2, 3]}, {"x": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}}, '{"x": [NaN, 1, 2, 3]}', "[]", "{", 7):
+    for wrong in (
+        {"x": [1, 2, 3]},
+        {"x": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}},
+        '{"x": [NaN, 1, 2, 3]}',
+        "[]",
+        "{",
+        7,
+    ):
         with pytest.raises(BadRecord, match="^broken box: coordinates"):
             fill("a x", wrong)
     for more in ({}, {"box_3": None}):
@@ -369,9 +454,13 @@ def test_words_that_would_break_the_sequence(policy):
         for token in gotr1.SPECIAL_TOKENS.values():
             with pytest.raises(BadRecord, match="special token"):
                 got_data.read_record({**row, name: f"a {token} {row[name]}"}, MEMORY, policy[1])
-    closed = got_data.read_record({**row, "chain": row["chain"] + "<begin_of_image>"}, MEMORY, policy[1])
+    closed = got_data.read_record(
+        {**row, "chain": row["chain"] + "<begin_of_image>"}, MEMORY, policy[1]
+    )
     assert closed.chain == row["chain"]  # the end of a chain is no fault
-    half = got_data.read_record({**row, "prompt": "half a letter \ud800\n of\0it"}, MEMORY, policy[1])
+    half = got_data.read_record(
+        {**row, "prompt": "half a letter \ud800\n of\0it"}, MEMORY, policy[1]
+    )
     assert half.prompt == "half a letter ? of\0it"  # JSON can say it, files and tokenizers cannot
 
 
@@ -381,7 +470,9 @@ def test_the_longest_chain(policy):
     fits = Source("toy", box_format="0..999", max_chain=tokens)
     assert got_data.read_record(row, fits, tokenizer).chain == row["chain"]
     with pytest.raises(BadRecord, match=f"chain too long: {tokens} tokens"):
-        got_data.read_record(row, Source("toy", box_format="0..999", max_chain=tokens - 1), tokenizer)
+        got_data.read_record(
+            row, Source("toy", box_format="0..999", max_chain=tokens - 1), tokenizer
+        )
     prompt = len(gotr1.encode_prompt(tokenizer, row["prompt"]))
     got_data.read_record(row, fits, tokenizer, room=tokens + prompt)
     with pytest.raises(BadRecord, match="chain too long"):
@@ -391,7 +482,9 @@ def test_the_longest_chain(policy):
 def test_pictures_as_people_see_them(tmp_path):
     """A phone's picture is turned upright, what is transparent is white."""
     picture = Image.new("RGB", (40, 20), "blue")
-    picture.paste("red", (0, 0, 10, 20))  # red at the left; turned by 90 degrees clockwise, at the top
+    picture.paste(
+        "red", (0, 0, 10, 20)
+    )  # red at the left; turned by 90 degrees clockwise, at the top
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "phone.png", exif=exif)
@@ -400,9 +493,21 @@ def test_pictures_as_people_see_them(tmp_path):
     source = Source(str(tmp_path), box_format="pixels")
     image, size = got_data.read_image({"image": "phone.png"}, source)
     assert size == image.size == (20, 40) and image.getpixel((10, 3)) == (255, 0, 0)
-    assert got_data.read_image({"image": "clear.png"}, source)[0].getpixel((3, 3)) == (255, 255, 255)
+    assert got_data.read_image({"image": "clear.png"}, source)[0].getpixel((3, 3)) == (
+        255,
+        255,
+        255,
+    )
     assert got_data.read_image({"image": "palette.png"}, source, side=4)[0].size == (4, 4)
-    for wrong in (None, "gone.png", "https://example.org/a.png", b"", b"GIF89a", {"bytes": None, "path": None}, 3):
+    for wrong in (
+        None,
+        "gone.png",
+        "https://example.org/a.png",
+        b"",
+        b"GIF89a",
+        {"bytes": None, "path": None},
+        3,
+    ):
         with pytest.raises(BadRecord, match="broken image"):
             got_data.read_image({"image": wrong}, source)
 
@@ -416,8 +521,12 @@ def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]
     rows[3][text] = "a red ball and nothing else"
     rows[90][text] = "words"
     rows[7][text] = None
-    rows[20][image] = {"bytes": b"no picture", "path": None} if isinstance(rows[20][image], dict) else "gone.png"
-    rows[21][image] = {"bytes": rows[0][image]["bytes"][:90]} if isinstance(rows[21][image], dict) else "gone.png"
+    rows[20][image] = (
+        {"bytes": b"no picture", "path": None} if isinstance(rows[20][image], dict) else "gone.png"
+    )
+    rows[21][image] = (
+        {"bytes": rows[0][image]["bytes"][:90]} if isinstance(rows[21][image], dict) else "gone.png"
+    )
     rows[33][text] = "a ball (10,20),(3000,30)"
     rows[34][text] = "a ball (30,20),(10,30)"
     rows[35][text] = "(30,20),(40,30) a ball"
@@ -437,7 +546,9 @@ def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("style", ["parquet", "lines"])
-def test_planted_faults_are_counted_and_the_rest_is_prepared(style, streaming, tmp_path, policy, monkeypatch):
+def test_planted_faults_are_counted_and_the_rest_is_prepared(
+    style, streaming, tmp_path, policy, monkeypatch
+):
     """Over blocks and ranks; tokens as `encode_images` gives them for the pictures one by one."""
     monkeypatch.setattr(token_cache, "BLOCK", 32)
     examples = make_examples(100)
@@ -450,13 +561,17 @@ def test_planted_faults_are_counted_and_the_rest_is_prepared(style, streaming, t
         planted = spoil(rows, "got", "file")
         source = save_lines(tmp_path / "set", rows)
     source.streaming, source.max_chain = streaming, 250
-    prepared = token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache", batch=8)
+    prepared = token_cache.prepare(
+        got_data.open_rows(source), *policy, source, tmp_path / "cache", batch=8
+    )
     assert prepared.report.read == 100
     assert {cause: number for cause, (number, _) in prepared.report.bad.items()} == {
         cause: number for cause, (number, _) in planted.items()
     }
     for cause, (number, first) in planted.items():
-        assert re.search(rf"^ +{number} {cause} +first: record {first}: \S", str(prepared.report), re.M)
+        assert re.search(
+            rf"^ +{number} {cause} +first: record {first}: \S", str(prepared.report), re.M
+        )
     assert str(prepared.report).startswith("10 of 100 records skipped (10.0%)\n")
     bad = {3, 90, 7, 20, 21, 33, 34, 35, 50, 51}
     good = [example for k, example in enumerate(examples) if k not in bad]
@@ -467,7 +582,9 @@ def test_planted_faults_are_counted_and_the_rest_is_prepared(style, streaming, t
     assert chains == [good[k].chain for k in chosen]
     pictures = [Image.open(io.BytesIO(png(good[k].image))) for k in chosen]
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, torch.cat([gotr1.encode_images(policy[0], [picture]) for picture in pictures]))
+    assert torch.equal(
+        tokens, torch.cat([gotr1.encode_images(policy[0], [picture]) for picture in pictures])
+    )
     for outside in (-1, 90):
         with pytest.raises(IndexError):
             prepared.batch([outside])
@@ -513,10 +630,16 @@ def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
         seen.append(len(images))
         return encode(model, images)
 
-    monkeypatch.setattr(gotr1, "encode_images", lambda *how: killed() if sum(seen) >= 20 else count(*how))
+    monkeypatch.setattr(
+        gotr1, "encode_images", lambda *how: killed() if sum(seen) >= 20 else count(*how)
+    )
     with pytest.raises(KeyboardInterrupt):
         token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
-    assert sorted(files(cache)) == ["cache.json", "tokens_000000.safetensors", "tokens_000001.safetensors"]
+    assert sorted(files(cache)) == [
+        "cache.json",
+        "tokens_000000.safetensors",
+        "tokens_000001.safetensors",
+    ]
     # killed while writing, and a file that a full disk cut off
     monkeypatch.setattr(gotr1, "encode_images", count)
     with monkeypatch.context() as patch:
@@ -544,8 +667,10 @@ def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(gotr1, "encode_images", never)
     monkeypatch.setattr(token_cache, "read_image", never)
     again = token_cache.prepare(never, *policy, MEMORY, tmp_path)
-    assert again.batch([19, 2])[:2] == first.batch([19, 2])[:2] == tuple(
-        [rows[k][name] for k in (19, 2)] for name in ("prompt", "chain")
+    assert (
+        again.batch([19, 2])[:2]
+        == first.batch([19, 2])[:2]
+        == tuple([rows[k][name] for k in (19, 2)] for name in ("prompt", "chain"))
     )
 
 
@@ -558,11 +683,15 @@ def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
         changed = copy.copy(source)
         for key, value in changes.items():
             setattr(changed, key, value)
-        return token_cache.prepare(lambda: got_data.open_rows(changed), model, tokenizer, changed, cache)
+        return token_cache.prepare(
+            lambda: got_data.open_rows(changed), model, tokenizer, changed, cache
+        )
 
     prepare()
     prepare(streaming=True)  # the way does not matter
-    with pytest.raises(ValueError, match=r"was made with --box_format pixels \(now 0..999\): take another --cache"):
+    with pytest.raises(
+        ValueError, match=r"was made with --box_format pixels \(now 0..999\): take another --cache"
+    ):
         prepare(box_format="0..999")
     with pytest.raises(ValueError, match="--max_chain 600 .now 500."):
         prepare(max_chain=500)
@@ -589,10 +718,16 @@ def test_too_many_bad_records_stop_the_run(tmp_path, policy):
             got.append(index)
             return super().__getitem__(index)
 
-    with pytest.raises(ValueError, match=r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50"):
+    with pytest.raises(
+        ValueError,
+        match=r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50",
+    ):
         token_cache.prepare(Rows(rows), *policy, MEMORY, tmp_path / "a")
     assert max(got) < 128 and not list((tmp_path / "a").glob("tokens_*"))
-    assert len(token_cache.prepare(rows[:50] * 3 + rows[50:80], *policy, MEMORY, tmp_path / "b")) == 150  # 17 %
+    assert (
+        len(token_cache.prepare(rows[:50] * 3 + rows[50:80], *policy, MEMORY, tmp_path / "b"))
+        == 150
+    )  # 17 %
     few = rows[:15] + rows[50:55]  # twenty pictures: 25 % at the end, although fewer than 100
     with pytest.raises(ValueError, match="5 of 20 records"):
         token_cache.prepare(few, *policy, MEMORY, tmp_path / "c")
@@ -622,7 +757,10 @@ def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
     assert "1 of 9 records skipped" in said and "first: record 1" in said
     tokenizer = policy[1]
     for row in good:
-        prompt, written = gotr1.encode_prompt(tokenizer, row["prompt"]), gotr1.encode_chain(tokenizer, row["chain"])
+        prompt, written = (
+            gotr1.encode_prompt(tokenizer, row["prompt"]),
+            gotr1.encode_chain(tokenizer, row["chain"]),
+        )
         assert row["prompt"] in said and row["chain"] in said
         assert f"{len(prompt)} prompt + {len(written)} chain + 64 image tokens" in said
     sheet, side = Image.open(path), 384
@@ -649,4 +787,6 @@ def test_pictures_are_encoded_where_the_picture_tokenizer_is(policy, tmp_path):
     model.model.vision_model.to("meta")
     assert model.device.type == "meta"
     prepared = token_cache.prepare(in_memory(3), model, policy[1], MEMORY, tmp_path)
-    assert torch.equal(prepared.batch([0, 1, 2])[2], gotr1.encode_images(model, [r["image"] for r in in_memory(3)]))
+    assert torch.equal(
+        prepared.batch([0, 1, 2])[2], gotr1.encode_images(model, [r["image"] for r in in_memory(3)])
+    )

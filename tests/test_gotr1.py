@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import gotr1
-import toy
+from toy import world as toy
 
-PROMPTS = ["a red ball left of a blue cube", "a green cone", "a cyan cube above a purple cone and left of a red ball"]
+PROMPTS = [
+    "a red ball left of a blue cube",
+    "a green cone",
+    "a cyan cube above a purple cone and left of a red ball",
+]
 
 
 def plain_logps(model, tokenizer, sampled, n):
@@ -33,7 +37,9 @@ def plain_logps(model, tokenizer, sampled, n):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
 def test_sampled_logps_equal_a_plain_forward_pass(policy, temperature):
     model, tokenizer = policy
-    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, temperature=temperature, max_chain=80, seed=5)
+    sampled = gotr1.rollout(
+        model, tokenizer, PROMPTS, 2, temperature=temperature, max_chain=80, seed=5
+    )
     scored, mask = gotr1.token_logps(model, sampled)
     images = sampled.image_tokens.shape[1]
     for n in range(6):
@@ -48,7 +54,9 @@ def test_sampled_logps_equal_a_plain_forward_pass(policy, temperature):
 def test_guided_distribution_is_the_one_written_down(policy):
     """u + cfg * (c - u), computed from two plain passes: the conditional row and bos, pads, <begin_of_image>, image."""
     model, tokenizer = policy
-    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=80, logp_mode="guided")
+    sampled = gotr1.rollout(
+        model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=80, logp_mode="guided"
+    )
     bos, pad, boi = gotr1.special_ids(tokenizer)
     size = len(sampled.prompt_ids[0]) + int(sampled.chain_lens[0])
     picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens)
@@ -56,7 +64,9 @@ def test_guided_distribution_is_the_one_written_down(policy):
     chain = sampled.chain_ids[0, : sampled.chain_lens[0]].tolist()
     for ids in (sampled.prompt_ids[0] + chain, [bos] + [pad] * (size - 2) + [boi]):
         embeds = torch.cat([model.get_input_embeddings()(torch.tensor([ids])), picture], dim=1)
-        hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[0, size - 1 : -1]
+        hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[
+            0, size - 1 : -1
+        ]
         logits.append(model.model.generation_head(hidden))
     cond, uncond = logits
     guided = (uncond + 3.0 * (cond - uncond)).log_softmax(-1)
@@ -65,19 +75,27 @@ def test_guided_distribution_is_the_one_written_down(policy):
     assert (sampled.logp[0, -images:] - want).abs().max() < 1e-4
     assert (gotr1.token_logps(model, sampled)[0][0, -images:] - want).abs().max() < 1e-4
     cond_logp = cond.log_softmax(-1).gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
-    assert (gotr1.token_logps(model, sampled, "cond")[0][0, -images:] - cond_logp).abs().max() < 1e-4
-    assert (cond_logp - want).abs().max() > 0.01, "guidance changed nothing: this test would prove nothing"
+    assert (
+        gotr1.token_logps(model, sampled, "cond")[0][0, -images:] - cond_logp
+    ).abs().max() < 1e-4
+    assert (cond_logp - want).abs().max() > 0.01, (
+        "guidance changed nothing: this test would prove nothing"
+    )
 
 
 def test_no_gradient_through_the_unconditional_half(policy):
     model, tokenizer = copy.deepcopy(policy[0]), policy[1]
-    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=60, logp_mode="guided")
+    sampled = gotr1.rollout(
+        model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=60, logp_mode="guided"
+    )
     logp, _ = gotr1.token_logps(model, sampled)
     pad = gotr1.special_ids(tokenizer)[1]
     model.get_input_embeddings().weight.requires_grad_(True)
     logp.sum().backward()
     gradient = model.get_input_embeddings().weight.grad
-    assert gradient[pad].abs().max() == 0 and gradient.abs().max() > 0  # pads stand only in unconditional rows
+    assert (
+        gradient[pad].abs().max() == 0 and gradient.abs().max() > 0
+    )  # pads stand only in unconditional rows
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -87,7 +105,9 @@ def test_a_batch_equals_single_runs(policy, cfg):
     together = gotr1.rollout(model, tokenizer, PROMPTS, 2, cfg=cfg, max_chain=80, seed=(3, 1))
     assert together.chain_lens.unique().numel() > 1
     for b, prompt in enumerate(PROMPTS):
-        alone = gotr1.rollout(model, tokenizer, [prompt], 2, cfg=cfg, max_chain=80, seed=(3, 1), indices=[b])
+        alone = gotr1.rollout(
+            model, tokenizer, [prompt], 2, cfg=cfg, max_chain=80, seed=(3, 1), indices=[b]
+        )
         rows = together.select([2 * b, 2 * b + 1])
         assert alone.chains == rows.chains
         assert torch.equal(alone.image_tokens, rows.image_tokens)
@@ -104,8 +124,13 @@ def test_group_order_is_prompt_major(policy):
 
 def test_same_seed_same_samples_other_seed_others(policy):
     model, tokenizer = policy
-    runs = [gotr1.rollout(model, tokenizer, PROMPTS[:1], 4, max_chain=60, seed=seed) for seed in (1, 1, 2)]
-    assert torch.equal(runs[0].image_tokens, runs[1].image_tokens) and runs[0].chains == runs[1].chains
+    runs = [
+        gotr1.rollout(model, tokenizer, PROMPTS[:1], 4, max_chain=60, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert (
+        torch.equal(runs[0].image_tokens, runs[1].image_tokens) and runs[0].chains == runs[1].chains
+    )
     assert not torch.equal(runs[0].image_tokens, runs[2].image_tokens)
     numbers = gotr1.uniforms((0, 5), [3, 9], 4, 50)
     assert torch.equal(gotr1.uniforms((0, 5), [9], 4, 50), numbers[4:])
@@ -139,7 +164,9 @@ def chain_without_end(model, tokenizer):
     """A copy of the model that can never sample <begin_of_image>."""
     model = copy.deepcopy(model)
     boi = gotr1.special_ids(tokenizer)[2]
-    hidden = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([boi]), -1e9))
+    hidden = model.lm_head.register_forward_hook(
+        lambda _, __, out: out.index_fill(-1, torch.tensor([boi]), -1e9)
+    )
     return model, hidden
 
 
@@ -148,7 +175,11 @@ def test_a_forced_begin_of_image_is_not_trained(policy):
     endless, _ = chain_without_end(model, tokenizer)
     boi = gotr1.special_ids(tokenizer)[2]
     sampled = gotr1.rollout(endless, tokenizer, PROMPTS[:1], 2, max_chain=7)
-    assert sampled.forced.all() and (sampled.chain_lens == 8).all() and (sampled.chain_ids[:, 7] == boi).all()
+    assert (
+        sampled.forced.all()
+        and (sampled.chain_lens == 8).all()
+        and (sampled.chain_ids[:, 7] == boi).all()
+    )
     assert sampled.mask[:, :8].tolist() == [[1.0] * 7 + [0.0]] * 2
     logp, mask = gotr1.token_logps(endless, sampled)
     assert (logp[:, 7] == 0).all() and (mask[:, 7] == 0).all()
@@ -162,11 +193,15 @@ def test_the_stop_token_is_trained_and_what_follows_is_not_also_when_pad_is_eos(
     images = sampled.image_tokens.shape[1]
     text_mask = sampled.mask[:, :-images]
     for n, size in enumerate(sampled.chain_lens.tolist()):
-        assert sampled.chain_ids[n, size - 1] == boi and text_mask[n, size - 1] == 1, "the stop token learns nothing"
+        assert sampled.chain_ids[n, size - 1] == boi and text_mask[n, size - 1] == 1, (
+            "the stop token learns nothing"
+        )
         assert text_mask[n, :size].all() and not text_mask[n, size:].any()
     for other in (tokenizer.eos_token_id, boi):
         swapped = gotr1.Rollout(**{**vars(sampled), "pad_id": other})
-        assert torch.equal(gotr1.token_logps(model, swapped)[0], gotr1.token_logps(model, sampled)[0])
+        assert torch.equal(
+            gotr1.token_logps(model, swapped)[0], gotr1.token_logps(model, sampled)[0]
+        )
 
 
 def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
@@ -179,9 +214,14 @@ def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
     images = sampled.image_tokens.shape[1]
     assert not sampled.mask[:, :-images].any() and sampled.mask[:, -images:].all()
     bos = gotr1.special_ids(tokenizer)[0]
-    assert all((sampled.chain_ids[n] == bos).sum() == 0 and sampled.prompt_ids[n].count(bos) == 1 for n in range(4))
+    assert all(
+        (sampled.chain_ids[n] == bos).sum() == 0 and sampled.prompt_ids[n].count(bos) == 1
+        for n in range(4)
+    )
     assert ((gotr1.token_logps(model, sampled)[0] - sampled.logp) * sampled.mask).abs().max() < 1e-4
-    with_end = gotr1.rollout(model, tokenizer, prompts, 2, chains=[c + "<begin_of_image>" for c in chains], cfg=2.0)
+    with_end = gotr1.rollout(
+        model, tokenizer, prompts, 2, chains=[c + "<begin_of_image>" for c in chains], cfg=2.0
+    )
     assert torch.equal(with_end.image_tokens, sampled.image_tokens)
 
 
@@ -192,9 +232,14 @@ def test_a_prompt_that_does_not_fit_is_refused(policy):
 
 def test_the_prompt_is_the_official_turn(policy):
     text = gotr1.format_prompt("a cat")
-    start = "User: Follow the caption to generate an image through a chain of thought process: a cat"
+    start = (
+        "User: Follow the caption to generate an image through a chain of thought process: a cat"
+    )
     assert text == start + "\n\nAssistant:"
-    assert policy[1].decode(gotr1.encode_prompt(policy[1], "a cat")) == "<｜begin▁of▁sentence｜>" + text
+    assert (
+        policy[1].decode(gotr1.encode_prompt(policy[1], "a cat"))
+        == "<｜begin▁of▁sentence｜>" + text
+    )
 
 
 def test_inputs_are_not_changed(policy):
@@ -212,7 +257,10 @@ def test_pictures_survive_encoding_and_decoding(policy):
     tokens = gotr1.encode_images(model, [e.image for e in examples])
     images = gotr1.decode_images(model, tokens)
     assert tokens.shape == (50, 64) and images[0].size == (32, 32)
-    right = [toy.faithfulness(e.prompt, toy.detect(image)) == 1 for e, image in zip(examples, images, strict=True)]
+    right = [
+        toy.faithfulness(e.prompt, toy.detect(image)) == 1
+        for e, image in zip(examples, images, strict=True)
+    ]
     assert sum(right) >= 48
     pixels = torch.stack([torch.from_numpy(np.array(e.image)).permute(2, 0, 1) for e in examples])
     assert torch.equal(gotr1.encode_images(model, pixels / 127.5 - 1), tokens)
@@ -220,6 +268,8 @@ def test_pictures_survive_encoding_and_decoding(policy):
 
 def test_pixels_are_cut_off_not_rounded(policy):
     model = copy.copy(policy[0])
-    model.decode_image_tokens = lambda tokens: torch.tensor([0.999, -1.2, 1.5]).expand(len(tokens), 2, 2, 3)
+    model.decode_image_tokens = lambda tokens: torch.tensor([0.999, -1.2, 1.5]).expand(
+        len(tokens), 2, 2, 3
+    )
     (image,) = gotr1.decode_images(model, torch.zeros(1, 4, dtype=torch.long))
     assert image.getpixel((0, 0)) == (254, 0, 255)  # 254.87 becomes 254

@@ -10,7 +10,11 @@ import gotr1
 import train_grpo
 from train_grpo import group_advantages, grpo_loss
 
-PROMPTS = ["a red ball left of a blue cube", "a green cone and a yellow ball", "a cyan cube above a purple cone"]
+PROMPTS = [
+    "a red ball left of a blue cube",
+    "a green cone and a yellow ball",
+    "a cyan cube above a purple cone",
+]
 
 
 def test_advantages_by_hand():
@@ -22,7 +26,9 @@ def test_advantages_by_hand():
 
 def test_equal_rewards_give_exactly_zero_even_when_their_mean_is_rounded():
     rewards = torch.full((16,), 0.1)
-    assert (rewards - rewards.mean()).abs().max() >= 0  # the mean of sixteen 0.1 need not be 0.1 in float32
+    assert (
+        rewards - rewards.mean()
+    ).abs().max() >= 0  # the mean of sixteen 0.1 need not be 0.1 in float32
     assert group_advantages(torch.full((48,), 1 / 3), 16).tolist() == [0.0] * 48
 
 
@@ -80,7 +86,9 @@ def test_clip_share_counts_tokens_whose_gradient_is_cut():
 
 
 def test_kl_is_not_needed_when_its_weight_is_zero():
-    loss, sums = grpo_loss(torch.zeros(1, 2), torch.zeros(1, 2), None, torch.ones(1), torch.ones(1, 2), 2, kl=0)
+    loss, sums = grpo_loss(
+        torch.zeros(1, 2), torch.zeros(1, 2), None, torch.ones(1), torch.ones(1, 2), 2, kl=0
+    )
     assert loss.item() == -1 and sums["kl"].item() == 0
 
 
@@ -101,20 +109,28 @@ def test_gradient_does_not_depend_on_the_micro_batches(policy, loss_mean):
     model, tokenizer = policy
     gotr1.trainable_parameters(model)
     sampled = gotr1.rollout(model, tokenizer, PROMPTS, group=3, max_chain=70, seed=1)
-    assert sampled.chain_lens.unique().numel() > 1, "chains of one length would hide a normaliser that is local"
+    assert sampled.chain_lens.unique().numel() > 1, (
+        "chains of one length would hide a normaliser that is local"
+    )
     advantages = torch.randn(9, generator=torch.Generator().manual_seed(0))
     whole = gradients(model, sampled, advantages, 9, loss_mean)
     for micro_batch in (1, 2, 4):
-        assert (gradients(model, sampled, advantages, micro_batch, loss_mean) - whole).abs().max() < 1e-6
+        assert (
+            gradients(model, sampled, advantages, micro_batch, loss_mean) - whole
+        ).abs().max() < 1e-6
     model.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("mode", ["cond", "guided"])
 def test_at_step_0_ratio_is_1_and_kl_is_0_with_guidance_and_temperature(policy, mode):
     model, tokenizer = policy
-    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, cfg=3.0, temperature=0.8, max_chain=60, logp_mode=mode)
+    sampled = gotr1.rollout(
+        model, tokenizer, PROMPTS, 2, cfg=3.0, temperature=0.8, max_chain=60, logp_mode=mode
+    )
     logp, mask = gotr1.token_logps(model, sampled)
-    _, sums = grpo_loss(logp.detach(), sampled.logp, logp.detach(), torch.ones(6), mask, mask.sum(), kl=0.1)
+    _, sums = grpo_loss(
+        logp.detach(), sampled.logp, logp.detach(), torch.ones(6), mask, mask.sum(), kl=0.1
+    )
     assert sums["ratio"].item() / mask.sum().item() == pytest.approx(1, abs=1e-4)
     assert ((logp - sampled.logp) * mask).abs().max() < 1e-4
     assert sums["kl"].item() == 0 and sums["clip"].item() == 0
@@ -127,7 +143,9 @@ def test_self_test_catches_a_rollout_that_is_not_the_policy(policy):
         train_grpo.self_test(logp, logp + 0.01, logp, mask, exact=True)
     with pytest.raises(RuntimeError, match="reference"):
         train_grpo.self_test(logp, logp, logp + 1e-4, mask, exact=True)
-    train_grpo.self_test(logp, logp + 9, logp + 9, torch.zeros(2, 3), exact=True)  # what is masked does not count
+    train_grpo.self_test(
+        logp, logp + 9, logp + 9, torch.zeros(2, 3), exact=True
+    )  # what is masked does not count
 
 
 def test_self_test_in_bfloat16_allows_rounding_but_no_other_distribution():
@@ -140,10 +158,12 @@ def test_self_test_in_bfloat16_allows_rounding_but_no_other_distribution():
         train_grpo.self_test(logp, logp, logp + 0.1, mask, exact=False)
 
 
-def test_only_one_update_needs_no_second_scoring_and_several_keep_the_first_ones(tmp_path, monkeypatch):
+def test_only_one_update_needs_no_second_scoring_and_several_keep_the_first_ones(
+    tmp_path, monkeypatch
+):
     """With one update a micro-batch is scored once; with three, three times, against the log-probabilities of the
     first: later ratios are not 1."""
-    import engine
+    from engine import trainer as engine
 
     score, loss, calls, ratios = engine.Engine.score, train_grpo.grpo_loss, [], []
 
@@ -157,7 +177,18 @@ def test_only_one_update_needs_no_second_scoring_and_several_keep_the_first_ones
 
     monkeypatch.setattr(engine.Engine, "score", counting)
     monkeypatch.setattr(train_grpo, "grpo_loss", looking)
-    flags = ["--steps", "1", "--batch_size", "1", "--group", "4", "--micro_batch", "2", "--eval_prompts", "2"]
+    flags = [
+        "--steps",
+        "1",
+        "--batch_size",
+        "1",
+        "--group",
+        "4",
+        "--micro_batch",
+        "2",
+        "--eval_prompts",
+        "2",
+    ]
     for updates in (1, 3):
         calls.clear(), ratios.clear()
         train_grpo.main([*flags, "--updates", str(updates), "--out", str(tmp_path / str(updates))])
@@ -166,9 +197,20 @@ def test_only_one_update_needs_no_second_scoring_and_several_keep_the_first_ones
 
 
 def test_no_kl_needs_no_reference(tmp_path, monkeypatch):
-    import engine
+    from engine import trainer as engine
 
     monkeypatch.setattr(engine.Engine, "score_reference", None)
     monkeypatch.setattr(engine.Engine, "keep_reference", None)
-    flags = ["--steps", "1", "--batch_size", "1", "--group", "4", "--eval_prompts", "2", "--kl", "0"]
+    flags = [
+        "--steps",
+        "1",
+        "--batch_size",
+        "1",
+        "--group",
+        "4",
+        "--eval_prompts",
+        "2",
+        "--kl",
+        "0",
+    ]
     train_grpo.main([*flags, "--out", str(tmp_path)])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import checkpoints
 import eval as evaluation
-import got_data
 import gotr1
 import rewards
 import train_grpo
 import train_sft
+from data import got as got_data
+from engine import checkpoints
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +58,11 @@ def test_imports_go_downwards_in_the_readmes_table():
 
 def test_glossary_is_what_the_log_holds(tmp_path):
     table = README.split("## What the log says")[1].split("## ")[0]
-    told = [key for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M) for key in re.findall(r"`(\w+)`", cell)]
+    told = [
+        key
+        for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M)
+        for key in re.findall(r"`(\w+)`", cell)
+    ]
     flags = ["--steps", "1", "--batch_size", "1", "--group", "2", "--eval_prompts", "2"]
     train_grpo.main([*flags, "--out", str(tmp_path)])
     assert sorted(told) == sorted(json.loads((tmp_path / "log.jsonl").read_text()))
@@ -66,8 +70,16 @@ def test_glossary_is_what_the_log_holds(tmp_path):
 
 def test_flags_named_in_the_readme_exist():
     known = {field.name for config in SETTINGS for field in dataclasses.fields(config)}
-    known |= {f"no_{field.name}" for config in SETTINGS for field in dataclasses.fields(config) if field.type is bool}
-    named = set(re.findall(r"--(\w+)", README)) - {"nproc_per_node", "shutdown_timeout"}  # torchrun's own
+    known |= {
+        f"no_{field.name}"
+        for config in SETTINGS
+        for field in dataclasses.fields(config)
+        if field.type is bool
+    }
+    named = set(re.findall(r"--(\w+)", README)) - {
+        "nproc_per_node",
+        "shutdown_timeout",
+    }  # torchrun's own
     assert named <= known, named - known
 
 
@@ -83,6 +95,8 @@ def test_install_line_and_requirements_agree():
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_setting_is_explained(settings):
     """The trailing comments are what --help shows."""
-    lines = [line for line in inspect.getsource(settings).splitlines() if re.match(r"    \w+: ", line)]
+    lines = [
+        line for line in inspect.getsource(settings).splitlines() if re.match(r"    \w+: ", line)
+    ]
     assert {line.split(":")[0].strip() for line in lines} == set(settings.__annotations__)
     assert all("  # " in line for line in lines), [line for line in lines if "  # " not in line]

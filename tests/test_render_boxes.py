@@ -59,12 +59,19 @@ def slow_parse(text):
     while at < len(tokens) - 2:
         if tokens[at].strip():
             name = ""
-        opening, content, closing = tokens[at + 1 : at + 4] if at + 3 < len(tokens) else ("", "", "")
+        opening, content, closing = (
+            tokens[at + 1 : at + 4] if at + 3 < len(tokens) else ("", "", "")
+        )
         if (opening, closing) == (OBJ_START, OBJ_END):
             name, at = " ".join(content.split()), at + 4
         elif (opening, closing) == (BOX_START, BOX_END):
             numbers = slow_numbers(content)
-            if name and numbers and numbers[0] < numbers[2] <= 1000 and numbers[1] < numbers[3] <= 1000:
+            if (
+                name
+                and numbers
+                and numbers[0] < numbers[2] <= 1000
+                and numbers[1] < numbers[3] <= 1000
+            ):
                 boxes.append(Box(name, *numbers))
             at += 4
         else:
@@ -137,8 +144,14 @@ def test_lenient_reading(text, expected):
         ("", ["names no object"]),
         ("a red ball", ["names no object"]),
         ("<o>red ball</o>", ['"red ball"', "character 1 ", "has no box"]),
-        ("A <o>red ball</o> and <o>b</o> <b>(1,2),(3,4)</b>", ['"red ball"', "character 3 ", "has no box"]),
-        ("<o>a</o> <b>(1,2),(3,4)</b> or <b>(5,6),(7,8)</b>", ["(5,6),(7,8)", "character 66 ", "follows no object"]),
+        (
+            "A <o>red ball</o> and <o>b</o> <b>(1,2),(3,4)</b>",
+            ['"red ball"', "character 3 ", "has no box"],
+        ),
+        (
+            "<o>a</o> <b>(1,2),(3,4)</b> or <b>(5,6),(7,8)</b>",
+            ["(5,6),(7,8)", "character 66 ", "follows no object"],
+        ),
         ("<o> </o> <b>(1,2),(3,4)</b>", ["has no name"]),
         ("<o>a</o> <b>(1,2) (3,4)</b>", ['"(1,2) (3,4)"', "cannot be read"]),
         ("<o>a</o> <b>(1,2),(1000,4)</b>", ["leaves the picture", "999"]),
@@ -146,7 +159,10 @@ def test_lenient_reading(text, expected):
         ("<o>a</o> <b>(1,4),(3,4)</b>", ["ends before it starts", "y2"]),
         ("<o>a</o> <b>(1,2),(3,4)", ["<|box_start|>", "character 27 ", "no partner"]),
         ("<o>a</o> <b>(1,2),(3,4)</b> </o>", ["<|obj_end|>", "no partner"]),
-        ("the <o>ball <o>a</o> <b>(1,2),(3,4)</b>", ["<|obj_start|>", "character 5 ", "no partner"]),
+        (
+            "the <o>ball <o>a</o> <b>(1,2),(3,4)</b>",
+            ["<|obj_start|>", "character 5 ", "no partner"],
+        ),
     ],
 )
 def test_strict_reading_says_what_is_wrong_and_where(text, expected):
@@ -158,7 +174,15 @@ def test_strict_reading_says_what_is_wrong_and_where(text, expected):
 def test_strict_reading_says_everything_that_is_wrong():
     text = short("<o>a</o> <o></o> <b>(1,2),(0,1000)</b> x <b>oops</b> </b>")
     said = " ".join(chain_problems(text))
-    faults = ("no box", "no name", "leaves the picture", "ends before", "follows no object", "be read", "no partner")
+    faults = (
+        "no box",
+        "no name",
+        "leaves the picture",
+        "ends before",
+        "follows no object",
+        "be read",
+        "no partner",
+    )
     assert all(fault in said for fault in faults) and len(chain_problems(text)) == len(faults)
 
 
@@ -184,7 +208,9 @@ def test_no_coordinates_and_markers_reach_the_judge(text, expected):
 
 
 def test_written_boxes_are_whole_numbers_on_the_grid():
-    assert format_chain([Box("a", -3.2, 0.4, 1000, 2000.7)]) == short("<o>a</o> <b>(0,0),(999,999)</b>")
+    assert format_chain([Box("a", -3.2, 0.4, 1000, 2000.7)]) == short(
+        "<o>a</o> <b>(0,0),(999,999)</b>"
+    )
     assert format_chain([Box("a", 1.6, 2.4, 10, 20)]) == short("<o>a</o> <b>(2,2),(10,20)</b>")
     assert format_chain([]) == ""
 
@@ -196,7 +222,9 @@ boxes = st.builds(lambda name, x, y: Box(name, x[0], y[0], x[1], y[1]), words, s
 debris = st.lists(
     st.one_of(
         st.sampled_from(MARKERS),
-        st.sampled_from(["(1,2),(3,4)", "(1,", "0),(", "12", " ", "\n", ",", "<|", "|>", "box_end", "<"]),
+        st.sampled_from(
+            ["(1,2),(3,4)", "(1,", "0),(", "12", " ", "\n", ",", "<|", "|>", "box_end", "<"]
+        ),
         boxes.map(lambda box: format_chain([box])),
         words,
         st.text(max_size=3),
@@ -211,7 +239,9 @@ def test_round_trip(parts):
     chain = format_chain(parts)
     planned = [part for part in parts if isinstance(part, Box)]
     assert parse_chain(chain) == planned
-    assert strip_boxes(chain) == " ".join(part.name if isinstance(part, Box) else part for part in parts)
+    assert strip_boxes(chain) == " ".join(
+        part.name if isinstance(part, Box) else part for part in parts
+    )
     assert bool(chain_problems(chain)) == (not planned)
 
 
@@ -220,10 +250,14 @@ def test_round_trip(parts):
 def test_any_text_can_be_read(text):
     found, problems, stripped = parse_chain(text), chain_problems(text), strip_boxes(text)
     assert found == slow_parse(text)
-    assert not any(marker in stripped for marker in MARKERS) and not re.search(r"\(\s*[0-9]+\s*,", stripped)
+    assert not any(marker in stripped for marker in MARKERS) and not re.search(
+        r"\(\s*[0-9]+\s*,", stripped
+    )
     assert stripped == " ".join(stripped.split())
     if not problems:  # then every box counts, and none leaves the grid of the strict reader
-        assert len(found) == text.count(BOX_START) == text.count(BOX_END) >= text.count(OBJ_START) > 0
+        assert (
+            len(found) == text.count(BOX_START) == text.count(BOX_END) >= text.count(OBJ_START) > 0
+        )
         assert all(0 <= box.x1 < box.x2 <= 999 and 0 <= box.y1 < box.y2 <= 999 for box in found)
 
 
@@ -231,8 +265,14 @@ def test_any_text_can_be_read(text):
 @given(st.lists(boxes, min_size=1, max_size=3), st.data())
 def test_a_damaged_chain_can_be_read(planned, data):
     chain = format_chain(planned)
-    start, stop = sorted((data.draw(st.integers(0, len(chain))), data.draw(st.integers(0, len(chain)))))
-    text = chain[:start] + data.draw(st.sampled_from(["", "(", "9", " ", "x", *MARKERS])) + chain[stop:]
+    start, stop = sorted(
+        (data.draw(st.integers(0, len(chain))), data.draw(st.integers(0, len(chain))))
+    )
+    text = (
+        chain[:start]
+        + data.draw(st.sampled_from(["", "(", "9", " ", "x", *MARKERS]))
+        + chain[stop:]
+    )
     assert parse_chain(text) == slow_parse(text)
     assert not any(marker in strip_boxes(text) for marker in MARKERS)
     assert all(isinstance(problem, str) for problem in chain_problems(text))
@@ -240,7 +280,22 @@ def test_a_damaged_chain_can_be_read(planned, data):
 
 @pytest.mark.parametrize(
     "piece",
-    [*MARKERS, "(1,1),(", "a", " ", "9", "1,", "(", "<|", "obj_", "|>", ".", OBJ_START + "a", BOX_START + "(", CHAIN],
+    [
+        *MARKERS,
+        "(1,1),(",
+        "a",
+        " ",
+        "9",
+        "1,",
+        "(",
+        "<|",
+        "obj_",
+        "|>",
+        ".",
+        OBJ_START + "a",
+        BOX_START + "(",
+        CHAIN,
+    ],
 )
 @pytest.mark.parametrize("lead", ["", "<|obj_start|>a<|obj_end|> <|box_start|>("])
 def test_reading_takes_linear_time(piece, lead):
@@ -248,7 +303,9 @@ def test_reading_takes_linear_time(piece, lead):
     start = time.process_time()
     for read in (parse_chain, strip_boxes, chain_problems):
         read(text)
-    assert time.process_time() - start < 1.0  # about 0.05 s; a quadratic expression would take minutes
+    assert (
+        time.process_time() - start < 1.0
+    )  # about 0.05 s; a quadratic expression would take minutes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +336,9 @@ def test_iou_by_hand(a, b, expected):
 @given(boxes, boxes)
 def test_iou_by_counting_cells(a, b):
     a, b = (Box("", x1 // 50, y1 // 50, x2 // 50 + 1, y2 // 50 + 1) for _, x1, y1, x2, y2 in (a, b))
-    cells_a, cells_b = (set(itertools.product(range(c.x1, c.x2), range(c.y1, c.y2))) for c in (a, b))
+    cells_a, cells_b = (
+        set(itertools.product(range(c.x1, c.x2), range(c.y1, c.y2))) for c in (a, b)
+    )
     assert iou(a, b) == pytest.approx(len(cells_a & cells_b) / len(cells_a | cells_b))
 
 
@@ -287,7 +346,9 @@ def test_iou_by_counting_cells(a, b):
 # Drawing
 
 
-def random_boxes(count, seed, names=("red ball", "sky", "teal vase", "colourful tablecloth", "a man")):
+def random_boxes(
+    count, seed, names=("red ball", "sky", "teal vase", "colourful tablecloth", "a man")
+):
     rng, made = random.Random(seed), []
     for _ in range(count):
         x, y = rng.randint(0, 950), rng.randint(0, 950)
@@ -307,7 +368,9 @@ def apart(a, b):
     return a.x2 <= b.x1 or b.x2 <= a.x1 or a.y2 <= b.y1 or b.y2 <= a.y1
 
 
-@pytest.mark.parametrize("size, count", [(64, 2), (64, 3), (256, 8), (448, 5), (448, 15), (448, 30), (1024, 30)])
+@pytest.mark.parametrize(
+    "size, count", [(64, 2), (64, 3), (256, 8), (448, 5), (448, 15), (448, 30), (1024, 30)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_stay_apart_and_on_the_canvas(size, count, seed):
     labels, _ = place_labels(scaled(random_boxes(count, seed), size), (size, size))
@@ -337,16 +400,27 @@ def test_a_label_is_at_its_box_if_nothing_is_in_the_way():
 def test_long_names_are_shortened_to_the_canvas():
     for size in (64, 256, 1024):
         (label,), font = place_labels([Box("wooden table " * 5000, 0, 0, size, size)], (size, size))
-        assert on_canvas(label, size, size) and label.name.startswith("wood") and label.name.endswith("…")
-        assert font.getlength(label.name) <= label.x2 - label.x1  # what is left of the name is whole
+        assert (
+            on_canvas(label, size, size)
+            and label.name.startswith("wood")
+            and label.name.endswith("…")
+        )
+        assert (
+            font.getlength(label.name) <= label.x2 - label.x1
+        )  # what is left of the name is whole
 
 
-strange_names = st.text(max_size=20) | st.sampled_from(["", " ", "红球", "\ud800", "a\nb\x00", "\u202eabc", "W" * 500])
+strange_names = st.text(max_size=20) | st.sampled_from(
+    ["", " ", "红球", "\ud800", "a\nb\x00", "\u202eabc", "W" * 500]
+)
 edges = st.floats(-20, 1020)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.builds(Box, strange_names, edges, edges, edges, edges), max_size=6), st.sampled_from([64, 150, 448]))
+@given(
+    st.lists(st.builds(Box, strange_names, edges, edges, edges, edges), max_size=6),
+    st.sampled_from([64, 150, 448]),
+)
 def test_anything_can_be_drawn(planned, size):
     assert draw_boxes(planned, size).size == (size, size)
     labels, _ = place_labels(scaled(planned, size), (size, size))
@@ -369,7 +443,9 @@ def test_pixels_of_a_box():
     colours = [ImageColor.getrgb(colour) for colour in COLOURS]
     assert picture.mode == "RGB" and picture.size == (400, 400)
     for point in ((100, 200), (299, 200), (200, 299), (299, 299), (100, 100), (102, 200)):
-        assert picture.getpixel(point) == colours[0], point  # the frame lies inside the box, pixels 100 to 299
+        assert picture.getpixel(point) == colours[0], (
+            point
+        )  # the frame lies inside the box, pixels 100 to 299
     for point in ((0, 0), (99, 200), (300, 200), (200, 200), (200, 300), (296, 200)):
         assert picture.getpixel(point) == (255, 255, 255), point
     for point in ((0, 399), (399, 399), (399, 320), (200, 320)):
@@ -379,33 +455,51 @@ def test_pixels_of_a_box():
 def test_labels_are_drawn_where_they_are_placed():
     planned = [RED_BALL, BLUE_DOG, Box("sky", 0, 0, 999, 200)]
     picture = draw_boxes(planned, 448)
-    for label, colour in zip(place_labels(scaled(planned, 448), (448, 448))[0], COLOURS, strict=False):
+    for label, colour in zip(
+        place_labels(scaled(planned, 448), (448, 448))[0], COLOURS, strict=False
+    ):
         tile = picture.crop(label[1:])
         pixels = [tile.getpixel((x, y)) for x in range(tile.width) for y in range(tile.height)]
         assert tile.getpixel((0, 0)) == ImageColor.getrgb(colour)
-        assert (255, 255, 255) in pixels and pixels.count(ImageColor.getrgb(colour)) > len(pixels) / 2
+        assert (255, 255, 255) in pixels and pixels.count(ImageColor.getrgb(colour)) > len(
+            pixels
+        ) / 2
 
 
 def test_colours_can_be_told_apart_and_read():
     def luminance(colour):  # WCAG 2
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in colour)]
+        linear = [
+            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4
+            for c in (c / 255 for c in colour)
+        ]
         return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
     rgb = [ImageColor.getrgb(colour) for colour in COLOURS]
     assert len(rgb) == 12
     for a, b in itertools.combinations(rgb, 2):
         assert sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) > 60**2
-    assert all(1.05 / (luminance(colour) + 0.05) > 3 for colour in rgb)  # WCAG's contrast for large white letters
+    assert all(
+        1.05 / (luminance(colour) + 0.05) > 3 for colour in rgb
+    )  # WCAG's contrast for large white letters
 
 
 def test_drawing_over_a_picture_leaves_it_as_it_was():
-    for mode, size in (("RGB", (300, 200)), ("L", (64, 64)), ("RGBA", (448, 448)), ("P", (90, 400))):
+    for mode, size in (
+        ("RGB", (300, 200)),
+        ("L", (64, 64)),
+        ("RGBA", (448, 448)),
+        ("P", (90, 400)),
+    ):
         picture = Image.new(mode, size, 5)
         ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), 99)
         before = picture.tobytes()
         drawn = draw_boxes([RED_BALL, BLUE_DOG], image=picture)
         assert picture.tobytes() == before and picture.mode == mode
-        assert drawn.size == size and drawn.mode == "RGB" and drawn.tobytes() != picture.convert("RGB").tobytes()
+        assert (
+            drawn.size == size
+            and drawn.mode == "RGB"
+            and drawn.tobytes() != picture.convert("RGB").tobytes()
+        )
         untouched = draw_boxes([], image=picture)
         assert untouched is not picture and untouched.tobytes() == picture.convert("RGB").tobytes()
 
@@ -428,24 +522,37 @@ def test_drawing_many_boxes_takes_no_time_to_speak_of():
 def run(*arguments, stdin=""):
     script = Path(__file__).resolve().parent.parent / "render_boxes.py"
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=60
+    )
 
 
 def test_script_draws_a_chain(tmp_path):
     chain, out, over = tmp_path / "chain.txt", tmp_path / "out.png", tmp_path / "over.png"
     chain.write_text(CHAIN, encoding="utf-8")
     done = run(chain, out, "--size", 200)
-    assert done.returncode == 0 and done.stderr == "" and str(out) in done.stdout and "blue dog" in done.stdout
-    assert Image.open(out).convert("RGB").tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
+    assert (
+        done.returncode == 0
+        and done.stderr == ""
+        and str(out) in done.stdout
+        and "blue dog" in done.stdout
+    )
+    assert (
+        Image.open(out).convert("RGB").tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
+    )
     done = run("-", over, "--image", out, stdin=CHAIN)
     assert done.returncode == 0 and Image.open(over).size == (200, 200)
 
 
 def test_script_says_in_one_line_what_is_wrong(tmp_path):
-    chain, binary, torn, out = (tmp_path / name for name in ("chain.txt", "binary.txt", "torn.txt", "out.png"))
+    chain, binary, torn, out = (
+        tmp_path / name for name in ("chain.txt", "binary.txt", "torn.txt", "out.png")
+    )
     chain.write_text(CHAIN, encoding="utf-8")
     binary.write_bytes(b"\xff\xfe\x00")
-    torn.write_text(short("a\n<o>ball\n</o> there and a <o>cube</o> <b>(1,2),(3</b>"), encoding="utf-8")
+    torn.write_text(
+        short("a\n<o>ball\n</o> there and a <o>cube</o> <b>(1,2),(3</b>"), encoding="utf-8"
+    )
     for arguments, words in (
         ((tmp_path / "none.txt", out), ["No such file", "none.txt"]),
         ((tmp_path, out), ["directory"]),
@@ -460,7 +567,9 @@ def test_script_says_in_one_line_what_is_wrong(tmp_path):
     ):
         done = run(*arguments)
         assert done.returncode == 2 and done.stdout == "", arguments
-        assert done.stderr.startswith("render_boxes.py: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("render_boxes.py: ") and len(done.stderr.splitlines()) == 1, (
+            done.stderr
+        )
         assert all(word in done.stderr for word in words), done.stderr
     assert not out.exists()
 

@@ -1,7 +1,7 @@
 """Rewards: hand numbers, the exact toy judge, hpsv2's golden cosines, transformers' own processor, brute force.
 
-    python -m pytest tests/test_rewards.py
-    python tests/test_rewards.py FOLDER [tiny|small|7b]    # a judge with random weights, for rewards.py --bench
+python -m pytest tests/test_rewards.py
+python tests/test_rewards.py FOLDER [tiny|small|7b]    # a judge with random weights, for rewards.py --bench
 """
 
 import doctest
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
 from render_boxes import Box, format_chain, iou, parse_chain  # noqa: E402
 from rewards import HPS, QwenJudge, match_boxes, parse_bboxes, parse_score, score, total_reward  # noqa: E402
-from toy import SIZE, Scene, ToyJudge, crispness, draw_scene, make_scene, sentence  # noqa: E402
+from toy.world import SIZE, Scene, ToyJudge, crispness, draw_scene, make_scene, sentence  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden_hps"
 
@@ -75,9 +75,15 @@ def test_one_dog_cannot_stand_for_three():
     half = Box("dog", 0, 0, 100, 50)  # IoU 0.5 with the dog
     far = Box("dog", 500, 500, 600, 600)
     assert match_boxes([dog, dog, dog], {"dog": [dog]}) == [(1.0, dog), (0.0, None), (0.0, None)]
-    assert match_boxes([half, dog], {"dog": [dog, far]}) == [(0.0, None), (1.0, dog)]  # best pair first, order kept
+    assert match_boxes([half, dog], {"dog": [dog, far]}) == [
+        (0.0, None),
+        (1.0, dog),
+    ]  # best pair first, order kept
     assert match_boxes([dog], {"dog": [far, half]}) == [(0.5, half)]
-    assert match_boxes([dog, Box("cat", 0, 0, 100, 100)], {"dog": None, "cat": [dog]}) == [(0.0, None), (1.0, dog)]
+    assert match_boxes([dog, Box("cat", 0, 0, 100, 100)], {"dog": None, "cat": [dog]}) == [
+        (0.0, None),
+        (1.0, dog),
+    ]
 
 
 def test_matching_against_every_assignment():
@@ -110,7 +116,10 @@ def chain_of(scene, boxes):
     return format_chain(["A", *sentence(scene, boxes)[1:]])
 
 
-NAMES, CELLS = ["red ball", "blue cube"], [(1, 1, 2), (5, 4, 2)]  # the ball is left of and above the cube
+NAMES, CELLS = (
+    ["red ball", "blue cube"],
+    [(1, 1, 2), (5, 4, 2)],
+)  # the ball is left of and above the cube
 SCENE = Scene(NAMES, [(0, "left of", 1)], CELLS)
 CHAIN, PICTURE = chain_of(SCENE, SCENE.boxes), draw_scene(NAMES, CELLS)
 MIRRORED = [(5, 1, 2), (1, 4, 2)]
@@ -156,7 +165,9 @@ def test_perfect_samples_of_every_kind_score_one():
     )  # fmt: skip
     assert len(rows) == 80
     for row in rows:
-        assert (row["sem"], row["spa"], row["ri"], row["pi"]) == (1, 1, 1, 1) and row["total"] == row["hps"]
+        assert (row["sem"], row["spa"], row["ri"], row["pi"]) == (1, 1, 1, 1) and row[
+            "total"
+        ] == row["hps"]
 
 
 class Stub:
@@ -177,7 +188,10 @@ class Stub:
         return answer
 
 
-DOG, CAT = Box("dog", 0, 0, 500, 500), Box("cat", 0, 0, 500, 250)  # IoU 1 and 1/2 with the stub's box
+DOG, CAT = (
+    Box("dog", 0, 0, 500, 500),
+    Box("cat", 0, 0, 500, 250),
+)  # IoU 1 and 1/2 with the stub's box
 PLAN = format_chain(["A", DOG, "above a", CAT])
 
 
@@ -187,7 +201,13 @@ def pictures(n):
 
 def test_samples_come_back_in_order_with_hand_numbers():
     judge = Stub(semantic=[0.1, 0.2, 0.3], spatial=[0.7, 0.9], alignment=[0.5, 0.6, None])
-    rows = score(judge, lambda prompts, images: [0.3, 0.2, 0.1], ["a", "b", "c"], [PLAN, "no box", PLAN], pictures(3))
+    rows = score(
+        judge,
+        lambda prompts, images: [0.3, 0.2, 0.1],
+        ["a", "b", "c"],
+        [PLAN, "no box", PLAN],
+        pictures(3),
+    )
     assert rows == [
         {"sem": 0.1, "spa": 0.7, "ri": 0.75, "pi": 0.5, "hps": 0.3, "judge_fail": 0,
          "total": pytest.approx(0.5 * 0.4 * 0.75 * 0.3)},
@@ -202,9 +222,23 @@ def test_samples_come_back_in_order_with_hand_numbers():
 def test_equal_rows_are_grounded_once():
     judge, (red, same) = Stub(), (Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "red"))
     twice = format_chain(["Two", DOG, "and", DOG])
-    rows = score(judge, None, ["p"] * 4, [twice, PLAN, PLAN, PLAN], [red, red, same, pictures(1)[0]], parts=("ri",))
-    assert judge.calls["ground"][1] == ["dog", "cat", "dog", "cat"] and list(judge.calls) == ["ground"]
-    assert [row["ri"] for row in rows] == [0.5, 0.75, 0.75, 0.75]  # one dog found, two planned: 1 and 0
+    rows = score(
+        judge,
+        None,
+        ["p"] * 4,
+        [twice, PLAN, PLAN, PLAN],
+        [red, red, same, pictures(1)[0]],
+        parts=("ri",),
+    )
+    assert judge.calls["ground"][1] == ["dog", "cat", "dog", "cat"] and list(judge.calls) == [
+        "ground"
+    ]
+    assert [row["ri"] for row in rows] == [
+        0.5,
+        0.75,
+        0.75,
+        0.75,
+    ]  # one dog found, two planned: 1 and 0
 
 
 def test_parts_that_are_left_out_are_not_asked():
@@ -228,12 +262,20 @@ def test_scores_outside_the_contract_are_refused():
 def test_unreadable_replies_are_counted_and_most_of_them_stop_the_run():
     few = Stub(semantic=[None, 0.5, 0.5], ground=[None, [DOG], [DOG], [CAT], [DOG], [CAT]])
     rows = score(few, None, ["p"] * 3, [PLAN] * 3, pictures(3))
-    assert [row["judge_fail"] for row in rows] == [2, 0, 0] and rows[0]["sem"] == 0 and rows[0]["ri"] == 0.25
+    assert (
+        [row["judge_fail"] for row in rows] == [2, 0, 0]
+        and rows[0]["sem"] == 0
+        and rows[0]["ri"] == 0.25
+    )
     most = Stub(None)
     most.words = {"sem": ["I like it"] * 2, "spa": ["good"] * 2, "pi": ["hm"] * 2}
     with pytest.raises(RuntimeError, match="sem 2 of 2, spa 2 of 2, pi 2 of 2, ri 0 of 4") as error:
         score(most, None, ["p"] * 2, [PLAN] * 2, pictures(2))
-    assert str(error.value).splitlines()[1:] == ["  sem: 'I like it'", "  sem: 'I like it'", "  spa: 'good'"]
+    assert str(error.value).splitlines()[1:] == [
+        "  sem: 'I like it'",
+        "  sem: 'I like it'",
+        "  spa: 'good'",
+    ]
     # one part broken in a batch of some size: its zeros would make every product zero
     broken = Stub(ground=[None] * 8)
     with pytest.raises(RuntimeError, match="ri 8 of 8"):
@@ -359,9 +401,16 @@ SHAPES = [  # the ways to write a mark; the tests below know what a reply says b
     '{"reasoning": "R",\n"score" : N\n}',
     '{\\"score\\": N}',
 ]
-BOX_SHAPES = ['{"bbox_2d": [B], "label": "R"}', "{'label': 'R', 'bbox_2d': [B],}", '{"label":"R","bbox":[B]}', "[B]"]
+BOX_SHAPES = [
+    '{"bbox_2d": [B], "label": "R"}',
+    "{'label': 'R', 'bbox_2d': [B],}",
+    '{"label":"R","bbox":[B]}',
+    "[B]",
+]
 PROSE = st.text(st.sampled_from("abc dé.!?\n\t*:-_ßЖ猫"), max_size=20)
-ANYTHING = st.text(max_size=60) | st.text(st.sampled_from('score:"\'{}[]()0123456789,./- \nbx_2d"'), max_size=60)
+ANYTHING = st.text(max_size=60) | st.text(
+    st.sampled_from('score:"\'{}[]()0123456789,./- \nbx_2d"'), max_size=60
+)
 seen = {"replies": 0}
 
 
@@ -370,7 +419,9 @@ def read(reply, frame=392):
     seen["replies"] += 1
     mark, boxes = parse_score(reply), parse_bboxes(reply, frame, frame)
     assert mark is None or 0 <= mark <= 1
-    assert boxes is None or all(0 <= box.x1 < box.x2 <= 1000 and 0 <= box.y1 < box.y2 <= 1000 for box in boxes)
+    assert boxes is None or all(
+        0 <= box.x1 < box.x2 <= 1000 and 0 <= box.y1 < box.y2 <= 1000 for box in boxes
+    )
     return mark, boxes
 
 
@@ -403,17 +454,25 @@ def test_marks_that_were_written_are_read_or_refused(shape, prose, mark, data):
 
 
 @settings(max_examples=150, deadline=None, database=None, derandomize=True)
-@given(st.sampled_from(BOX_SHAPES), PROSE, st.lists(st.tuples(*[st.integers(0, 391)] * 4), min_size=1, max_size=3))
+@given(
+    st.sampled_from(BOX_SHAPES),
+    PROSE,
+    st.lists(st.tuples(*[st.integers(0, 391)] * 4), min_size=1, max_size=3),
+)
 def test_boxes_that_were_written_are_read_or_refused(shape, prose, corners):
     corners = [(min(a, c), min(b, d), max(a, c) + 1, max(b, d) + 1) for a, b, c, d in corners]
     truth = [Box("", *(edge * 1000 / 392 for edge in box)) for box in corners]
     parts = [shape.replace("R", prose).replace("B", ", ".join(map(str, box))) for box in corners]
     reply = f"```json\n[{', '.join(parts)}]\n```"
     boxes = read(reply)[1]
-    assert len(boxes) == len(truth) and all(iou(a, b) > 1 - 1e-9 for a, b in zip(boxes, truth, strict=True))
+    assert len(boxes) == len(truth) and all(
+        iou(a, b) > 1 - 1e-9 for a, b in zip(boxes, truth, strict=True)
+    )
     for end in range(len(reply)):
         cut = read(reply[:end])[1]
-        assert cut is None or (cut and cut == boxes[: len(cut)])  # the complete ones; never "there is none"
+        assert cut is None or (
+            cut and cut == boxes[: len(cut)]
+        )  # the complete ones; never "there is none"
 
 
 def test_enough_replies_were_tried():
@@ -423,7 +482,16 @@ def test_enough_replies_were_tried():
 
 
 def test_readers_take_linear_time():
-    for piece in ['"score": ', "score:" + " " * 9, "[ 1 , 1 , 1 , 1 ,", "[", '{"', "there is ", "\\", "score: 1/10"]:
+    for piece in [
+        '"score": ',
+        "score:" + " " * 9,
+        "[ 1 , 1 , 1 , 1 ,",
+        "[",
+        '{"',
+        "there is ",
+        "\\",
+        "score: 1/10",
+    ]:
         times = []
         for size in (40_000, 160_000):
             text = piece * (size // len(piece))
@@ -458,7 +526,9 @@ def random_judge(size="tiny", family="qwen2_5_vl", device="cpu", dtype=torch.flo
     from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    bpe = Tokenizer(models.BPE())  # merges of our own instructions: prompts are about as long as with Qwen's
+    bpe = Tokenizer(
+        models.BPE()
+    )  # merges of our own instructions: prompts are about as long as with Qwen's
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
@@ -473,7 +543,11 @@ def random_judge(size="tiny", family="qwen2_5_vl", device="cpu", dtype=torch.flo
     )  # fmt: skip
     width, layers, heads, kv_heads, mlp, vocabulary, vision, depth, vision_mlp = SIZES[size]
     half = width // heads // 2
-    sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]  # rotary pairs for time, height, width
+    sections = [
+        half - 2 * (half * 3 // 8),
+        half * 3 // 8,
+        half * 3 // 8,
+    ]  # rotary pairs for time, height, width
     ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(QWEN_TOKENS), strict=True))
     patch = 14 if family == "qwen2_5_vl" else 16
     text = {
@@ -520,14 +594,28 @@ def judge(parts, monkeypatch):
     return QwenJudge(parts, batch_size=5)
 
 
-PROMPTS = ["a dog", "a red ball left of a blue cube, seen from far above on a summer evening", "two {x}", "é 猫", ""]
+PROMPTS = [
+    "a dog",
+    "a red ball left of a blue cube, seen from far above on a summer evening",
+    "two {x}",
+    "é 猫",
+    "",
+]
 CHAINS = ["A dog.", "", "Two cats " * 40, "{prompt} {chain}", "%s"]
-LAYOUTS = [[DOG], [CAT, DOG], [DOG, CAT, Box("", 3, 3, 9, 9)], [CAT], [Box("x {y} %s", 0, 0, 1000, 1000)]]
+LAYOUTS = [
+    [DOG],
+    [CAT, DOG],
+    [DOG, CAT, Box("", 3, 3, 9, 9)],
+    [CAT],
+    [Box("x {y} %s", 0, 0, 1000, 1000)],
+]
 
 
 def images():
     """Five pictures of five sizes."""
-    noise = torch.randint(0, 256, (200, 200, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (200, 200, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     whole = Image.fromarray(noise.numpy())
     return [whole.resize(size) for size in ((56, 56), (100, 60), (30, 84), (128, 128), (57, 57))]
 
@@ -572,7 +660,9 @@ def test_inputs_are_those_of_transformers_own_processor(parts, monkeypatch):
     processor = Qwen2_5_VLProcessor(image_processor, tokenizer, None, chat_template=CHAT_TEMPLATE)
     content = [[{"type": "image"}, {"type": "text", "text": text}] for text in PROMPTS]
     chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": c}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": c}], tokenize=False, add_generation_prompt=True
+        )
         for c in content
     ]
     theirs = processor(images=images(), text=chats, padding=True, return_tensors="pt")
@@ -580,7 +670,9 @@ def test_inputs_are_those_of_transformers_own_processor(parts, monkeypatch):
     assert set(ours) == set(theirs)
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    assert ours["attention_mask"][0, 0] == 0 and ours["attention_mask"][:, -1].all()  # padded on the left
+    assert (
+        ours["attention_mask"][0, 0] == 0 and ours["attention_mask"][:, -1].all()
+    )  # padded on the left
 
 
 def test_an_earlier_call_leaves_no_trace(judge):
@@ -599,13 +691,21 @@ def test_decoding_is_greedy_whatever_the_checkpoint_says(parts, tmp_path, monkey
     wanted.semantic(PROMPTS, CHAINS)
     for part in parts:
         part.save_pretrained(tmp_path)
-    settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 1.5, "eos_token_id": wanted.ends}
+    settings = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "repetition_penalty": 1.5,
+        "eos_token_id": wanted.ends,
+    }
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     judge = QwenJudge(str(tmp_path), "cpu", torch.float32)
     judge.semantic(PROMPTS, CHAINS)
     assert judge.words == wanted.words and judge.ends == wanted.ends and not judge.model.training
 
-    text = rewards.TASKS["sem"][0].format(prompt="a dog", chain="A dog.") + rewards.ANSWER % '"score": mark'
+    text = (
+        rewards.TASKS["sem"][0].format(prompt="a dog", chain="A dog.")
+        + rewards.ANSWER % '"score": mark'
+    )
     ids, row = judge._inputs([text], None)[0]["input_ids"], []
     for _ in range(12):  # by hand: the whole text again for every token, always the likeliest
         row.append(judge.model(input_ids=ids).logits[0, -1].argmax())
@@ -617,7 +717,9 @@ def test_the_end_of_a_reply_is_seen(judge, monkeypatch):
     """A reply with an end token is whole, one without it was cut off and is marked."""
     end, words = judge.ends[1], judge.tokenizer("so so so").input_ids
     rows = torch.tensor([[*words, end, end], [*words, *words[:2]]])
-    monkeypatch.setattr(judge.model, "generate", lambda input_ids, **_: torch.cat([input_ids, rows], dim=1))
+    monkeypatch.setattr(
+        judge.model, "generate", lambda input_ids, **_: torch.cat([input_ids, rows], dim=1)
+    )
     judge.semantic(PROMPTS[:2], CHAINS[:2])
     assert judge.words["sem"][0] == "so so so" and judge.words["sem"][1].endswith("…")
 
@@ -625,7 +727,9 @@ def test_the_end_of_a_reply_is_seen(judge, monkeypatch):
 @pytest.mark.parametrize("family, frame", [("qwen2_5_vl", (392, 196)), ("qwen3_vl", (1000, 1000))])
 def test_boxes_count_in_what_the_model_saw(family, frame, monkeypatch):
     """384 x 200 pixels: Qwen2.5-VL sees 392 x 196 and answers in that; Qwen3-VL answers on the grid."""
-    judge = QwenJudge(random_judge(family=family), scoring="expected")  # which boxes know nothing of
+    judge = QwenJudge(
+        random_judge(family=family), scoring="expected"
+    )  # which boxes know nothing of
     width, height = frame
     reply = json.dumps([{"bbox_2d": [width // 4, 0, width // 2, height], "label": "the dog"}])
     monkeypatch.setattr(judge.tokenizer, "batch_decode", lambda ids, **_: [reply] * len(ids))
@@ -634,7 +738,10 @@ def test_boxes_count_in_what_the_model_saw(family, frame, monkeypatch):
     picture = Image.new("RGB", (384, 200))
     assert judge.ground([picture], ["dog"]) == [[Box("dog", 250, 0, 500, 1000)]]
     monkeypatch.undo()
-    assert judge.alignment(["a dog"] * 2, [picture] * 2) == [None, None] and len(judge.words["pi"]) == 2
+    assert (
+        judge.alignment(["a dog"] * 2, [picture] * 2) == [None, None]
+        and len(judge.words["pi"]) == 2
+    )
 
 
 def test_other_judges_are_refused(parts, monkeypatch):
@@ -654,7 +761,9 @@ def test_expected_mark_with_hand_numbers(judge, monkeypatch):
 
     def forward(input_ids, **kwargs):
         kept = torch.stack([first, second]).expand(len(input_ids), 2, -1)
-        assert kwargs["logits_to_keep"] == 2 and judge.tokenizer.decode(input_ids[0]).endswith('assistant\n{"score": 1')
+        assert kwargs["logits_to_keep"] == 2 and judge.tokenizer.decode(input_ids[0]).endswith(
+            'assistant\n{"score": 1'
+        )
         return type("Output", (), {"logits": kept})
 
     model = {"device": "cpu", "config": judge.model.config, "__call__": staticmethod(forward)}
@@ -668,12 +777,20 @@ def test_expected_mark_with_hand_numbers(judge, monkeypatch):
 def test_expected_mark_by_brute_force(judge):
     """Every mark from 0 to 10 written out and its probability taken from the model, pass by pass."""
     loud = torch.full((len(judge.tokenizer),), -8.0).index_fill(0, torch.tensor(judge.digits), 0.0)
-    hook = judge.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits / 5 + loud)
+    hook = judge.model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits / 5 + loud
+    )
     said, mean = judge._expect("pi", ["the text"], images()[:1])[0]
-    inputs, _ = judge._inputs(["the text" + rewards.ANSWER % '"score": mark'], images()[:1], rewards.PREFIX)
+    inputs, _ = judge._inputs(
+        ["the text" + rewards.ANSWER % '"score": mark'], images()[:1], rewards.PREFIX
+    )
 
     def probability(written, token):
-        extra = judge.tokenizer(written, return_tensors="pt").input_ids.long() if written else torch.zeros(1, 0).long()
+        extra = (
+            judge.tokenizer(written, return_tensors="pt").input_ids.long()
+            if written
+            else torch.zeros(1, 0).long()
+        )
         ids = torch.cat([inputs["input_ids"], extra], dim=1)
         inputs["mm_token_type_ids"] = (ids == judge.model.config.image_token_id).int()
         longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -703,7 +820,9 @@ def test_out_of_memory_halves_the_batch(judge, monkeypatch, capsys):
     judge.semantic(PROMPTS, CHAINS)
     assert sizes == [5, 2, 2, 1] and judge.batch_size == 2 and judge.words["sem"] == wanted
     assert "going on with 2 rows" in capsys.readouterr().err
-    monkeypatch.setattr(judge, "_reply", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    monkeypatch.setattr(
+        judge, "_reply", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         judge.semantic(PROMPTS, CHAINS)
 
@@ -725,7 +844,12 @@ def test_a_chain_cannot_speak_for_the_judge(judge):
     count = lambda ids, token: (ids == judge.tokenizer.convert_tokens_to_ids(token)).sum().item()  # noqa: E731
     assert [count(ids, "<|im_end|>") for ids in asked] == [2] * 4
     assert [count(ids, "<|im_start|>") for ids in asked] == [3] * 4
-    assert [count(ids, "<|image_pad|>") for ids in asked] == [0, 4, 4, 256]  # 56 px: 2 x 2 tokens; the canvas: 16 x 16
+    assert [count(ids, "<|image_pad|>") for ids in asked] == [
+        0,
+        4,
+        4,
+        256,
+    ]  # 56 px: 2 x 2 tokens; the canvas: 16 x 16
 
 
 def test_the_layout_is_drawn_or_told(judge):
@@ -753,7 +877,9 @@ def golden(tmp_path_factory):
     known, folder = json.loads((GOLDEN / "config.json").read_text()), tmp_path_factory.mktemp("hps")
     weights = load_file(GOLDEN / "model.safetensors")
     rows, ids = weights.pop("token_embedding.rows"), weights.pop("token_embedding.row_ids").long()
-    weights["token_embedding.weight"] = torch.zeros(49408, 32, dtype=rows.dtype).index_copy_(0, ids, rows)
+    weights["token_embedding.weight"] = torch.zeros(49408, 32, dtype=rows.dtype).index_copy_(
+        0, ids, rows
+    )
     torch.save({"state_dict": weights}, folder / HPS.FILE)
 
     def tower(width, heads, **more):
@@ -771,8 +897,12 @@ def golden(tmp_path_factory):
     words = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
     words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), split
     ends = [("<|startoftext|>", 49406), ("<|endoftext|>", 49407)]
-    words.post_processor = processors.TemplateProcessing("<|startoftext|> $A <|endoftext|>", special_tokens=ends)
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>").save_pretrained(folder)
+    words.post_processor = processors.TemplateProcessing(
+        "<|startoftext|> $A <|endoftext|>", special_tokens=ends
+    )
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>").save_pretrained(
+        folder
+    )
     return known, folder / HPS.FILE, folder
 
 
@@ -783,7 +913,9 @@ def test_hps_equals_the_golden_cosines(golden, antialias):
     images = [Image.open(GOLDEN / name) for name in known["images"]]
     pairs = [(prompt, image) for image in images for prompt in known["prompts"]]
     ours = torch.tensor(hps([p for p, _ in pairs], [i for _, i in pairs])).view(4, 4)
-    assert (ours - torch.tensor(known["scores"]["antialias" if antialias else "no_antialias"])).abs().max() < 2e-6
+    assert (
+        ours - torch.tensor(known["scores"]["antialias" if antialias else "no_antialias"])
+    ).abs().max() < 2e-6
 
 
 def test_hps_sees_the_golden_pixels_and_tokens(golden):
@@ -796,8 +928,12 @@ def test_hps_sees_the_golden_pixels_and_tokens(golden):
     assert (pixels[:, :, ::16, ::16] - expected["pixels_antialias_16"]).abs().max() < 1e-5
     tokens = hps.tokenizer(known["prompts"], truncation=True, max_length=77).input_ids
     assert tokens == known["token_ids"]
-    same = Image.new("RGB", (224, 224), (255, 0, 128))  # the longest side is 224 already: nothing to resize
-    assert torch.allclose(hps.pixels(same)[0], torch.tensor((1 - 0.48145466) / 0.26862954), atol=1e-6)
+    same = Image.new(
+        "RGB", (224, 224), (255, 0, 128)
+    )  # the longest side is 224 already: nothing to resize
+    assert torch.allclose(
+        hps.pixels(same)[0], torch.tensor((1 - 0.48145466) / 0.26862954), atol=1e-6
+    )
 
 
 def test_hps_reads_each_prompt_once_and_keeps_the_order(golden):
@@ -808,23 +944,31 @@ def test_hps_reads_each_prompt_once_and_keeps_the_order(golden):
     a, b = known["prompts"][:2]
     image = Image.open(GOLDEN / "image_3.png")
     row = known["scores"]["antialias"][3]
-    assert hps([a, a, b, a], [image] * 4) == pytest.approx([row[0], row[0], row[1], row[0]], abs=2e-6)
+    assert hps([a, a, b, a], [image] * 4) == pytest.approx(
+        [row[0], row[0], row[1], row[0]], abs=2e-6
+    )
     assert read == [a, b]
 
 
 def test_hps_half_precision_is_close(golden):
     known, path, base = golden
     hps = HPS(path, dtype=torch.bfloat16, base=base)
-    assert hps(known["prompts"][:1], [Image.open(GOLDEN / "image_0.png")])[0] == pytest.approx(-0.2569, abs=0.02)
+    assert hps(known["prompts"][:1], [Image.open(GOLDEN / "image_0.png")])[0] == pytest.approx(
+        -0.2569, abs=0.02
+    )
 
 
 def test_hps_says_which_file_to_fetch(golden, tmp_path):
-    with pytest.raises(FileNotFoundError, match="HPS_v2.1_compressed.pt from huggingface.co/xswu/HPSv2.*--rewards"):
+    with pytest.raises(
+        FileNotFoundError, match="HPS_v2.1_compressed.pt from huggingface.co/xswu/HPSv2.*--rewards"
+    ):
         HPS(tmp_path / "missing.pt", base=golden[2])
     state = torch.load(golden[1], weights_only=True)["state_dict"]
     state.pop("visual.ln_pre.bias")
     torch.save({"state_dict": state}, tmp_path / "other.pt")
-    with pytest.raises(RuntimeError, match="pre_layrnorm.bias"):  # a weight short: refused, not left random
+    with pytest.raises(
+        RuntimeError, match="pre_layrnorm.bias"
+    ):  # a weight short: refused, not left random
         HPS(tmp_path / "other.pt", base=golden[2])
 
 
@@ -834,15 +978,28 @@ def test_hps_says_which_file_to_fetch(golden, tmp_path):
 
 def run(*args, cwd):
     command = [sys.executable, str(ROOT / "rewards.py"), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_script_with_the_toy_judge(tmp_path, monkeypatch, capsys):
-    chain = chain_of(SCENE, Scene(NAMES, [], [(1, 1, 2), (5, 5, 2)]).boxes)  # the cube is a cell lower than it is drawn
+    chain = chain_of(
+        SCENE, Scene(NAMES, [], [(1, 1, 2), (5, 5, 2)]).boxes
+    )  # the cube is a cell lower than it is drawn
     (tmp_path / "chain.txt").write_text(chain)
     PICTURE.save(tmp_path / "picture.png")
-    inputs = ("--prompt", prompt_of(SCENE), "--chain", "chain.txt", "--image", "picture.png", "--judge", "toy")
+    inputs = (
+        "--prompt",
+        prompt_of(SCENE),
+        "--chain",
+        "chain.txt",
+        "--image",
+        "picture.png",
+        "--judge",
+        "toy",
+    )
     code, out, err = run(*inputs, "--out", "seen.png", cwd=tmp_path)
     assert code == 0 and not err
     table = {line.split()[0]: line.split()[1] for line in out.splitlines() if line[0] != " "}
@@ -878,9 +1035,16 @@ def test_script_with_the_toy_judge(tmp_path, monkeypatch, capsys):
 def test_script_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, wrong, message):
     (tmp_path / "chain.txt").write_text(CHAIN)
     PICTURE.save(tmp_path / "picture.png")
-    inputs = {"--prompt": "a dog", "--chain": "chain.txt", "--image": "picture.png", "--judge": "toy"} | wrong
+    inputs = {
+        "--prompt": "a dog",
+        "--chain": "chain.txt",
+        "--image": "picture.png",
+        "--judge": "toy",
+    } | wrong
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["rewards.py", *filter(None, itertools.chain(*inputs.items()))])
+    monkeypatch.setattr(
+        sys, "argv", ["rewards.py", *filter(None, itertools.chain(*inputs.items()))]
+    )
     with pytest.raises(SystemExit) as stop:
         rewards.main()
     out, err = capsys.readouterr()
@@ -905,7 +1069,9 @@ def test_bench_measures_each_call_in_both_ways(monkeypatch, capsys):
             def timed(first, second):
                 assert len(first) == len(second) == len(call(first, second))
                 passes = -(-len(first) // self.batch_size)
-                clock[0] += 2 * passes * (0.2 if self.scoring == "expected" and name != "ground" else 1)
+                clock[0] += (
+                    2 * passes * (0.2 if self.scoring == "expected" and name != "ground" else 1)
+                )
 
             timed.__name__ = name
             return timed

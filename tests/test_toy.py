@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import rewards
-import toy
-import toy_model
 from render_boxes import Box, iou, parse_chain, strip_boxes
+from toy import model as toy_model
+from toy import world as toy
 
 JUDGE = toy.ToyJudge()
 
@@ -49,12 +49,19 @@ def example_with(fault, n=40):
     return found
 
 
-@pytest.mark.parametrize("fault, hurt", [("flip", {"spa", "pi"}), ("swap", {"sem", "spa", "pi"}), ("drift", {"ri"})])
+@pytest.mark.parametrize(
+    "fault, hurt", [("flip", {"spa", "pi"}), ("swap", {"sem", "spa", "pi"}), ("drift", {"ri"})]
+)
 def test_each_planned_fault_lowers_the_parts_that_it_should(fault, hurt):
     spared = {"sem", "spa", "ri", "pi", "hps"} - hurt - ({"pi"} if fault == "drift" else set())
-    for example in example_with(fault):  # a drifted object may still stand on the right side: its R_PI is open
+    for example in example_with(
+        fault
+    ):  # a drifted object may still stand on the right side: its R_PI is open
         got = parts(example.prompt, example.chain, example.image)
-        assert all(got[part] < 1 for part in hurt) and all(got[part] == 1 for part in spared), (example, got)
+        assert all(got[part] < 1 for part in hurt) and all(got[part] == 1 for part in spared), (
+            example,
+            got,
+        )
 
 
 def test_other_ways_to_be_wrong():
@@ -78,7 +85,11 @@ def test_an_extra_object_counts_against_plan_and_picture():
 
 
 def test_the_judge_survives_anything():
-    images = [Image.effect_noise((40, 30), 90).convert("RGB"), Image.new("L", (1, 1)), Image.new("RGBA", (300, 9))]
+    images = [
+        Image.effect_noise((40, 30), 90).convert("RGB"),
+        Image.new("L", (1, 1)),
+        Image.new("RGBA", (300, 9)),
+    ]
     assert JUDGE.alignment(["", "a red ball", "nothing known"], images) == [0, 0, 0]
     assert JUDGE.ground(images, ["", "red ball", "\x00"]) == [[], [], []]
     assert JUDGE.semantic(["", "left of"], ["", "a red ball"]) == [0, 0]
@@ -95,12 +106,20 @@ def test_held_out_pairs_never_occur_in_training():
     """Counted over prompts as they are read, not by the function that makes the split."""
 
     def pairs(prompts):
-        return {frozenset(pair) for prompt in prompts for pair in combinations(toy.read_text(prompt)[0], 2)}
+        return {
+            frozenset(pair)
+            for prompt in prompts
+            for pair in combinations(toy.read_text(prompt)[0], 2)
+        }
 
     rng = np.random.default_rng(0)
-    trained = pairs(toy.toy_prompts(3000, 7)) | pairs(toy.make_example(rng).prompt for _ in range(6000))
+    trained = pairs(toy.toy_prompts(3000, 7)) | pairs(
+        toy.make_example(rng).prompt for _ in range(6000)
+    )
     tested = [pairs([prompt]) for prompt in toy.toy_prompts(500, 7, held_out=True)]
-    assert all(found - trained for found in tested), "a held-out prompt holds only pairs that training shows"
+    assert all(found - trained for found in tested), (
+        "a held-out prompt holds only pairs that training shows"
+    )
     new = set().union(*tested) - trained
     assert 0.1 < len(new) / (len(new) + len(trained)) < 0.3
 
@@ -108,7 +127,9 @@ def test_held_out_pairs_never_occur_in_training():
 def test_swapped_names_of_the_sft_data_stay_in_their_half_or_are_a_fault():
     """SFT chains with swapped colours may name a pair that is held out; prompts never do."""
     rng = np.random.default_rng(0)
-    assert not any(toy.is_held_out(toy.read_text(toy.make_example(rng).prompt)[0]) for _ in range(2000))
+    assert not any(
+        toy.is_held_out(toy.read_text(toy.make_example(rng).prompt)[0]) for _ in range(2000)
+    )
 
 
 def test_prompts_are_of_the_papers_kinds_and_reproducible():
@@ -125,11 +146,16 @@ def test_faults_come_at_their_rates():
     examples = [toy.make_example(rng, "spatial") for _ in range(4000)]
     for fault, rate in toy.FAULTS.items():
         share = np.mean([fault in example.faults for example in examples])
-        assert rate * 0.6 < share < rate + 0.03, (fault, share)  # a drift that would not fit or not show is left out
+        assert rate * 0.6 < share < rate + 0.03, (
+            fault,
+            share,
+        )  # a drift that would not fit or not show is left out
 
 
 def test_make_scene_refuses_an_unknown_kind():
-    with pytest.raises(ValueError, match="unknown kind of scene 'galaxy': expected one of single, color"):
+    with pytest.raises(
+        ValueError, match="unknown kind of scene 'galaxy': expected one of single, color"
+    ):
         toy.make_scene(np.random.default_rng(0), "galaxy")
 
 
@@ -137,7 +163,9 @@ def test_chains_read_back_as_the_boxes_they_were_made_from():
     for example in clean_examples(100, seed=5):
         boxes = parse_chain(example.chain)
         assert [box.name for box in boxes] == toy.read_text(strip_boxes(example.chain))[0]
-        assert all(max(iou(box, found) for found in toy.detect(example.image)) > 0.99 for box in boxes)
+        assert all(
+            max(iou(box, found) for found in toy.detect(example.image)) > 0.99 for box in boxes
+        )
 
 
 def test_image_codes_name_every_patch(policy):

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 
 import gotr1
-import toy
 import train_sft
 from render_boxes import parse_chain
+from toy import world as toy
 
 ROOT = Path(__file__).parent.parent
 GOOD = 60  # records; the bad ones are among them
@@ -114,21 +114,30 @@ def rows(folder: Path) -> list[dict]:
 
 
 def weights(folder: Path) -> dict:
-    return safetensors.torch.load_file(folder / (folder / "latest").read_text() / "model.safetensors")
+    return safetensors.torch.load_file(
+        folder / (folder / "latest").read_text() / "model.safetensors"
+    )
 
 
 def gap(a: dict, b: dict) -> float:
     return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
-def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(data, tmp_path, monkeypatch, capsys):
+def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(
+    data, tmp_path, monkeypatch, capsys
+):
     flags, chains = data
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_sft.main([*flags, *SMALL, "--out", str(whole)])
     log = rows(whole)
     assert log[-1]["held_out_chain"] > 0 and (whole / "samples_000012.png").exists()
-    for loss in ("chain_loss", "image_loss"):  # the shipped model knows this world already: what is left is small
-        assert np.mean([row[loss] for row in log[-3:]]) < np.mean([row[loss] for row in log[:3]]), loss
+    for loss in (
+        "chain_loss",
+        "image_loss",
+    ):  # the shipped model knows this world already: what is left is small
+        assert np.mean([row[loss] for row in log[-3:]]) < np.mean([row[loss] for row in log[:3]]), (
+            loss
+        )
 
     # the report at the end of the epoch: exact counts, and the first of each
     printed = capsys.readouterr()
@@ -139,21 +148,25 @@ def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(data,
         assert line.split()[0] == "1" and f"record {index}" in line
 
     # what was trained on is what was meant: the same boxes, to a pixel of the large picture
-    import token_cache
+    from data import cache as token_cache
 
     cached = token_cache.Prepared(whole / "cache", 1)
     assert len(cached) == GOOD
     prompts, got, tokens = cached.batch(list(range(GOOD)))
     for mine, meant in zip(got, chains, strict=True):
         for a, b in zip(parse_chain(mine), parse_chain(meant), strict=True):
-            assert a.name == b.name and max(abs(p - q) for p, q in zip(a[1:], b[1:], strict=True)) <= 1
+            assert (
+                a.name == b.name and max(abs(p - q) for p, q in zip(a[1:], b[1:], strict=True)) <= 1
+            )
     assert tokens.shape == (GOOD, 64)
 
     sft_loss, calls = train_sft.sft_loss, []
 
     def dying(*args):
         calls.append(1)
-        if len(calls) == 2 * 8:  # two micro-batches a step: in step 8, three after the checkpoint of step 5
+        if (
+            len(calls) == 2 * 8
+        ):  # two micro-batches a step: in step 8, three after the checkpoint of step 5
             raise RuntimeError("power cut")
         return sft_loss(*args)
 
@@ -181,9 +194,22 @@ def test_dry_run_shows_records_and_writes_only_a_sheet(data, tmp_path, capsys):
     assert [path.suffix for path in (tmp_path / "look").iterdir()] == [".png"]
 
 
-@pytest.mark.parametrize("change", [["--micro_batch", "3"], ["--micro_batch", "8"], ["--gradient_checkpointing"]])
+@pytest.mark.parametrize(
+    "change", [["--micro_batch", "3"], ["--micro_batch", "8"], ["--gradient_checkpointing"]]
+)
 def test_micro_batches_and_checkpointing_change_nothing(change, tmp_path):
-    flags = ["--examples", "64", "--steps", "5", "--batch_size", "8", "--lr", "1e-4", "--eval_prompts", "2"]
+    flags = [
+        "--examples",
+        "64",
+        "--steps",
+        "5",
+        "--batch_size",
+        "8",
+        "--lr",
+        "1e-4",
+        "--eval_prompts",
+        "2",
+    ]
     train_sft.main([*flags, "--micro_batch", "1", "--out", str(tmp_path / "one")])
     train_sft.main([*flags, *change, "--out", str(tmp_path / "other")])
     assert gap(weights(tmp_path / "one"), weights(tmp_path / "other")) < 1e-6
@@ -197,17 +223,29 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     small = ["--examples", "64", "--steps", "5", "--batch_size", "8", "--micro_batch", "1", "--lr", "1e-4",
              "--condition_dropout", "0.5", "--eval_prompts", "2"]  # fmt: skip
     for count in ("1", "2"):
-        flags = [[*small, "--shard", shard, "--out", str(tmp_path / shard / count)] for shard in ("auto", "no")]
+        flags = [
+            [*small, "--shard", shard, "--out", str(tmp_path / shard / count)]
+            for shard in ("auto", "no")
+        ]
         (tmp_path / "run.py").write_text(
             f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_sft\n"
             f"for flags in {flags!r}:\n    train_sft.main(flags)\n"
         )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            count,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command.append(str(tmp_path / "run.py"))
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-    start = safetensors.torch.load_file(ROOT / "toy_janus" / "model.safetensors")
+    start = safetensors.torch.load_file(ROOT / "toy" / "weights" / "model.safetensors")
     for shard in ("auto", "no"):
         one, two = tmp_path / shard / "1", tmp_path / shard / "2"
         assert gap(weights(one), weights(two)) < 1e-6 and gap(weights(one), start) > 1e-4
@@ -216,11 +254,25 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 
 def test_an_adapter_is_trained_and_is_a_model(tmp_path):
-    flags = ["--examples", "64", "--steps", "4", "--batch_size", "8", "--lr", "1e-3", "--eval_prompts", "2"]
+    flags = [
+        "--examples",
+        "64",
+        "--steps",
+        "4",
+        "--batch_size",
+        "8",
+        "--lr",
+        "1e-3",
+        "--eval_prompts",
+        "2",
+    ]
     train_sft.main([*flags, "--lora", "4", "--dtype", "bfloat16", "--out", str(tmp_path)])
     assert (tmp_path / "step_000004" / "adapter_model.safetensors").exists()
     model, tokenizer = gotr1.load_policy(str(tmp_path / "step_000004"))
-    assert gotr1.rollout(model, tokenizer, ["a red ball"], max_chain=60).image_tokens.shape == (1, 64)
+    assert gotr1.rollout(model, tokenizer, ["a red ball"], max_chain=60).image_tokens.shape == (
+        1,
+        64,
+    )
 
 
 def test_loss_is_one_mean_over_all_tokens_of_each_kind():
@@ -233,8 +285,13 @@ def test_loss_is_one_mean_over_all_tokens_of_each_kind():
     image = sum(-logp[n, s] for n in range(4) for s in range(4, 9)) / 20
     whole = train_sft.sft_loss(logp, mask, 5, n_chain, n_image, 0.5, 2.0)
     assert whole[0].item() == pytest.approx((0.5 * chain + 2 * image).item(), rel=1e-6)
-    assert [part.item() for part in whole[1:]] == pytest.approx([chain.item(), image.item()], rel=1e-6)
-    halves = [train_sft.sft_loss(logp[r], mask[r], 5, n_chain, n_image, 0.5, 2.0) for r in (slice(1), slice(1, 4))]
+    assert [part.item() for part in whole[1:]] == pytest.approx(
+        [chain.item(), image.item()], rel=1e-6
+    )
+    halves = [
+        train_sft.sft_loss(logp[r], mask[r], 5, n_chain, n_image, 0.5, 2.0)
+        for r in (slice(1), slice(1, 4))
+    ]
     assert (halves[0][0] + halves[1][0]).item() == pytest.approx(whole[0].item(), rel=1e-6)
 
 
@@ -259,8 +316,18 @@ def test_bad_input_is_answered_in_one_line_and_leaves_nothing(flags, words, tmp_
 
 def test_data_flags_are_checked_before_anything_is_loaded(tmp_path, capsys):
     write_jsonl(tmp_path / "set")
-    data = ["--data", str(tmp_path / "set" / "records.jsonl"), "--chain_field", "annotation", "--image_field", "file"]
-    wrong = {"--prompt_field": ["--box_format", "pixels"], "--box_format": ["--prompt_field", "caption"]}
+    data = [
+        "--data",
+        str(tmp_path / "set" / "records.jsonl"),
+        "--chain_field",
+        "annotation",
+        "--image_field",
+        "file",
+    ]
+    wrong = {
+        "--prompt_field": ["--box_format", "pixels"],
+        "--box_format": ["--prompt_field", "caption"],
+    }
     for flag, more in wrong.items():
         with pytest.raises(SystemExit) as stop:
             train_sft.main([*data, *more, "--out", str(tmp_path / "run")])
@@ -279,10 +346,14 @@ def test_too_many_bad_records_stop_the_run_with_the_report(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train_sft.main([*flags, *SMALL[:-2], "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and "5 of 16 records skipped" in message and "broken image" in message
+    assert (
+        stop.value.code == 2 and "5 of 16 records skipped" in message and "broken image" in message
+    )
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_checkpoint(
+    tmp_path, monkeypatch
+):
     sft_loss, calls = train_sft.sft_loss, []
 
     def broken(*args):
@@ -291,7 +362,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_checkpoin
         return loss * (float("nan") if len(calls) == 5 else 1), *parts
 
     monkeypatch.setattr(train_sft, "sft_loss", broken)
-    flags = ["--examples", "64", "--steps", "9", "--batch_size", "4", "--eval_prompts", "2", "--save_every", "2"]
+    flags = [
+        "--examples",
+        "64",
+        "--steps",
+        "9",
+        "--batch_size",
+        "4",
+        "--eval_prompts",
+        "2",
+        "--save_every",
+        "2",
+    ]
     with pytest.raises(RuntimeError, match="not finite at step 4: lower --lr, look at the data"):
         train_sft.main([*flags, "--out", str(tmp_path)])
     assert (tmp_path / "latest").read_text() == "step_000004"
@@ -310,7 +392,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     command = [sys.executable, "train_sft.py", *flags, "--out", str(tmp_path / "killed")]
     one, rng, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, random.Random(0), 0
     for k in range(10):
-        process = subprocess.Popen(command, cwd=ROOT, env=one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         end = time.time() + 5 + 1.5 * k + 3 * rng.random()
         while process.poll() is None and time.time() < end:
             time.sleep(0.01)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import gotr1
-from got_data import BadRecord, Source, data_files, numbered, read_image, read_record, read_text
+from data.got import BadRecord, Source, data_files, numbered, read_image, read_record, read_text
 from render_boxes import draw_boxes, parse_chain
 
 BLOCK = 1024  # consecutive records a file
@@ -46,12 +46,19 @@ class Report:
 
     def __str__(self) -> str:
         share = (self.read - self.good) / max(1, self.read)
-        lines = [f"{number:8d} {cause:14s} first: {first}" for cause, (number, first) in sorted(self.bad.items())]
-        return "\n".join([f"{self.read - self.good} of {self.read} records skipped ({share:.1%})", *lines])
+        lines = [
+            f"{number:8d} {cause:14s} first: {first}"
+            for cause, (number, first) in sorted(self.bad.items())
+        ]
+        return "\n".join(
+            [f"{self.read - self.good} of {self.read} records skipped ({share:.1%})", *lines]
+        )
 
     def check(self) -> None:
         if self.good < (1 - MOST_BAD) * self.read or not self.read:
-            raise ValueError(f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run. {self}")
+            raise ValueError(
+                f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run. {self}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,17 +68,29 @@ class Report:
 def fingerprint(model, tokenizer, source: Source) -> dict:
     """What the content of a cache depends on, by name. Pictures in files of their own are not looked at."""
     vq, sha = model.model.vqmodel, hashlib.sha256()
-    for value in [*vq.encoder.parameters(), *vq.quant_conv.parameters(), vq.quantize.embedding.weight]:
+    for value in [
+        *vq.encoder.parameters(),
+        *vq.quant_conv.parameters(),
+        vq.quantize.embedding.weight,
+    ]:
         sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
     made = {f"--{key}": value for key, value in asdict(source).items() if key != "streaming"}
     words, stats = sorted(tokenizer.get_vocab().items()), []
-    if source.data and Path(source.data).expanduser().exists():  # may be moved, and be named in many ways
+    if (
+        source.data and Path(source.data).expanduser().exists()
+    ):  # may be moved, and be named in many ways
         made["--data"] = Path(source.data).expanduser().resolve().name
         files = map(Path, data_files(source))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    made |= {"picture tokenizer": sha.hexdigest()[:16], "image tokens": gotr1.image_token_count(model), "block": BLOCK}
+    made |= {
+        "picture tokenizer": sha.hexdigest()[:16],
+        "image tokens": gotr1.image_token_count(model),
+        "block": BLOCK,
+    }
     hashes = {"data files": stats, "text tokenizer": words}
-    return made | {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for key, value in hashes.items()}
+    return made | {
+        key: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for key, value in hashes.items()
+    }
 
 
 def replace(path: Path, content: bytes, rank: int) -> None:
@@ -86,7 +105,9 @@ def claim(cache: Path, made: dict, rank: int) -> int:
     path = cache / "cache.json"
     cache.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
-    changed = ", ".join(f"{key} {found.get(key)} (now {made[key]})" for key in made if found.get(key) != made[key])
+    changed = ", ".join(
+        f"{key} {found.get(key)} (now {made[key]})" for key in made if found.get(key) != made[key]
+    )
     if changed and any(cache.glob("tokens_*.safetensors")):
         raise ValueError(f"{cache} was made with {changed}: take another --cache, or delete it")
     if changed:
@@ -122,7 +143,9 @@ def encode_block(pairs, model, tokenizer, source: Source, batch: int, total: Rep
     config, images, here = model.config.vq_config, gotr1.image_token_count(model), Report()
     side = config.num_patches * 2 ** (len(config.channel_multiplier) - 1)
     room = model.config.text_config.max_position_embeddings - images
-    device = model.get_input_embeddings().weight.device  # not model.device: what is not used may lie elsewhere
+    device = (
+        model.get_input_embeddings().weight.device
+    )  # not model.device: what is not used may lie elsewhere
     tokens, texts = [torch.empty(0, images, dtype=torch.long, device=device)], []
     with ThreadPoolExecutor(8) as pool:  # PIL decodes and resizes outside the interpreter's lock
         while part := list(itertools.islice(pairs, batch)):  # the same parts on any number of ranks
@@ -132,7 +155,9 @@ def encode_block(pairs, model, tokenizer, source: Source, batch: int, total: Rep
                 here.read, total.read = here.read + 1, total.read + 1
                 try:
                     image, size = picture.result()
-                    texts += [text.encode() for text in read_text(row, source, tokenizer, size, room)]
+                    texts += [
+                        text.encode() for text in read_text(row, source, tokenizer, size, room)
+                    ]
                     chosen.append(image)
                 except BadRecord as bad:
                     here.add(bad.cause, 1, f"record {index}: {bad.detail}")
@@ -140,26 +165,41 @@ def encode_block(pairs, model, tokenizer, source: Source, batch: int, total: Rep
             if total.read >= 100:
                 total.check()
             if chosen:
-                tokens.append(gotr1.encode_images(model, chosen))  # (chosen, I), left on the device: nobody waits
+                tokens.append(
+                    gotr1.encode_images(model, chosen)
+                )  # (chosen, I), left on the device: nobody waits
             bar.update(len(part))
     arrays = {
-        "image_tokens": torch.cat(tokens).cpu().numpy().astype("uint16" if config.num_embeddings <= 65536 else "int32"),
-        "text": np.frombuffer(b"".join(texts), np.uint8),  # prompt, chain, prompt, chain, ... of M records
+        "image_tokens": torch.cat(tokens)
+        .cpu()
+        .numpy()
+        .astype("uint16" if config.num_embeddings <= 65536 else "int32"),
+        "text": np.frombuffer(
+            b"".join(texts), np.uint8
+        ),  # prompt, chain, prompt, chain, ... of M records
         "starts": np.cumsum([0, *map(len, texts)]),  # (2 M + 1,), in bytes
     }
     return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(here))})
 
 
-def encode_blocks(rows, model, tokenizer, source: Source, cache: Path, rank=0, world=1, batch=32) -> tuple[int, int]:
+def encode_blocks(
+    rows, model, tokenizer, source: Source, cache: Path, rank=0, world=1, batch=32
+) -> tuple[int, int]:
     """Writes what is missing of the blocks rank, rank + world, ...; returns the number of records of all ranks, and of
     those that were encoded here."""
     total, records = Report(), 0
-    length = len(range(len(rows))[: source.max_records or None]) if hasattr(rows, "__len__") else None
+    length = (
+        len(range(len(rows))[: source.max_records or None]) if hasattr(rows, "__len__") else None
+    )
     with tqdm(total=length, desc="pictures to tokens", unit=" records", disable=rank > 0) as bar:
-        for block, pairs in itertools.groupby(numbered(rows, source), lambda pair: pair[0] // BLOCK):
+        for block, pairs in itertools.groupby(
+            numbered(rows, source), lambda pair: pair[0] // BLOCK
+        ):
             path = block_path(cache, block)
             if block % world == rank and not block_report(path):
-                replace(path, encode_block(pairs, model, tokenizer, source, batch, total, bar), rank)
+                replace(
+                    path, encode_block(pairs, model, tokenizer, source, batch, total, bar), rank
+                )
                 records += block_report(path).read
             else:
                 skipped = sum(1 for _ in pairs)
@@ -178,7 +218,9 @@ class Prepared:
     def __init__(self, cache: Path, blocks: int):
         self.paths, self.report = [block_path(cache, block) for block in range(blocks)], Report()
         reports = [block_report(path) for path in self.paths]
-        self.stops = np.cumsum([report.good for report in reports])  # of each block, in good records
+        self.stops = np.cumsum(
+            [report.good for report in reports]
+        )  # of each block, in good records
         for report in reports:
             self.report.read += report.read
             for cause, counted in report.bad.items():
@@ -194,7 +236,10 @@ class Prepared:
             if not 0 <= index < len(self):
                 raise IndexError(f"record {index} of {len(self)}")
             block = int(np.searchsorted(self.stops, index, side="right"))
-            row, file = index - int(self.stops[block - 1]) * (block > 0), open_block(self.paths[block])
+            row, file = (
+                index - int(self.stops[block - 1]) * (block > 0),
+                open_block(self.paths[block]),
+            )
             start, middle, stop = map(int, file.get_slice("starts")[2 * row : 2 * row + 3])
             text = file.get_slice("text")[start:stop].tobytes()
             prompts.append(text[: middle - start].decode())
@@ -220,11 +265,17 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
         while not all(block_report(block_path(cache, block)) for block in blocks):
             time.sleep(1)  # not a barrier: those time out when another rank has minutes more to do
         if rank == 0:
-            replace(cache / "cache.json", json.dumps(made | {"records": records}, indent=2).encode(), rank)
+            replace(
+                cache / "cache.json",
+                json.dumps(made | {"records": records}, indent=2).encode(),
+                rank,
+            )
     prepared = Prepared(cache, len(blocks))
     prepared.report.check()
     if encoded and rank == 0:
-        print(f"records a second: {encoded / seconds:.0f} from pictures, {reading_speed(prepared):.0f} from the cache")
+        print(
+            f"records a second: {encoded / seconds:.0f} from pictures, {reading_speed(prepared):.0f} from the cache"
+        )
     return prepared
 
 
@@ -240,7 +291,9 @@ def reading_speed(prepared: Prepared, batch: int = 64) -> float:
 # Looking at it
 
 
-def dry_run(rows, model, tokenizer, source: Source, folder, count: int = 8, side: int = 384) -> Path:
+def dry_run(
+    rows, model, tokenizer, source: Source, folder, count: int = 8, side: int = 384
+) -> Path:
     """Prints the first `count` good records and what was wrong with those between them, and draws them into
     `folder`/data.png: the picture, its boxes, and the boxes over what is left of it after VQ. Raises ValueError."""
     records, report = [], Report()
@@ -255,16 +308,33 @@ def dry_run(rows, model, tokenizer, source: Source, folder, count: int = 8, side
     print(report)
     if not records:
         raise ValueError(f"none of the first {report.read} records can be used")
-    tokens, font = gotr1.encode_images(model, [record.image for record in records]), ImageFont.load_default(14)
+    tokens, font = (
+        gotr1.encode_images(model, [record.image for record in records]),
+        ImageFont.load_default(14),
+    )
     sheet = Image.new("RGB", (3 * (side + 8) + 8, len(records) * (side + 32) + 8), "white")
-    for k, (record, decoded) in enumerate(zip(records, gotr1.decode_images(model, tokens), strict=True)):
+    for k, (record, decoded) in enumerate(
+        zip(records, gotr1.decode_images(model, tokens), strict=True)
+    ):
         boxes, y = parse_chain(record.chain), k * (side + 32) + 4
-        lengths = len(gotr1.encode_prompt(tokenizer, record.prompt)), len(gotr1.encode_chain(tokenizer, record.chain))
+        lengths = (
+            len(gotr1.encode_prompt(tokenizer, record.prompt)),
+            len(gotr1.encode_chain(tokenizer, record.chain)),
+        )
         note = "{} prompt + {} chain + {} image tokens".format(*lengths, tokens.shape[1])
-        print(f"\n{k}: {note}, {len(boxes)} boxes\n  prompt  {record.prompt}\n  chain   {record.chain}")
-        ImageDraw.Draw(sheet).text((8, y + 4), f"{k}: {record.prompt[:110]} ({note})", "black", font)
-        picture, decoded = (image.resize((side, side), Image.Resampling.BICUBIC) for image in (record.image, decoded))
-        for column, panel in enumerate((picture, draw_boxes(boxes, image=picture), draw_boxes(boxes, image=decoded))):
+        print(
+            f"\n{k}: {note}, {len(boxes)} boxes\n  prompt  {record.prompt}\n  chain   {record.chain}"
+        )
+        ImageDraw.Draw(sheet).text(
+            (8, y + 4), f"{k}: {record.prompt[:110]} ({note})", "black", font
+        )
+        picture, decoded = (
+            image.resize((side, side), Image.Resampling.BICUBIC)
+            for image in (record.image, decoded)
+        )
+        for column, panel in enumerate(
+            (picture, draw_boxes(boxes, image=picture), draw_boxes(boxes, image=decoded))
+        ):
             sheet.paste(panel, (8 + column * (side + 8), y + 24))
     path = Path(folder) / "data.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,11 +18,19 @@ from pathlib import Path
 
 from PIL import Image
 
-import run_folder
-import runtime
-from geneval import Clip, detector_pixels, fill, in_batches, load, load_tensors, normalised, read_lines
+from benchmarks.geneval import (
+    Clip,
+    detector_pixels,
+    fill,
+    in_batches,
+    load,
+    load_tensors,
+    normalised,
+    read_lines,
+)
+from benchmarks.stats import on_grid
+from engine import run
 from render_boxes import Box, iou
-from report import on_grid
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 
@@ -56,7 +64,15 @@ RELATIONS = (  # the first that is part of the prompt counts, as letters: "linea
     "on side of", "next to", "near", "on the left of", "on the right of", "on the bottom of", "on the top of",
     "on top of",
 )  # fmt: skip
-COMPLEX_RELATIONS = ("on top of", "on bottom of", "on the left", "on the right", "next to", "on side of", "near")
+COMPLEX_RELATIONS = (
+    "on top of",
+    "on bottom of",
+    "on the left",
+    "on the right",
+    "next to",
+    "on side of",
+    "near",
+)
 PERSONS = ("girl", "boy", "man", "woman")  # UniDet knows one word for them
 NEAR = 150  # pixels in a frame of 479
 
@@ -98,7 +114,9 @@ def spatial_score(objects, words: str | None, found: list[tuple]) -> tuple[float
     return position, score if score >= 0.5 else 0.0
 
 
-def three_in_one(prompt: str, attribute: float, spatial: float, action: float, spatial_list, action_list) -> float:
+def three_in_one(
+    prompt: str, attribute: float, spatial: float, action: float, spatial_list, action_list
+) -> float:
     """The score of a complex prompt: attributes with the relation, with the action, or with both. The two lists are
     those of complex_val_spatial.txt and complex_val_action.txt; who is in both counts as spatial."""
 
@@ -121,10 +139,14 @@ def plan_pictures(file: str, folder: Path, samples: int = 10) -> list[tuple]:
     category. Raises ValueError on a file with another name and on prompts that no file name can hold."""
     category, pictures = Path(file).stem.removesuffix("_val"), []
     if category not in CATEGORIES:
-        raise ValueError(f"{file}: expected one of {', '.join(f'{name}_val.txt' for name in CATEGORIES)}")
+        raise ValueError(
+            f"{file}: expected one of {', '.join(f'{name}_val.txt' for name in CATEGORIES)}"
+        )
     for index, prompt in enumerate(read_lines(file)):
         if "/" in prompt or "_" in prompt:
-            raise ValueError(f"{file}, line {index + 1}: the layout has no place for / and _ in a prompt")
+            raise ValueError(
+                f"{file}, line {index + 1}: the layout has no place for / and _ in a prompt"
+            )
         for sample in range(samples):
             path = folder / category / "samples" / f"{prompt}_{index * samples + sample:06d}.png"
             pictures.append((path, prompt, category, index, sample, {}))
@@ -136,7 +158,9 @@ def find_pictures(folder: Path) -> list[tuple]:
     pictures = []
     for category in CATEGORIES:
         seen = {}  # prompt -> its number and how many pictures it has
-        for path in sorted(folder.glob(f"{category}/samples/*.png"), key=lambda path: path.stem.rsplit("_", 1)[-1]):
+        for path in sorted(
+            folder.glob(f"{category}/samples/*.png"), key=lambda path: path.stem.rsplit("_", 1)[-1]
+        ):
             prompt = path.stem.split("_")[0]
             place = seen.setdefault(prompt, [len(seen), 0])
             pictures.append((path, prompt, category, *place, {}))
@@ -149,11 +173,17 @@ def find_pictures(folder: Path) -> list[tuple]:
 # A parse is {"chunks": noun phrases, "tokens": words, "pos": their parts of speech}; a template knows no tokens.
 
 WORD = r"(?!and\b|of\b|on\b|in\b|with\b|near\b|next\b|to\b|is\b|are\b)[a-z-]+"
-TWO_THINGS = re.compile(rf"(an? (?:{WORD} ){{0,3}}{WORD}) and (an? (?:{WORD} ){{0,3}}{WORD})\.?", re.I)
-PLACED = re.compile(rf"(an? (?:{WORD} )?{WORD}) (?:{'|'.join(RELATIONS)}) (an? (?:{WORD} )?{WORD})\.?", re.I)
+TWO_THINGS = re.compile(
+    rf"(an? (?:{WORD} ){{0,3}}{WORD}) and (an? (?:{WORD} ){{0,3}}{WORD})\.?", re.I
+)
+PLACED = re.compile(
+    rf"(an? (?:{WORD} )?{WORD}) (?:{'|'.join(RELATIONS)}) (an? (?:{WORD} )?{WORD})\.?", re.I
+)
 
 
-def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] = ()) -> tuple[dict[str, dict], str]:
+def parse_prompts(
+    prompts: list[str], path: str = "", in_full: tuple[str, ...] = ()
+) -> tuple[dict[str, dict], str]:
     """A parse of each prompt, and who made them. spaCy's en_core_web_sm when it is installed (then `path`, when given,
     is written for others); else templates for "a X and a Y" and "a X on the left of a Y", unless the prompt is one of
     `in_full`, and `path` for the rest. Raises ValueError naming the first prompt that nobody can parse."""
@@ -176,10 +206,10 @@ def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] =
         for prompt, doc in zip(prompts, nlp.pipe(prompts), strict=True):
             words = {"tokens": [token.text for token in doc], "pos": [token.pos_ for token in doc]}
             parses[prompt] = {"chunks": [chunk.text for chunk in doc.noun_chunks], **words}
-        if path and runtime.rank() == 0:
+        if path and run.rank() == 0:
             known = cache["prompts"] if cache["made by"] == made else {}
             content = {"made by": made, "prompts": known | parses}
-            run_folder.write_whole(Path(path), json.dumps(content, indent=1))
+            run.write_whole(Path(path), json.dumps(content, indent=1))
         return parses, made
     parses, sources = {}, {}
     for prompt in prompts:
@@ -202,7 +232,11 @@ def parse_prompts(prompts: list[str], path: str = "", in_full: tuple[str, ...] =
 
 def spatial_objects(parse: dict) -> list[str] | None:
     """The first and the last noun of a spatial prompt."""
-    nouns = [word for word, pos in zip(parse.get("tokens", []), parse.get("pos", []), strict=True) if pos == "NOUN"]
+    nouns = [
+        word
+        for word, pos in zip(parse.get("tokens", []), parse.get("pos", []), strict=True)
+        if pos == "NOUN"
+    ]
     return parse.get("objects") or ([nouns[0], nouns[-1]] if nouns else None)
 
 
@@ -211,7 +245,9 @@ def complex_objects(tokens: list[str], pos: list[str]) -> list[str] | None:
     the left, and on the right only if no noun follows (then the end of their first run). None unless that makes two."""
     objects = []
     for start in range(len(tokens)):
-        length = next((n for n in (3, 2, 1) if " ".join(tokens[start : start + n]) in COMPLEX_RELATIONS), 0)
+        length = next(
+            (n for n in (3, 2, 1) if " ".join(tokens[start : start + n]) in COMPLEX_RELATIONS), 0
+        )
         if not length:
             continue
         objects += [tokens[k] for k in range(start - 1, -1, -1) if pos[k] in ("NOUN", "PROPN")][:1]
@@ -224,7 +260,9 @@ def complex_objects(tokens: list[str], pos: list[str]) -> list[str] | None:
 
 def without_adjectives(parse: dict) -> str:
     """The words that CLIP compares with a complex picture."""
-    return " ".join(word for word, pos in zip(parse["tokens"], parse["pos"], strict=True) if pos != "ADJ")
+    return " ".join(
+        word for word, pos in zip(parse["tokens"], parse["pos"], strict=True) if pos != "ADJ"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +280,10 @@ def convert_blip(state_dict: dict) -> dict:
         (r"^visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
         (r"^visual_encoder\.norm", "vision_model.post_layernorm"),
         (r"^visual_encoder\.blocks\.(\d+)\.norm", r"vision_model.encoder.layers.\1.layer_norm"),
-        (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj", r"vision_model.encoder.layers.\1.self_attn.projection"),
+        (
+            r"^visual_encoder\.blocks\.(\d+)\.attn\.proj",
+            r"vision_model.encoder.layers.\1.self_attn.projection",
+        ),
         (r"^visual_encoder\.blocks\.(\d+)\.attn", r"vision_model.encoder.layers.\1.self_attn"),
         (r"^visual_encoder\.blocks", "vision_model.encoder.layers"),
     ]
@@ -260,7 +301,9 @@ class BlipVQA:
     for 480 x 480, or a folder or hub id (the hub's weights were made smaller, for 384, and are stretched again). The
     official ViT's layer norms add 1e-6; transformers' default is 1e-5."""
 
-    def __init__(self, path: str, device="cpu", batch_size: int = 16, tokenizer: str = "", config=None):
+    def __init__(
+        self, path: str, device="cpu", batch_size: int = 16, tokenizer: str = "", config=None
+    ):
         from transformers import AutoConfig, AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
         self.device, self.batch_size = device, batch_size
@@ -285,11 +328,16 @@ class BlipVQA:
             with torch.inference_mode():
                 seen = self._see(images[now])
                 rows = [(k, question) for k, some in enumerate(asked[now]) for question in some]
-                ids = [self.tokenizer(question, truncation=True, max_length=35).input_ids for _, question in rows]
+                ids = [
+                    self.tokenizer(question, truncation=True, max_length=35).input_ids
+                    for _, question in rows
+                ]
                 rows = [(k, tokens) for (k, _), tokens in zip(rows, ids, strict=True)]
                 # only questions of one length together: transformers does not mask padding in the answer's attention
                 lengths = [len(tokens) for tokens in ids]
-                answers = in_batches(lambda part, seen=seen: self._answer(part, seen), rows, 64, lengths)
+                answers = in_batches(
+                    lambda part, seen=seen: self._answer(part, seen), rows, 64, lengths
+                )
             answers = iter(answers)
             scores += [[next(answers) for _ in some] for some in asked[now]]
         return scores
@@ -299,7 +347,9 @@ class BlipVQA:
         import numpy as np
         import torch
 
-        squashed = [image.convert("RGB").resize((480, 480), Image.Resampling.BICUBIC) for image in images]
+        squashed = [
+            image.convert("RGB").resize((480, 480), Image.Resampling.BICUBIC) for image in images
+        ]
         pixels = torch.stack([normalised(torch.from_numpy(np.array(image))) for image in squashed])
         stretch = self.model.config.vision_config.image_size != 480
         pixels = pixels.to(self.device, self.model.dtype)
@@ -315,10 +365,16 @@ class BlipVQA:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             encoder_hidden_states=patches,
-            encoder_attention_mask=torch.ones(patches.shape[:2], device=self.device, dtype=torch.long),
+            encoder_attention_mask=torch.ones(
+                patches.shape[:2], device=self.device, dtype=torch.long
+            ),
         ).last_hidden_state
         begun = torch.full((len(rows), 1), DEC, device=self.device)
-        logits = self.model.text_decoder(input_ids=begun, encoder_hidden_states=question).logits[:, -1].float()
+        logits = (
+            self.model.text_decoder(input_ids=begun, encoder_hidden_states=question)
+            .logits[:, -1]
+            .float()
+        )
         return [phrase_score(yes, no) for yes, no in logits[:, [YES, NO]].tolist()]
 
 
@@ -332,7 +388,12 @@ class GroundingDino:
         from transformers import AutoTokenizer, GroundingDinoForObjectDetection
 
         self.device, self.batch_size = device, batch_size
-        self.model = load(GroundingDinoForObjectDetection, path, "gdino").to(device).eval().requires_grad_(False)
+        self.model = (
+            load(GroundingDinoForObjectDetection, path, "gdino")
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
         self.tokenizer = load(AutoTokenizer, path, "gdino")
 
     def __call__(self, images: list[Image.Image], names: list[list[str]]) -> list[list[tuple]]:
@@ -353,16 +414,25 @@ class GroundingDino:
         pixels = torch.stack([detector_pixels(image, pad=1)[0] for image, _ in rows])
         with torch.inference_mode():
             pixels = pixels.to(self.device, self.model.dtype)
-            out = self.model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+            out = self.model(
+                pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)
+            )
         results = []
-        for (image, _), logits, boxes in zip(rows, out.logits.float().sigmoid(), out.pred_boxes.float(), strict=True):
+        for (image, _), logits, boxes in zip(
+            rows, out.logits.float().sigmoid(), out.pred_boxes.float(), strict=True
+        ):
             scale, found = min(479 / min(image.size), 480 / max(image.size)), []
             wide, high = (side * scale for side in image.size)
             for name, span in zip(names, spans, strict=True):
                 scores = logits[:, span].max(-1).values
                 for k in (scores > self.THRESHOLD).nonzero().flatten().tolist():
                     x, y, w, h = boxes[k].tolist()  # centre and size, as shares of the picture
-                    box = ((x - w / 2) * wide, (y - h / 2) * high, (x + w / 2) * wide, (y + h / 2) * high)
+                    box = (
+                        (x - w / 2) * wide,
+                        (y - h / 2) * high,
+                        (x + w / 2) * wide,
+                        (y + h / 2) * high,
+                    )
                     found.append((name, float(scores[k]), box))
             results.append(sorted(found, key=lambda row: -row[1]))
         return results
@@ -377,15 +447,28 @@ class CompBench:
     """compbench(images, prompts) -> a dict a picture, as GenEval's: `score` in [0, 1], `reason`, `boxes`. `parses` and
     `lists` (spatial and action prompts) are those of the category's prompts; networks it does not use can be None."""
 
-    def __init__(self, category: str, parses: dict, lists: tuple, blip: BlipVQA | None, clip: Clip | None, gdino):
+    def __init__(
+        self,
+        category: str,
+        parses: dict,
+        lists: tuple,
+        blip: BlipVQA | None,
+        clip: Clip | None,
+        gdino,
+    ):
         self.category, self.parses, self.lists = category, parses, lists
         self.blip, self.clip, self.gdino = blip, clip, gdino
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[dict]:
         if self.category == "spatial":
-            return self._spatial(images, prompts, [spatial_objects(self.parses[prompt]) for prompt in prompts])
+            return self._spatial(
+                images, prompts, [spatial_objects(self.parses[prompt]) for prompt in prompts]
+            )
         if self.category == "non_spatial":
-            return [_row(cosine, f"cosine {cosine:.3f}") for cosine in cosines(self.clip, images, prompts)]
+            return [
+                _row(cosine, f"cosine {cosine:.3f}")
+                for cosine in cosines(self.clip, images, prompts)
+            ]
         attributes = self._attributes(images, prompts)
         if self.category != "complex":
             return attributes
@@ -394,16 +477,26 @@ class CompBench:
         places = self._spatial(images, prompts, objects)
         actions = cosines(self.clip, images, [without_adjectives(parse) for parse in parses])
         rows = []
-        for prompt, attribute, place, cosine in zip(prompts, attributes, places, actions, strict=True):
+        for prompt, attribute, place, cosine in zip(
+            prompts, attributes, places, actions, strict=True
+        ):
             score = three_in_one(prompt, attribute["score"], place["score"], cosine, *self.lists)
-            rows.append(_row(score, f"{attribute['reason']}; {place['reason']}; cosine {cosine:.3f}", place["boxes"]))
+            rows.append(
+                _row(
+                    score,
+                    f"{attribute['reason']}; {place['reason']}; cosine {cosine:.3f}",
+                    place["boxes"],
+                )
+            )
         return rows
 
     def _attributes(self, images, prompts):
         asked = [questions(self.parses[prompt]["chunks"]) for prompt in prompts]
         answers, rows = self.blip(images, asked), []
         for some, scores in zip(asked, answers, strict=True):
-            said = ", ".join(f"{question} {score:.2f}" for question, score in zip(some, scores, strict=True))
+            said = ", ".join(
+                f"{question} {score:.2f}" for question, score in zip(some, scores, strict=True)
+            )
             rows.append(_row(product(scores), said))
         return rows
 
@@ -417,9 +510,15 @@ class CompBench:
             position, score = spatial_score(objects[k], relation_of(prompt), found.get(k, []))
             labels = [label for label, _, _ in found.get(k, [])]
             missing = [name for name in asked[k] if name not in labels]
-            reason = f"no {' and no '.join(missing)}" if missing else f"position {position or 0:.2f}"
-            frame = [side * min(479 / min(image.size), 480 / max(image.size)) for side in image.size]
-            best = [next(row for row in found[k] if row[0] == name) for name in dict.fromkeys(labels)]
+            reason = (
+                f"no {' and no '.join(missing)}" if missing else f"position {position or 0:.2f}"
+            )
+            frame = [
+                side * min(479 / min(image.size), 480 / max(image.size)) for side in image.size
+            ]
+            best = [
+                next(row for row in found[k] if row[0] == name) for name in dict.fromkeys(labels)
+            ]
             boxes = [[f"{label} {value:.2f}", *on_grid(box, frame)] for label, value, box in best]
             rows.append(_row(score, reason, boxes))
         return rows

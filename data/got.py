@@ -25,7 +25,12 @@ from PIL import Image, ImageOps
 import gotr1
 from render_boxes import OBJ_END, OBJ_START, TEXT, WRITTEN, chain_problems
 
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".tar": "webdataset"}  # names in `datasets`
+READERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".tar": "webdataset",
+}  # names in `datasets`
 BREAKS = (  # no name goes on to the left of these; "of" is part of a name, but not behind a place
     "a an the this that these those its his her their my your our each every some any no all both in on at with by "
     "from to into onto over under above below behind beside near next between among against across along around "
@@ -33,7 +38,9 @@ BREAKS = (  # no name goes on to the left of these; "of" is part of a name, but 
     "are was were be been has have having features featuring shows showing depicts depicting includes including "
     "contains containing holds holding wears wearing carries carrying sits sitting stands standing lies lying rides "
     "riding"
-).replace(" ", "|") + r"|(?:top|bottom|front|back|left|right|middle|cent(?:er|re)|sides?|edge|corner)\s+of"
+).replace(
+    " ", "|"
+) + r"|(?:top|bottom|front|back|left|right|middle|cent(?:er|re)|sides?|edge|corner)\s+of"
 
 # Linear time on any text: no quantifier repeats another one, or stands beside one for the same characters
 NUMBER = r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE]-?[0-9]{1,3})?"
@@ -41,24 +48,38 @@ PAIR = rf"\s{{0,3}}({NUMBER})\s{{0,3}},\s{{0,3}}({NUMBER})\s{{0,3}}"
 BOX = re.compile(  # (x1,y1),(x2,y2) or [x1, y1, x2, y2], with or without markers
     rf"(?:<\|box_start\|>\s*)?[(\[]{{1,3}}{PAIR}[)\]]?\s{{0,3}},\s{{0,3}}[(\[]?{PAIR}[)\]]{{1,3}}(?:\s*<\|box_end\|>)?"
 )
-TORN = re.compile(rf"[(\[]{PAIR}(?:[)\],]|\Z)")  # coordinates that are left when all boxes were read
+TORN = re.compile(
+    rf"[(\[]{PAIR}(?:[)\],]|\Z)"
+)  # coordinates that are left when all boxes were read
 OBJECT = rf"<\|obj_start\|>({TEXT}*)<\|obj_end\|>"
 WORD = rf"(?!(?:{BREAKS})(?!\S))[^\s.,;:!?()\[\]>]+"
-NAME = re.compile(rf"(?<![^\s.,;:!?()\[\]>])(?!of\s)((?:{WORD}\s+){{0,5}}{WORD}(?<=[\w\"'”’]))[\s:,]*\Z", re.I)
+NAME = re.compile(
+    rf"(?<![^\s.,;:!?()\[\]>])(?!of\s)((?:{WORD}\s+){{0,5}}{WORD}(?<=[\w\"'”’]))[\s:,]*\Z", re.I
+)
 
 
 @dataclass
 class Source:
     data: str = ""  # hub id (owner/name or owner/name:config), a folder of .parquet, .jsonl or .tar, or one such file
     split: str = "train"  # of a hub id
-    streaming: bool = False  # read records as they come; otherwise `datasets` makes a copy of the set first
-    prompt_field: str = "prompt"  # what the user asks for; a dot goes into the JSON of a tar: json.prompt
+    streaming: bool = (
+        False  # read records as they come; otherwise `datasets` makes a copy of the set first
+    )
+    prompt_field: str = (
+        "prompt"  # what the user asks for; a dot goes into the JSON of a tar: json.prompt
+    )
     chain_field: str = "chain"  # the annotation, with its boxes or with placeholders
     image_field: str = "image"  # the picture, or its path
     image_folder: str = ""  # where image paths start; empty: the folder of the data
-    coords_field: str = ""  # JSON or dict, placeholder -> coordinates; empty: the boxes stand in the chain
-    box_format: Literal["", "0..999", "0..1", "pixels"] = ""  # what x1, y1, x2, y2 count; there is no default
-    max_chain: int = 600  # tokens; longer chains are skipped (the official code samples 600 at most)
+    coords_field: str = (
+        ""  # JSON or dict, placeholder -> coordinates; empty: the boxes stand in the chain
+    )
+    box_format: Literal["", "0..999", "0..1", "pixels"] = (
+        ""  # what x1, y1, x2, y2 count; there is no default
+    )
+    max_chain: int = (
+        600  # tokens; longer chains are skipped (the official code samples 600 at most)
+    )
     max_records: int = 0  # read only the first ones; 0: all
 
 
@@ -85,11 +106,19 @@ def data_files(source: Source) -> list[str]:
     path = Path(source.data).expanduser()
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", source.data):
         return []
-    inside = set(READERS) - {".json"}  # in a folder, .json describes the set more often than it is the set
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in inside)
+    inside = set(READERS) - {
+        ".json"
+    }  # in a folder, .json describes the set more often than it is the set
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.rglob("*") if file.suffix in inside)
+    )
     kinds = {file.suffix for file in files}
     if len(kinds) != 1 or not kinds <= READERS.keys():
-        raise ValueError(f"--data {source.data}: expected a hub id, or files of one kind: .parquet, .jsonl, .tar")
+        raise ValueError(
+            f"--data {source.data}: expected a hub id, or files of one kind: .parquet, .jsonl, .tar"
+        )
     return [str(file) for file in files]
 
 
@@ -108,37 +137,51 @@ def open_rows(source: Source):
     try:
         rows = datasets.load_dataset(**where, split=source.split, streaming=source.streaming)
         for name, feature in (rows.features or {}).items():
-            if isinstance(feature, datasets.Image):  # a broken picture is ours to count, and skipping must be cheap
+            if isinstance(
+                feature, datasets.Image
+            ):  # a broken picture is ours to count, and skipping must be cheap
                 rows = rows.cast_column(name, datasets.Image(decode=False))
         first = next(iter(rows), None)
-    except Exception as problem:  # each reader has errors of its own kind: pyarrow's, tarfile's, the hub's
-        raise ValueError(f"cannot read --data {source.data}: {problem.__cause__ or problem}"[:300]) from problem
+    except (
+        Exception
+    ) as problem:  # each reader has errors of its own kind: pyarrow's, tarfile's, the hub's
+        raise ValueError(
+            f"cannot read --data {source.data}: {problem.__cause__ or problem}"[:300]
+        ) from problem
     if first is None:
         raise ValueError(f"--data {source.data} holds no records")
     for flag in ("prompt_field", "chain_field", "image_field", "coords_field"):
         if (name := getattr(source, flag)) and pick(first, name, missing := object()) is missing:
-            raise ValueError(f"--{flag} {name}: no such field in {source.data}, there are {', '.join(first)}")
+            raise ValueError(
+                f"--{flag} {name}: no such field in {source.data}, there are {', '.join(first)}"
+            )
     return rows
 
 
 def pick(row: dict, name: str, default=None):
     """A field of a row; `json.prompt` is looked up in the dict `json` if no field has that whole name."""
     outer, _, inner = name.partition(".")
-    return row.get(name, row[outer].get(inner, default) if isinstance(row.get(outer), dict) else default)
+    return row.get(
+        name, row[outer].get(inner, default) if isinstance(row.get(outer), dict) else default
+    )
 
 
 def numbered(rows, source: Source):
     """(index, function that gets the row): where rows have a length, only those are read that are got."""
     stop = source.max_records or None
     if hasattr(rows, "__len__"):
-        yield from ((index, functools.partial(rows.__getitem__, index)) for index in range(len(rows))[:stop])
+        yield from (
+            (index, functools.partial(rows.__getitem__, index)) for index in range(len(rows))[:stop]
+        )
         return
     index = -1
     try:
         for index, row in enumerate(itertools.islice(rows, stop)):
             yield index, functools.partial(dict, row)
     except Exception as problem:  # as in open_rows
-        raise ValueError(f"cannot read --data {source.data} after record {index}: {problem}"[:300]) from problem
+        raise ValueError(
+            f"cannot read --data {source.data} after record {index}: {problem}"[:300]
+        ) from problem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +200,9 @@ def fill_placeholders(text: str, coords) -> str:
             if len(found) % 4 or not re.fullmatch(r"[\s\d\[\](),.eE+-]+|null", value):
                 raise ValueError(f"{value[:60]} is no box")
             if key and found:  # a column of dicts gives every row the keys of all rows, with null
-                boxes[key] = " ".join("({},{}),({},{})".format(*found[i : i + 4]) for i in range(0, len(found), 4))
+                boxes[key] = " ".join(
+                    "({},{}),({},{})".format(*found[i : i + 4]) for i in range(0, len(found), 4)
+                )
     except (ValueError, AttributeError, TypeError, RecursionError) as problem:
         raise BadRecord("broken box", f"coordinates {str(coords)[:60]!r}: {problem}") from problem
     # with any number: box_1 is not a part of box_12, and box_12 must not pass as a word when it has no coordinates
@@ -174,10 +219,17 @@ def on_grid(corners: list[float], box_format: str, size: tuple[int, int]) -> tup
     limits = {"0..999": (1000, 1000), "0..1": (1, 1), "pixels": size}[box_format] * 2
     told = "({:g},{:g}),({:g},{:g})".format(*corners)
     if not all(0 <= edge <= limit for edge, limit in zip(corners, limits, strict=True)):
-        raise BadRecord("box outside", f"{told} is not in {box_format}, in a picture of {size[0]} x {size[1]} pixels")
-    if (box_format == "0..999" and any(edge % 1 for edge in corners)) or max(corners) <= 1 < limits[0]:
+        raise BadRecord(
+            "box outside",
+            f"{told} is not in {box_format}, in a picture of {size[0]} x {size[1]} pixels",
+        )
+    if (box_format == "0..999" and any(edge % 1 for edge in corners)) or max(corners) <= 1 < limits[
+        0
+    ]:
         raise BadRecord("box format", f"{told} does not look like {box_format}")
-    x1, y1, x2, y2 = (min(round(1000 * edge / limit), 999) for edge, limit in zip(corners, limits, strict=True))
+    x1, y1, x2, y2 = (
+        min(round(1000 * edge / limit), 999) for edge, limit in zip(corners, limits, strict=True)
+    )
     if x1 >= x2 or y1 >= y2:
         raise BadRecord("empty box", f"{told} ends before it starts")
     return x1, y1, x2, y2
@@ -197,11 +249,16 @@ def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) 
         name = re.search(OBJECT + r"[\s:,]*\Z", before) or NAME.search(before)
         if not name:
             raise BadRecord("no name", f"before {box[0]}: {before[-60:]!r}")
-        chain += re.sub(OBJECT, r"\1", before[: name.start()]) + WRITTEN % (" ".join(name[1].split()), *corners)
+        chain += re.sub(OBJECT, r"\1", before[: name.start()]) + WRITTEN % (
+            " ".join(name[1].split()),
+            *corners,
+        )
     if not chain:
         raise BadRecord("no box", repr(text[:60]))
     chain = (chain + re.sub(OBJECT, r"\1", text[end:])).strip()
-    if problems := [f"{found[0]!r} is torn" for found in TORN.finditer(BOX.sub("", chain))] or chain_problems(chain):
+    if problems := [
+        f"{found[0]!r} is torn" for found in TORN.finditer(BOX.sub("", chain))
+    ] or chain_problems(chain):
         raise BadRecord("broken box", problems[0])
     return chain
 
@@ -211,16 +268,28 @@ def read_words(row: dict, name: str) -> str:
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
     if not isinstance(text, str) or not text.strip():
         raise BadRecord("no text", f"{name} is {str(value)[:60]!r}")
-    text = text.encode(errors="replace").decode().strip().removesuffix(gotr1.SPECIAL_TOKENS["boi_token"])
+    text = (
+        text.encode(errors="replace")
+        .decode()
+        .strip()
+        .removesuffix(gotr1.SPECIAL_TOKENS["boi_token"])
+    )
     if found := [token for token in gotr1.SPECIAL_TOKENS.values() if token in text]:
-        raise BadRecord("special token", f"{name} holds {found[0]}")  # it would end the chain, or the prompt
+        raise BadRecord(
+            "special token", f"{name} holds {found[0]}"
+        )  # it would end the chain, or the prompt
     return text
 
 
-def read_text(row: dict, source: Source, tokenizer, size: tuple[int, int], room: float = 1e9) -> tuple[str, str]:
+def read_text(
+    row: dict, source: Source, tokenizer, size: tuple[int, int], room: float = 1e9
+) -> tuple[str, str]:
     """(prompt, chain) of a row with a picture of `size` pixels; `room` is what prompt and chain may take together, in
     tokens. Raises BadRecord."""
-    prompt, chain = " ".join(read_words(row, source.prompt_field).split()), read_words(row, source.chain_field)
+    prompt, chain = (
+        " ".join(read_words(row, source.prompt_field).split()),
+        read_words(row, source.chain_field),
+    )
     if source.coords_field:
         chain = fill_placeholders(chain, pick(row, source.coords_field))
     chain = normalize_chain(chain, source.box_format, size)
@@ -228,7 +297,10 @@ def read_text(row: dict, source: Source, tokenizer, size: tuple[int, int], room:
     texts = (gotr1.format_prompt(prompt), chain)
     given, written = (1 + len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     if written > min(source.max_chain, room - given):
-        raise BadRecord("chain too long", f"{written} tokens after {given} of the prompt (--max_chain, or the context)")
+        raise BadRecord(
+            "chain too long",
+            f"{written} tokens after {given} of the prompt (--max_chain, or the context)",
+        )
     return prompt, chain
 
 
@@ -244,7 +316,9 @@ def read_image(row: dict, source: Source, side: int = 0) -> tuple[Image.Image, t
         image = value if isinstance(value, Image.Image) else Image.open(value)
         image = ImageOps.exif_transpose(image)  # as people see it, and as they draw boxes on it
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            )
         image, size = image.convert("RGB"), image.size
         return image.resize((side, side), Image.Resampling.BICUBIC) if side else image, size
     except Exception as problem:  # PIL's decoders raise a dozen kinds of error on broken files

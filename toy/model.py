@@ -24,10 +24,10 @@ from transformers import (
 )
 
 import rewards
-import toy
 from gotr1 import INSTRUCTION, SPECIAL_TOKENS, decode_images, rollout
 from render_boxes import MARKERS, chain_problems
-from toy import CELL, GRID, SIZE
+from toy import world as toy
+from toy.world import CELL, GRID, SIZE
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,7 +38,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     prompt."""
     rng = np.random.default_rng(0)
     examples = [toy.make_example(rng) for _ in range(2000)]
-    texts = [f"{example.prompt}\n\nAssistant:" for example in examples] + [example.chain for example in examples]
+    texts = [f"{example.prompt}\n\nAssistant:" for example in examples] + [
+        example.chain for example in examples
+    ]
     markers = re.compile("|".join(re.escape(marker) for marker in MARKERS))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,7 +91,9 @@ def janus_config(vocab_size: int) -> JanusConfig:
         projection_dim=128,
         image_token_embed_dim=128,
     )
-    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False)
+    return JanusConfig(
+        text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,14 +155,22 @@ def train_vq(vq, steps: int, seed: int) -> None:
     vq.quantize.embedding.weight.data.copy_(codes)
     trained = [p for name, p in vq.named_parameters() if not name.startswith("quantize")]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+    )
     rng = np.random.default_rng([seed, 1])
     vq.train().requires_grad_(True)
     bar = tqdm(range(steps), desc="picture tokenizer")
     for _ in bar:
         images = [toy.make_example(rng).image for _ in range(16)]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
-        tokens = torch.from_numpy(np.stack([image_codes(image) for image in images]))  # (16, I); pixels (16, 3, H, W)
+        pixels = (
+            torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+            / 127.5
+            - 1
+        )
+        tokens = torch.from_numpy(
+            np.stack([image_codes(image) for image in images])
+        )  # (16, I); pixels (16, 3, H, W)
         latent = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)  # (16, 8, h, w)
         cosines = torch.einsum("bdhw,kd->bkhw", latent, codes).flatten(2)  # (16, K, I)
         drawn = vq.decoder(vq.post_quant_conv(codes[tokens].transpose(1, 2).reshape_as(latent)))
@@ -179,7 +191,11 @@ def new_model(vq_steps: int, seed: int):
     model = JanusForConditionalGeneration(janus_config(len(tokenizer)))
     # transformers' initial weights (std 0.02) make image embeddings of 1e-5, below the epsilon of the first RMSNorm: a
     # small model needs hundreds of steps to grow out of that
-    for part in (model.model.generation_embeddings, model.model.generation_aligner, model.model.generation_head):
+    for part in (
+        model.model.generation_embeddings,
+        model.model.generation_aligner,
+        model.model.generation_head,
+    ):
         for module in part.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -205,7 +221,9 @@ def training_rows(examples: int, seed: int) -> list[dict]:
     """The training set for train_sft.py, as records with the default field names."""
     rng = np.random.default_rng([seed, 2])
     scenes = (toy.make_example(rng) for _ in tqdm(range(examples), desc="scenes"))
-    return [{"prompt": scene.prompt, "chain": scene.chain, "image": scene.image} for scene in scenes]
+    return [
+        {"prompt": scene.prompt, "chain": scene.chain, "image": scene.image} for scene in scenes
+    ]
 
 
 def look(model, tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
@@ -213,5 +231,10 @@ def look(model, tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
     sampled = rollout(model, tokenizer, prompts, seed=seed, max_chain=96)
     images = decode_images(model, sampled.image_tokens)
     rows = rewards.score(toy.ToyJudge(), toy.crispness, prompts, sampled.chains, images)
-    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "judge_fail"}
-    return {"well_formed": float(np.mean([not chain_problems(chain) for chain in sampled.chains])), **means}
+    means = {
+        key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "judge_fail"
+    }
+    return {
+        "well_formed": float(np.mean([not chain_problems(chain) for chain in sampled.chains])),
+        **means,
+    }

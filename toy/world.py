@@ -41,8 +41,16 @@ SIZE = GRID * CELL  # side of a picture in pixels
 
 KINDS = {"single": 1, "color": 2, "spatial": 2, "complex": 3}  # objects in a scene of that kind
 SFT_MIX = {"single": 0.25, "color": 0.2, "spatial": 0.35, "complex": 0.2}
-PROMPT_MIX = {"color": 0.25, "spatial": 0.5, "complex": 0.25}  # what GRPO trains on and evaluation asks for
-FAULTS = {"flip": 0.4, "swap": 0.2, "drift": 0.35}  # share of SFT examples that get a fault, where it is possible
+PROMPT_MIX = {
+    "color": 0.25,
+    "spatial": 0.5,
+    "complex": 0.25,
+}  # what GRPO trains on and evaluation asks for
+FAULTS = {
+    "flip": 0.4,
+    "swap": 0.2,
+    "drift": 0.35,
+}  # share of SFT examples that get a fault, where it is possible
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +66,10 @@ class Scene(NamedTuple):
     def boxes(self) -> list[Box]:
         """One box an object, as `on_grid` has it."""
         corners = [(x, y, x + size, y + size) for x, y, size in self.cells]
-        return [Box(name, *on_grid(corner, GRID)) for name, corner in zip(self.names, corners, strict=True)]
+        return [
+            Box(name, *on_grid(corner, GRID))
+            for name, corner in zip(self.names, corners, strict=True)
+        ]
 
 
 def on_grid(edges: tuple, side: int) -> list[float]:
@@ -74,14 +85,23 @@ def is_held_out(names: list[str]) -> bool:
 
 def is_related(a: Box, words: str, b: Box) -> bool:
     """True when box a lies wholly on the named side of box b; an overlap of one pixel (31 of 1000) is forgiven."""
-    gap = {"left of": b.x1 - a.x2, "right of": a.x1 - b.x2, "above": b.y1 - a.y2, "below": a.y1 - b.y2}[words]
+    gap = {
+        "left of": b.x1 - a.x2,
+        "right of": a.x1 - b.x2,
+        "above": b.y1 - a.y2,
+        "below": a.y1 - b.y2,
+    }[words]
     return gap > -32
 
 
-def _place(rng: np.random.Generator, taken: list[tuple[int, int, int]], size: int) -> tuple[int, int, int] | None:
+def _place(
+    rng: np.random.Generator, taken: list[tuple[int, int, int]], size: int
+) -> tuple[int, int, int] | None:
     """A random place for one more object, a free cell away from every other; None when the draw did not fit."""
     x, y = (int(v) for v in rng.integers(0, GRID - size + 1, size=2))
-    touches = any(x <= u + t and u <= x + size and y <= v + t and v <= y + size for u, v, t in taken)
+    touches = any(
+        x <= u + t and u <= x + size and y <= v + t and v <= y + size for u, v, t in taken
+    )
     return None if touches else (x, y, size)
 
 
@@ -103,7 +123,9 @@ def make_scene(rng: np.random.Generator, kind: str, held_out: bool = False) -> S
             place = _place(rng, cells, int(rng.integers(2, 4)))
             cells += [place] if place else []
         scene = Scene(names, relations, cells)
-        if len(cells) == count and all(is_related(scene.boxes[i], words, scene.boxes[j]) for i, words, j in relations):
+        if len(cells) == count and all(
+            is_related(scene.boxes[i], words, scene.boxes[j]) for i, words, j in relations
+        ):
             return scene
 
 
@@ -165,7 +187,9 @@ class Example(NamedTuple):
     faults: list[str]
 
 
-def make_example(rng: np.random.Generator, kind: str | None = None, faults: dict[str, float] = FAULTS) -> Example:
+def make_example(
+    rng: np.random.Generator, kind: str | None = None, faults: dict[str, float] = FAULTS
+) -> Example:
     """One SFT example. Three faults, drawn independently, that keep the format right and the content wrong:
     `flip`: the plan is turned by 180 degrees, so relations come out the wrong way round (prompt against boxes);
     `swap`: two objects of the chain exchange their colours (prompt against words);
@@ -186,7 +210,9 @@ def make_example(rng: np.random.Generator, kind: str | None = None, faults: dict
         j = int(rng.integers(len(cells)))
         x, y, size = cells[j]
         places = [_place(rng, cells[:j] + cells[j + 1 :], size) for _ in range(20)]
-        places = [place for place in places if place and max(abs(place[0] - x), abs(place[1] - y)) > 1]
+        places = [
+            place for place in places if place and max(abs(place[0] - x), abs(place[1] - y)) > 1
+        ]
         if places:
             cells[j] = places[0]
             made.append("drift")
@@ -211,7 +237,9 @@ def detect(image: Image.Image) -> list[Box]:
     palette = np.array(list(COLORS.values()), np.float32)
     palette -= palette.min(axis=1, keepdims=True)  # what is left without the grey part
     strength = np.linalg.norm(palette, axis=1)
-    along = (rgb - rgb.min(axis=2, keepdims=True)) @ (palette / strength[:, None]).T  # (SIZE, SIZE, colours)
+    along = (rgb - rgb.min(axis=2, keepdims=True)) @ (
+        palette / strength[:, None]
+    ).T  # (SIZE, SIZE, colours)
     color = along.argmax(axis=2)
     color[along.max(axis=2) < strength[color] / 2] = -1  # ground
     found = []
@@ -222,7 +250,9 @@ def detect(image: Image.Image) -> list[Box]:
             if mask.sum() < 8:  # specks; the smallest object has 36 pixels
                 continue
             shapes = {shape: shape_mask(shape, mask.shape[1], mask.shape[0]) for shape in SHAPES}
-            fit = {shape: (mask & full).sum() / (mask | full).sum() for shape, full in shapes.items()}
+            fit = {
+                shape: (mask & full).sum() / (mask | full).sum() for shape, full in shapes.items()
+            }
             best = max(fit, key=fit.get)
             edges = (columns.start, rows.start, columns.stop, rows.stop)
             name = f"{color_name} {best if fit[best] >= 0.8 else 'blob'}"
@@ -258,9 +288,16 @@ def faithfulness(prompt: str, boxes: list[Box]) -> float:
     names, relations = read_text(prompt)
     held = 0
     for i, words, j in relations:
-        pairs = [(a, b) for a in boxes for b in boxes if a is not b and (a.name, b.name) == (names[i], names[j])]
+        pairs = [
+            (a, b)
+            for a in boxes
+            for b in boxes
+            if a is not b and (a.name, b.name) == (names[i], names[j])
+        ]
         held += any(is_related(a, words, b) for a, b in pairs)
-    return _agreement(names, [box.name for box in boxes]) * (held / len(relations) if relations else 1.0)
+    return _agreement(names, [box.name for box in boxes]) * (
+        held / len(relations) if relations else 1.0
+    )
 
 
 class ToyJudge:
@@ -271,7 +308,9 @@ class ToyJudge:
         for prompt, chain in zip(prompts, chains, strict=True):
             (names, relations), (said, told) = read_text(prompt), read_text(chain)
             wanted = [(names[i], words, names[j]) for i, words, j in relations]
-            kept = (Counter(wanted) & Counter((said[i], words, said[j]) for i, words, j in told)).total()
+            kept = (
+                Counter(wanted) & Counter((said[i], words, said[j]) for i, words, j in told)
+            ).total()
             scores.append(_agreement(names, said) * (kept / len(wanted) if wanted else 1.0))
         return scores
 
@@ -279,10 +318,15 @@ class ToyJudge:
         return [faithfulness(prompt, boxes) for prompt, boxes in zip(prompts, layouts, strict=True)]
 
     def alignment(self, prompts: list[str], images: list[Image.Image]) -> list[float]:
-        return [faithfulness(prompt, detect(image)) for prompt, image in zip(prompts, images, strict=True)]
+        return [
+            faithfulness(prompt, detect(image))
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
 
     def ground(self, images: list[Image.Image], names: list[str]) -> list[list[Box]]:
-        found = {id(image): image for image in images}  # a picture comes once for each of its planned objects
+        found = {
+            id(image): image for image in images
+        }  # a picture comes once for each of its planned objects
         found = {key: detect(image) for key, image in found.items()}
         rows = zip(images, names, strict=True)
         return [[box for box in found[id(image)] if box.name == name] for image, name in rows]

@@ -37,7 +37,9 @@ def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
     int or a tuple of ints, for instance (run, step)."""
     seed = seed if isinstance(seed, tuple) else (seed,)
     keys = [[*seed, index, g] for index in indices for g in range(group)]
-    return torch.from_numpy(np.stack([np.random.default_rng(key).random(length, np.float32) for key in keys]))
+    return torch.from_numpy(
+        np.stack([np.random.default_rng(key).random(length, np.float32) for key in keys])
+    )
 
 
 def sample_token(logits, u, temperature: float):
@@ -50,7 +52,9 @@ def sample_token(logits, u, temperature: float):
     else:
         cdf = probs.cumsum(-1)
         token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-        token = torch.minimum(token, (cdf < cdf[:, -1:]).sum(-1))  # rounding must not step past the last possible token
+        token = torch.minimum(
+            token, (cdf < cdf[:, -1:]).sum(-1)
+        )  # rounding must not step past the last possible token
     entropy = -(probs * logps.clamp(min=-1e4)).sum(-1)
     return token, logps.gather(-1, token[:, None]).squeeze(-1), entropy
 
@@ -88,21 +92,29 @@ def run_layers(model, embeds, positions, mask, cache, columns, width: int):
     This is transformers' LlamaDecoderLayer, rounding included, but not called as a module: hooks (FSDP's, gradient
     checkpointing's) stay out. Linear layers are called, so adapters on them (LoRA) take part."""
     lm, (rows, n, _) = model.model.language_model, embeds.shape
-    cos, sin = (part[:, :, None] for part in lm.rotary_emb(embeds, position_ids=positions))  # (R, n, 1, head_dim)
+    cos, sin = (
+        part[:, :, None] for part in lm.rotary_emb(embeds, position_ids=positions)
+    )  # (R, n, 1, head_dim)
     half = cos.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # rotate_half(x) * sin is roll(x) * this
+    sin = torch.cat(
+        [-sin[..., :half], sin[..., half:]], dim=-1
+    )  # rotate_half(x) * sin is roll(x) * this
     for layer, (keys, values) in zip(lm.layers, cache.unbind(1), strict=True):
         attention = layer.self_attn
         x = rms_norm(layer.input_layernorm, embeds)
         q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
         qk = torch.cat([q, k], dim=-1).view(rows, n, -1, 2 * half)
-        qk = (qk * cos + qk.roll(half, dims=-1) * sin).transpose(1, 2)  # (R, heads of both, n, head_dim)
+        qk = (qk * cos + qk.roll(half, dims=-1) * sin).transpose(
+            1, 2
+        )  # (R, heads of both, n, head_dim)
         q, k = qk.split([qk.shape[1] - keys.shape[1], keys.shape[1]], dim=1)
         keys.index_copy_(2, columns, k)
         values.index_copy_(2, columns, v.view(rows, n, -1, 2 * half).transpose(1, 2))
         gqa = q.shape[1] != keys.shape[1]  # fewer heads of keys and values than of queries
         k, v = keys[:, :, :width], values[:, :, :width]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=gqa)
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=gqa
+        )
         embeds = embeds + attention.o_proj(x.transpose(1, 2).reshape(rows, n, -1))
         embeds = embeds + layer.mlp(rms_norm(layer.post_attention_layernorm, embeds))
     return rms_norm(lm.norm, embeds)
@@ -111,13 +123,22 @@ def run_layers(model, embeds, positions, mask, cache, columns, width: int):
 def added_mask(visible, dtype):
     """bool -> 0 where visible, -inf elsewhere, made once a step: attention would convert a bool mask in every layer.
     Not by `torch.where` with two numbers, which copies them from the host and so cannot be captured."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, -torch.inf
+    )
 
 
 def new_cache(model, rows: int, columns: int):
     """Keys and values, (2, layers, rows, heads, columns, head_dim). Zeros: masked columns must not hold NaN."""
     config, weight = model.config.text_config, model.get_input_embeddings().weight
-    shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, columns, config.head_dim)
+    shape = (
+        2,
+        config.num_hidden_layers,
+        rows,
+        config.num_key_value_heads,
+        columns,
+        config.head_dim,
+    )
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
 
@@ -130,7 +151,9 @@ def prefill(model, rows: list[list[int]], pad: int):
     columns = torch.arange(width, device=device)
     seen = columns >= width - torch.tensor([[len(row)] for row in rows], device=device)
     # a token sees what stands left of it, and itself: also when it is padding, or its row would be all -inf
-    visible = (seen[:, None] & (columns <= columns[:, None])) | torch.eye(width, dtype=torch.bool, device=device)
+    visible = (seen[:, None] & (columns <= columns[:, None])) | torch.eye(
+        width, dtype=torch.bool, device=device
+    )
     cache, embeds = new_cache(model, len(rows), width), embed(ids)
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
     mask = added_mask(visible[:, None], embeds.dtype)
@@ -144,14 +167,38 @@ def prefill(model, rows: list[list[int]], pad: int):
 class Decoder:
     """The buffers of a rollout of N samples, and the graphs recorded on them. It keeps no reference to the model."""
 
-    def __init__(self, model, samples: int, columns: int, cfg: float, temperature: float, logp_mode: str, ids: tuple):
+    def __init__(
+        self,
+        model,
+        samples: int,
+        columns: int,
+        cfg: float,
+        temperature: float,
+        logp_mode: str,
+        ids: tuple,
+    ):
         weight = model.get_input_embeddings().weight
         device, rows = weight.device, samples if cfg == 1.0 else 2 * samples
-        self.cfg, self.temperature, self.logp_mode, (self.pad, self.boi) = cfg, temperature, logp_mode, ids
-        self.capture = CAPTURE.get(device.type)  # records a step; None: steps run as they are, and any width is free
-        self.bucket, self.patience = (128, 16) if self.capture else (1, 1)  # patience: steps between looks at `done`
-        self.capacity = -(-columns // self.bucket) * self.bucket  # so that prompts of other lengths often fit as well
-        self.graphs, self.pool, self.used = {}, None, 0  # used: columns written so far; the host's copy of `column`
+        self.cfg, self.temperature, self.logp_mode, (self.pad, self.boi) = (
+            cfg,
+            temperature,
+            logp_mode,
+            ids,
+        )
+        self.capture = CAPTURE.get(
+            device.type
+        )  # records a step; None: steps run as they are, and any width is free
+        self.bucket, self.patience = (
+            (128, 16) if self.capture else (1, 1)
+        )  # patience: steps between looks at `done`
+        self.capacity = (
+            -(-columns // self.bucket) * self.bucket
+        )  # so that prompts of other lengths often fit as well
+        self.graphs, self.pool, self.used = (
+            {},
+            None,
+            0,
+        )  # used: columns written so far; the host's copy of `column`
         places = (samples, self.capacity)
 
         def buffer(*shape, dtype=torch.int64):
@@ -159,11 +206,23 @@ class Decoder:
 
         self.cache = new_cache(model, rows, self.capacity)
         self.hidden = buffer(rows, weight.shape[1], dtype=weight.dtype)  # of each row's last token
-        self.visible = buffer(rows, self.capacity, dtype=torch.bool)  # columns that hold a token of this row
+        self.visible = buffer(
+            rows, self.capacity, dtype=torch.bool
+        )  # columns that hold a token of this row
         self.position = buffer(rows)  # of the next token in its own sequence
-        self.column, self.place, self.last = buffer(1), buffer(1), buffer(1)  # last: the place where chains must end
-        self.done, self.forced = buffer(samples, dtype=torch.bool), buffer(samples, dtype=torch.bool)
-        self.token, self.sampled = buffer(*places), buffer(*places, dtype=torch.bool)  # sampled: not padding or forced
+        self.column, self.place, self.last = (
+            buffer(1),
+            buffer(1),
+            buffer(1),
+        )  # last: the place where chains must end
+        self.done, self.forced = (
+            buffer(samples, dtype=torch.bool),
+            buffer(samples, dtype=torch.bool),
+        )
+        self.token, self.sampled = (
+            buffer(*places),
+            buffer(*places, dtype=torch.bool),
+        )  # sampled: not padding or forced
         self.u, self.logp, self.entropy = (buffer(*places, dtype=torch.float32) for _ in range(3))
         self.buffers = [value for value in vars(self).values() if torch.is_tensor(value)]
 
@@ -180,7 +239,10 @@ class Decoder:
 
     def load(self, first: int, which, hidden, cache, seen) -> None:
         """Rows `first`, `first` + 1, ... become copies of rows `which` (a tensor) of a `prefill`, right-aligned."""
-        rows, columns = slice(first, first + len(which)), slice(self.used - seen.shape[1], self.used)
+        rows, columns = (
+            slice(first, first + len(which)),
+            slice(self.used - seen.shape[1], self.used),
+        )
         for layer in range(cache.shape[1]):  # one at a time: the copies of all together may not fit
             self.cache[:, layer, rows, :, columns] = cache[:, layer, which]
         self.visible[rows, columns] = seen[which]
@@ -212,7 +274,9 @@ def feed(model, s: Decoder, embeds, shown, width: int):
     n = len(embeds)
     s.visible[:n].index_copy_(1, s.column, shown[:, None])
     mask = added_mask(s.visible[:n, None, None, :width], s.hidden.dtype)
-    hidden = run_layers(model, embeds[:, None], s.position[:n, None], mask, s.cache[:, :, :n], s.column, width)[:, -1]
+    hidden = run_layers(
+        model, embeds[:, None], s.position[:n, None], mask, s.cache[:, :, :n], s.column, width
+    )[:, -1]
     s.position[:n] += shown
     s.column += 1
     return hidden
@@ -222,7 +286,9 @@ def text_step(model, s: Decoder, width: int) -> None:
     """One chain token for each sample. A finished row waits: it is fed pads that it never sees, and keeps its last
     hidden state. A chain that has not ended at the cap is ended for it, and not trained on that token."""
     hidden = s.hidden[: len(s.done)]
-    token, logp, entropy = sample_token(model.lm_head(hidden), s.u.index_select(1, s.place).squeeze(1), s.temperature)
+    token, logp, entropy = sample_token(
+        model.lm_head(hidden), s.u.index_select(1, s.place).squeeze(1), s.temperature
+    )
     capped = s.place == s.last  # (1,)
     token = token.masked_fill(capped, s.boi).masked_fill(s.done, s.pad)
     record(s, token=token, logp=logp, entropy=entropy, sampled=~(s.done | capped))
@@ -235,7 +301,9 @@ def text_step(model, s: Decoder, width: int) -> None:
 def draw_code(model, s: Decoder):
     """One image token for each sample (N,), under guidance, from the hidden states of the last ones."""
     cond, guided = guide(model.model.generation_head(s.hidden).float(), s.cfg)
-    code, logp, entropy = sample_token(guided, s.u.index_select(1, s.place).squeeze(1), s.temperature)
+    code, logp, entropy = sample_token(
+        guided, s.u.index_select(1, s.place).squeeze(1), s.temperature
+    )
     if s.logp_mode == "cond" and s.cfg != 1.0:
         logp = gather_logps(cond, code, s.temperature)
     record(s, token=code, logp=logp, entropy=entropy, sampled=torch.ones_like(s.done))
@@ -262,7 +330,9 @@ def cuda_graph(step, decoder: Decoder):
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
-    decoder.pool = decoder.pool or torch.cuda.graph_pool_handle()  # one for all: graphs never run at the same time
+    decoder.pool = (
+        decoder.pool or torch.cuda.graph_pool_handle()
+    )  # one for all: graphs never run at the same time
     graph = torch.cuda.CUDAGraph()
     # thread_local: NCCL's watchdog thread may ask for events meanwhile
     with torch.cuda.graph(graph, pool=decoder.pool, capture_error_mode="thread_local"):
@@ -277,9 +347,19 @@ def fingerprint(model) -> tuple:
     """What a graph has baked in of a model: the addresses of its weights, and which adapters take part.
     Optimizers update weights in place, so the same graphs serve a whole training run."""
     names = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
-    modules = [m for part in (model.lm_head, *(getattr(model.model, name) for name in names)) for m in part.modules()]
-    tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-    lora = [(tuple(m.active_adapters), m.disable_adapters, m.merged) for m in modules if hasattr(m, "merged_adapters")]
+    modules = [
+        m
+        for part in (model.lm_head, *(getattr(model.model, name) for name in names))
+        for m in part.modules()
+    ]
+    tensors = [
+        t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+    ]
+    lora = [
+        (tuple(m.active_adapters), m.disable_adapters, m.merged)
+        for m in modules
+        if hasattr(m, "merged_adapters")
+    ]
     return model.training, tuple(lora), tuple((t.device, t.dtype, t.data_ptr()) for t in tensors)
 
 

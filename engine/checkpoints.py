@@ -30,10 +30,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-import runtime
+from engine import run
 from render_boxes import MARKERS
 
-TOY = Path(__file__).parent / "toy_janus"
+TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # DeepSeek's names -> transformers' names, first match wins; a rule without a new name drops the tensor
@@ -52,9 +52,18 @@ RULES = [
     (VISION + r"pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
     (VISION + r"patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
     (VISION + r"norm\.", "model.vision_model.post_layernorm."),
-    (VISION + r"blocks\.(\d+)\.norm([12])\.", r"model.vision_model.encoder.layers.\1.layer_norm\2."),
-    (VISION + r"blocks\.(\d+)\.attn\.proj\.", r"model.vision_model.encoder.layers.\1.self_attn.projection_layer."),
-    (VISION + r"blocks\.(\d+)\.attn\.qkv\.", r"model.vision_model.encoder.layers.\1.self_attn.qkv_proj."),
+    (
+        VISION + r"blocks\.(\d+)\.norm([12])\.",
+        r"model.vision_model.encoder.layers.\1.layer_norm\2.",
+    ),
+    (
+        VISION + r"blocks\.(\d+)\.attn\.proj\.",
+        r"model.vision_model.encoder.layers.\1.self_attn.projection_layer.",
+    ),
+    (
+        VISION + r"blocks\.(\d+)\.attn\.qkv\.",
+        r"model.vision_model.encoder.layers.\1.self_attn.qkv_proj.",
+    ),
     (VISION + r"blocks\.(\d+)\.mlp\.", r"model.vision_model.encoder.layers.\1.mlp."),
     (VQ + r"quantize\.codebook_used$", None),  # a counter of DeepSeek's training
     (VQ + r"(en|de)coder\.mid\.0\.", r"model.vqmodel.\1coder.mid.block_1."),
@@ -68,7 +77,9 @@ RULES = [
 ]
 
 
-def convert_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def convert_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs in DeepSeek's names -> pairs in transformers' names. Raises ValueError on an unknown name.
 
     Values change in one place: code vectors get unit length. DeepSeek normalises them whenever it looks one up;
@@ -102,8 +113,16 @@ def config_from_deepseek(deepseek: dict) -> JanusConfig:
     language = dict(deepseek["language_config"])
     vision, codes = deepseek["vision_config"]["params"], deepseek["gen_vision_config"]["params"]
     if (name := vision["model_name"]) != "siglip_large_patch16_384":
-        raise ValueError(f"vision tower {name} is not known: expected siglip_large_patch16_384, as in Janus-Pro")
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        raise ValueError(
+            f"vision tower {name} is not known: expected siglip_large_patch16_384, as in Janus-Pro"
+        )
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     keys += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta")
     # what a config leaves out has LLaMA-7B's value: DeepSeek's 7B names neither its intermediate size nor its width
     text = {"vocab_size": 102400, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6}
@@ -127,7 +146,12 @@ def janus_pro_config(size: str) -> JanusConfig:
     """The published sizes, "1b" or "7b" (what config.json of deepseek-ai/Janus-Pro-1B and -7B says), for models with
     random weights: benchmarks and memory tables."""
     language = {
-        "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 24},
+        "1b": {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+        },
         "7b": {"num_hidden_layers": 30},
     }[size]
     return config_from_deepseek({
@@ -142,12 +166,18 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     turn."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [stem]
+        names = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.exists()
+            else [stem]
+        )
         files = [folder / name for name in names]
         if index.exists() or files[0].exists():
             break
     else:
-        raise FileNotFoundError(f"{folder} holds no weights: expected safetensors or pytorch_model.bin, or shards")
+        raise FileNotFoundError(
+            f"{folder} holds no weights: expected safetensors or pytorch_model.bin, or shards"
+        )
     for file in files:
         try:
             if file.suffix == ".safetensors":
@@ -155,13 +185,17 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     for name in shard.keys():  # noqa: SIM118 - not a dict
                         yield name, shard.get_tensor(name)
             else:
-                yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+                yield from torch.load(
+                    file, map_location="cpu", mmap=True, weights_only=True
+                ).items()
         except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
             reason = str(problem).splitlines()[0]
             raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
 
 
-def load_deepseek(folder: Path, config: JanusConfig, dtype: torch.dtype) -> JanusForConditionalGeneration:
+def load_deepseek(
+    folder: Path, config: JanusConfig, dtype: torch.dtype
+) -> JanusForConditionalGeneration:
     """A folder in DeepSeek's format -> the model. Raises ValueError naming what is missing, unknown or of another
     shape."""
     before = torch.get_default_dtype()
@@ -177,10 +211,16 @@ def load_deepseek(folder: Path, config: JanusConfig, dtype: torch.dtype) -> Janu
         if place is None:
             raise ValueError(f"{folder}: {name} has no place in the model of config.json")
         if place.shape != value.shape:
-            raise ValueError(f"{folder}: {name} is {tuple(value.shape)}, config.json says {tuple(place.shape)}")
-        place.data = value.to(dtype)  # in the file's own dtype the weights stay where the file is mapped: no copy
+            raise ValueError(
+                f"{folder}: {name} is {tuple(value.shape)}, config.json says {tuple(place.shape)}"
+            )
+        place.data = value.to(
+            dtype
+        )  # in the file's own dtype the weights stay where the file is mapped: no copy
     if wanted:
-        raise ValueError(f"{folder} lacks {len(wanted)} tensors, for instance {', '.join(list(wanted)[:3])}")
+        raise ValueError(
+            f"{folder} lacks {len(wanted)} tensors, for instance {', '.join(list(wanted)[:3])}"
+        )
     return model
 
 
@@ -193,10 +233,14 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     folder = TOY if name_or_path == "toy" else Path(name_or_path).expanduser()
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name_or_path)):
-            raise FileNotFoundError(f"no folder {name_or_path}: expected a checkpoint, a hub id (owner/name), or toy")
+            raise FileNotFoundError(
+                f"no folder {name_or_path}: expected a checkpoint, a hub id (owner/name), or toy"
+            )
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        folder = Path(
+            snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.bin"])
+        )
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -216,16 +260,29 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
         model, report = JanusForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True
         )
-        if problems := [key for part in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[part]]:
-            raise ValueError(f"{folder} does not fit its config.json: {', '.join(map(str, problems[:3]))}")
+        if problems := [
+            key
+            for part in ("missing_keys", "mismatched_keys", "unexpected_keys")
+            for key in report[part]
+        ]:
+            raise ValueError(
+                f"{folder} does not fit its config.json: {', '.join(map(str, problems[:3]))}"
+            )
     else:
-        raise ValueError(f"{folder} holds a {kind} model: expected janus (transformers) or multi_modality (DeepSeek)")
+        raise ValueError(
+            f"{folder} holds a {kind} model: expected janus (transformers) or multi_modality (DeepSeek)"
+        )
     # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    added = tokenizer.add_tokens([marker for marker in MARKERS if marker not in tokenizer.get_vocab()])
+    added = tokenizer.add_tokens(
+        [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
+    )
     rows = model.get_input_embeddings().weight.shape[0]
     if added:
-        print(f"{name_or_path}: {added} markers added, {len(tokenizer)} tokens for {rows} rows", file=sys.stderr)
+        print(
+            f"{name_or_path}: {added} markers added, {len(tokenizer)} tokens for {rows} rows",
+            file=sys.stderr,
+        )
     if len(tokenizer) > rows:
         torch.manual_seed(0)  # new rows are random, and an adapter has to find the same ones again
         model.resize_token_embeddings(len(tokenizer))
@@ -235,20 +292,22 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
 @dataclass
 class Args:
     source: tyro.conf.Positional[str]  # an adapter, a folder or a hub id: whatever `--model` takes
-    out: tyro.conf.Positional[str]  # new folder for the whole model, in transformers' format, with its tokenizer
+    out: tyro.conf.Positional[
+        str
+    ]  # new folder for the whole model, in transformers' format, with its tokenizer
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights that are written
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = runtime.parse_args(Args, __doc__, argv)
+    args = run.parse_args(Args, __doc__, argv)
     if Path(args.out).exists():
-        runtime.fail(f"{args.out} exists: name a new folder")
+        run.fail(f"{args.out} exists: name a new folder")
     try:
         model, tokenizer = load_policy(args.source, dtype=DTYPES[args.dtype])
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
     except (OSError, ValueError) as problem:
-        runtime.fail(str(problem))
+        run.fail(str(problem))
     print(f"wrote {args.out}: --model {args.out} uses it")
 
 

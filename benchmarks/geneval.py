@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from report import on_grid
+from benchmarks.stats import on_grid
 
 MASK2FORMER = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 WEIGHTS = {  # flag: (what it is, file or hub id, where to get it)
@@ -38,12 +38,16 @@ WEIGHTS = {  # flag: (what it is, file or hub id, where to get it)
 
 
 def missing(path: str, flag: str) -> str:
-    return "no {} at {}: get {} from {}, then --{} PATH".format(WEIGHTS[flag][0], path, *WEIGHTS[flag][1:], flag)
+    return "no {} at {}: get {} from {}, then --{} PATH".format(
+        WEIGHTS[flag][0], path, *WEIGHTS[flag][1:], flag
+    )
 
 
 def check_weights(path: str, flag: str) -> None:
     """Raises FileNotFoundError when `path` is neither there nor a hub id (owner/name)."""
-    if not Path(path).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)", path):
+    if not Path(path).expanduser().exists() and not re.fullmatch(
+        r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)", path
+    ):
         raise FileNotFoundError(missing(path, flag))
 
 
@@ -100,7 +104,9 @@ def relations(a, b) -> set[str]:
     centres is shortened by a tenth of both sizes, and the direction has to be within 60 degrees of the axis."""
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    short = [math.copysign(max(abs(o) - 0.1 * size, 0), o) for o, size in zip(offset, sizes, strict=True)]
+    short = [
+        math.copysign(max(abs(o) - 0.1 * size, 0), o) for o, size in zip(offset, sizes, strict=True)
+    ]
     if max(map(abs, short)) < 1e-3:
         return set()
     dx, dy = (s / math.hypot(*offset) for s in short)  # by the length before it was shortened
@@ -108,7 +114,9 @@ def relations(a, b) -> set[str]:
     return {words for words, true in holds.items() if true}
 
 
-def judge_geneval(metadata: dict, boxes: dict[str, list], colors: dict[str, list[str]]) -> list[tuple[str, str]]:
+def judge_geneval(
+    metadata: dict, boxes: dict[str, list], colors: dict[str, list[str]]
+) -> list[tuple[str, str]]:
     """What is wrong with a picture: (kind, words) for each failed clause; the picture is correct when there is none.
 
     `metadata` is a line of evaluation_metadata.jsonl; `boxes` has the kept boxes of a class, best first, `colors` the
@@ -134,7 +142,12 @@ def judge_geneval(metadata: dict, boxes: dict[str, list], colors: dict[str, list
     for clause in metadata.get("exclude", []):
         number = len(boxes.get(clause["class"], []))
         if number >= clause["count"]:
-            faults.append(("too_many", f"{clause['class']}: {number} found, fewer than {clause['count']} wanted"))
+            faults.append(
+                (
+                    "too_many",
+                    f"{clause['class']}: {number} found, fewer than {clause['count']} wanted",
+                )
+            )
     return faults
 
 
@@ -149,7 +162,9 @@ def colour_crop(image: Image.Image, box, mask: np.ndarray) -> Image.Image:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def read_metadata(line: str, where: str) -> tuple[str, str, dict]:
@@ -284,13 +299,19 @@ def load_tensors(path: str, flag: str) -> dict:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             name = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
             if not name or name[1] in [known for _, known in foreign]:
-                raise ValueError(f"--{flag} {path}: cannot be read without running its code, or is no .pth") from error
+                raise ValueError(
+                    f"--{flag} {path}: cannot be read without running its code, or is no .pth"
+                ) from error
             foreign.append((Metadata, name[1]))
 
 
 def fill(model, state: dict, flag: str, path: str) -> None:
     """Puts converted tensors into a model: every one that an output depends on, and no other, in its shape."""
-    wanted = {name: value.shape for name, value in model.state_dict().items() if not re.search(UNUSED, name)}
+    wanted = {
+        name: value.shape
+        for name, value in model.state_dict().items()
+        if not re.search(UNUSED, name)
+    }
     if wanted != {name: value.shape for name, value in state.items()}:
         raise ValueError(f"--{flag} {path} is no {WEIGHTS[flag][0]}: its tensors do not fit")
     model.load_state_dict(state, strict=False)
@@ -318,7 +339,9 @@ def detector_pixels(image: Image.Image, pad: int = 32):
     return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None], (h, w)
 
 
-def fuse_masks(class_logits, mask_logits, padded, valid, original, most: int = 100, threshold: float = 0.0):
+def fuse_masks(
+    class_logits, mask_logits, padded, valid, original, most: int = 100, threshold: float = 0.0
+):
     """Queries to instances, as mmdet does it: class_logits (Q, 81) and mask_logits (Q, H/4, W/4) of one picture; sizes
     (h, w) of the network's input, of what is not padding in it, and of the picture. Returns at most `most` instances,
     best first. A query can be several: the `most` best pairs of query and class count. The score is the class's
@@ -327,14 +350,18 @@ def fuse_masks(class_logits, mask_logits, padded, valid, original, most: int = 1
     """
     import torch.nn.functional as F
 
-    probs, places = class_logits.float().softmax(-1)[:, :-1].flatten().topk(min(most, 80 * len(class_logits)))
+    probs, places = (
+        class_logits.float().softmax(-1)[:, :-1].flatten().topk(min(most, 80 * len(class_logits)))
+    )
     places = places[probs > threshold]
     queries, labels = places // 80, places % 80
     used, place = queries.unique(return_inverse=True)
     if not len(used):
         return []
     logits = F.interpolate(mask_logits[used][None].float(), tuple(padded), mode="bilinear")
-    logits = F.interpolate(logits[:, :, : valid[0], : valid[1]], tuple(original), mode="bilinear")[0]  # (U, H, W)
+    logits = F.interpolate(logits[:, :, : valid[0], : valid[1]], tuple(original), mode="bilinear")[
+        0
+    ]  # (U, H, W)
     binary = logits > 0
     inside = (logits.sigmoid() * binary).sum((1, 2)) / (binary.sum((1, 2)) + 1e-6)
     edges = []
@@ -343,7 +370,10 @@ def fuse_masks(class_logits, mask_logits, padded, valid, original, most: int = 1
         edges.append((x1, y1, x2, y2))
     scores, binary = (probs[: len(places)] * inside[place]).tolist(), binary.cpu().numpy()
     rows = zip(scores, labels.tolist(), queries.tolist(), place.tolist(), strict=True)
-    instances = [Instance(CLASSES[label], score, edges[k], binary[k], query) for score, label, query, k in rows]
+    instances = [
+        Instance(CLASSES[label], score, edges[k], binary[k], query)
+        for score, label, query, k in rows
+    ]
     return sorted(instances, key=lambda found: -found.score)
 
 
@@ -364,18 +394,29 @@ class Mask2Former:
         if not str(path).endswith(".pth"):
             self.model = load(Mask2FormerForUniversalSegmentation, path, "detector")
         else:
-            sizes = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+            sizes = {
+                "embed_dim": 96,
+                "depths": [2, 2, 18, 2],
+                "num_heads": [3, 6, 12, 24],
+                "window_size": 7,
+            }
             swin = SwinConfig(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"])
-            config = config or Mask2FormerConfig(backbone_config=swin, num_labels=80, num_queries=100)
+            config = config or Mask2FormerConfig(
+                backbone_config=swin, num_labels=80, num_queries=100
+            )
             self.model = Mask2FormerForUniversalSegmentation(config)
             fill(self.model, convert_mmdet(load_tensors(path, "detector")), "detector", path)
         if self.model.config.num_labels != len(CLASSES):
-            raise ValueError(f"--detector {path} knows {self.model.config.num_labels} classes, not COCO's 80")
+            raise ValueError(
+                f"--detector {path} knows {self.model.config.num_labels} classes, not COCO's 80"
+            )
         self.model.to(device).eval().requires_grad_(False)
 
     def __call__(self, images: list[Image.Image], threshold: float = 0.3) -> list[list[Instance]]:
         sizes = [image.size for image in images]
-        return in_batches(lambda batch: self._detect(batch, threshold), images, self.batch_size, sizes)
+        return in_batches(
+            lambda batch: self._detect(batch, threshold), images, self.batch_size, sizes
+        )
 
     def _detect(self, images, threshold):
         import torch
@@ -384,9 +425,15 @@ class Mask2Former:
         pixels = torch.stack([x for x, _ in inputs])
         with torch.inference_mode():
             out = self.model(pixel_values=pixels.to(self.device, self.model.dtype))
-        sizes = [(pixels.shape[2:], valid, image.size[::-1]) for (_, valid), image in zip(inputs, images, strict=True)]
+        sizes = [
+            (pixels.shape[2:], valid, image.size[::-1])
+            for (_, valid), image in zip(inputs, images, strict=True)
+        ]
         logits = zip(out.class_queries_logits, out.masks_queries_logits, sizes, strict=True)
-        return [fuse_masks(classes, masks, *size, threshold=threshold) for classes, masks, size in logits]
+        return [
+            fuse_masks(classes, masks, *size, threshold=threshold)
+            for classes, masks, size in logits
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +445,9 @@ def clip_pixels(image: Image.Image):
     import torch
 
     image = image.convert("RGB")
-    sides = [224 if side == min(image.size) else int(224 * side / min(image.size)) for side in image.size]
+    sides = [
+        224 if side == min(image.size) else int(224 * side / min(image.size)) for side in image.size
+    ]
     left, top = (round((side - 224) / 2) for side in sides)
     image = image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
     return normalised(torch.from_numpy(np.array(image)))
@@ -407,7 +456,9 @@ def clip_pixels(image: Image.Image):
 def normalised(pixels):
     """(H, W, 3) uint8 -> (3, H, W) by CLIP's mean and standard deviation; BLIP uses them too."""
     x = pixels.permute(2, 0, 1) / 255
-    mean, std = x.new_tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    mean, std = x.new_tensor(
+        [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]
+    )
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
@@ -430,12 +481,16 @@ class Clip:
             return [*found.pooler_output.float().cpu()]
 
         with torch.inference_mode():
-            return torch.nn.functional.normalize(torch.stack(in_batches(features, images, self.batch_size)), dim=-1)
+            return torch.nn.functional.normalize(
+                torch.stack(in_batches(features, images, self.batch_size)), dim=-1
+            )
 
     def texts(self, texts: list[str]):
         import torch
 
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+        )
         with torch.inference_mode():
             found = self.model.get_text_features(**tokens.to(self.device)).pooler_output
             return torch.nn.functional.normalize(found.float().cpu(), dim=-1)
@@ -443,8 +498,14 @@ class Clip:
     @functools.cache  # noqa: B019 - one object a run
     def _color_vectors(self, name: str):
         """(10, D): for each colour, the mean over three sentences about a `name` of that colour."""
-        sentences = ("a photo of a {0} {1}", "a photo of a {0}-colored {1}", "a photo of a {0} object")
-        texts = self.texts([sentence.format(color, name) for color in COLORS for sentence in sentences])
+        sentences = (
+            "a photo of a {0} {1}",
+            "a photo of a {0}-colored {1}",
+            "a photo of a {0} object",
+        )
+        texts = self.texts(
+            [sentence.format(color, name) for color in COLORS for sentence in sentences]
+        )
         mean = texts.unflatten(0, (len(COLORS), len(sentences))).mean(1)
         return mean / mean.norm(dim=-1, keepdim=True)
 
@@ -475,7 +536,10 @@ class GenEval:
                 ones = [instance for instance in instances if instance.name == name]
                 classes[name] = [ones[k] for k in kept([one.score for one in ones], line["tag"])]
                 if any("color" in clause for clause in line["include"]):
-                    crops += [colour_crop(image.convert("RGB"), one.box, one.mask) for one in classes[name]]
+                    crops += [
+                        colour_crop(image.convert("RGB"), one.box, one.mask)
+                        for one in classes[name]
+                    ]
                     names += [name] * len(classes[name])
             found.append(classes)
         colors, rows = iter(self.clip.colors(crops, names)), []
@@ -483,11 +547,15 @@ class GenEval:
             seen = {}
             if any("color" in clause for clause in line["include"]):
                 seen = {name: [next(colors) for _ in ones] for name, ones in classes.items()}
-            faults = judge_geneval(line, {name: [one.box for one in ones] for name, ones in classes.items()}, seen)
+            faults = judge_geneval(
+                line, {name: [one.box for one in ones] for name, ones in classes.items()}, seen
+            )
             boxes = []
             for name, ones in classes.items():
                 for color, one in zip(seen.get(name, [""] * len(ones)), ones, strict=True):
-                    boxes.append([f"{color} {name} {one.score:.2f}".strip(), *on_grid(one.box, image.size)])
+                    boxes.append(
+                        [f"{color} {name} {one.score:.2f}".strip(), *on_grid(one.box, image.size)]
+                    )
             reason = "; ".join(words for _, words in faults)
             rows.append({"score": float(not faults), "reason": reason, "boxes": boxes})
         return rows

@@ -26,12 +26,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import JanusForConditionalGeneration
 
-import checkpoints
-import decode
 import gotr1
-import run_folder
-import runtime
-from checkpoints import DTYPES
+from engine import checkpoints, decode, run
+from engine.checkpoints import DTYPES
 
 # the name that transformers 6 has for it is not in the oldest version that works here; peft asks by the old name too
 warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
@@ -66,9 +63,13 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True, autocast_adapter_dtype=True)
+        return PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=True, autocast_adapter_dtype=True
+        )
     torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LINEAR, lora_dropout=0.0, bias="none")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=LINEAR, lora_dropout=0.0, bias="none"
+    )
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     base = str(Path(base).resolve()) if base != "toy" and Path(base).is_dir() else base
     wrapped.peft_config["default"].base_model_name_or_path = base
@@ -79,7 +80,9 @@ def shard_model(model, device: torch.device, dtype: torch.dtype) -> Whole:
     """Shards over all processes in the precision that the weights have, gathered in `dtype` a layer at a time.
     Gradients are summed in float32."""
     # inputs are not cast: a Rollout's masks and log-probabilities stay float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -96,7 +99,12 @@ def to_device(model, device: torch.device, dtype: torch.dtype, sharded: bool) ->
     inner.vqmodel.to(device, torch.float32)
     if sharded:
         return shard_model(model, device, dtype)
-    used = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)
+    used = (
+        inner.language_model,
+        inner.generation_embeddings,
+        inner.generation_aligner,
+        inner.generation_head,
+    )
     for part in (*used, model.lm_head):
         part.to(device)
     return Whole(model)
@@ -124,26 +132,39 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ):
-        self.model, self.tokenizer, self.device, self.dtype = model, tokenizer, device, DTYPES[dtype]
+        self.model, self.tokenizer, self.device, self.dtype = (
+            model,
+            tokenizer,
+            device,
+            DTYPES[dtype],
+        )
         self.sharded = is_sharded(lora, dtype, shard)
-        if self.sharded and not dist.is_initialized():  # one process: for the float32 shards under bfloat16
+        if (
+            self.sharded and not dist.is_initialized()
+        ):  # one process: for the float32 shards under bfloat16
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         gotr1.trainable_parameters(model)
         self.lora = add_lora(model, lora, lora_alpha, saved, base) if lora else None
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         self.whole = to_device(model, device, self.dtype, self.sharded)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay
+        )
         self.reference = None
         self.first_step = self.resume(saved) if saved else 0
 
     def keep_reference(self, model) -> None:
         """The frozen policy that the KL compares with: `model`, loaded anew in the precision of the forward pass. LoRA
         needs none: its adapter is switched off."""
-        self.reference = to_device(model.requires_grad_(False), self.device, self.dtype, self.sharded)
+        self.reference = to_device(
+            model.requires_grad_(False), self.device, self.dtype, self.sharded
+        )
 
     @contextlib.contextmanager
     def gathered(self):
@@ -157,11 +178,15 @@ class Engine:
             for module in shards:
                 module.reshard()
             if shards:
-                decode.KEPT.pop(self.model, None)  # its graphs point at weights that are no longer there
+                decode.KEPT.pop(
+                    self.model, None
+                )  # its graphs point at weights that are no longer there
 
     def score(self, batch, **settings):
         """`gotr1.token_logps` of the policy, with gradients unless they are switched off."""
-        self.model.train(self.gradient_checkpointing)  # transformers checkpoints in training mode only; no dropout here
+        self.model.train(
+            self.gradient_checkpointing
+        )  # transformers checkpoints in training mode only; no dropout here
         result = self.whole(gotr1.token_logps, batch, **settings)
         self.model.eval()
         if self.sharded and not torch.is_grad_enabled():
@@ -188,7 +213,7 @@ class Engine:
         """Sums the gradients over processes, clips, takes an AdamW step; returns the norm before clipping, the same on
         every process. A gradient that is zero or not finite changes nothing."""
         if not self.sharded:
-            runtime.sum_gradients(self.parameters)
+            run.sum_gradients(self.parameters)
         norm = full(torch.nn.utils.clip_grad_norm_(self.parameters, clip_grad)).item()
         if 0 < norm < math.inf:
             for group in self.optimizer.param_groups:
@@ -205,29 +230,44 @@ class Engine:
 
         Written beside and renamed, so that what has the name is whole; `latest` names it; all but the last `keep` go.
         Raises RuntimeError when it cannot be written; then the last checkpoint stays as it was."""
-        weights = {} if self.lora else {name: gather(value) for name, value in self.model.state_dict().items()}
+        weights = (
+            {}
+            if self.lora
+            else {name: gather(value) for name, value in self.model.state_dict().items()}
+        )
         state = self.optimizer.state_dict()
-        state["state"] = {k: {name: gather(value) for name, value in row.items()} for k, row in state["state"].items()}
-        if runtime.rank() > 0:
+        state["state"] = {
+            k: {name: gather(value) for name, value in row.items()}
+            for k, row in state["state"].items()
+        }
+        if run.rank() > 0:
             return
         target, beside = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
         try:
             shutil.rmtree(beside, ignore_errors=True)
             if self.lora:
-                self.lora.save_pretrained(beside, save_embedding_layers=False)  # else it asks the hub
+                self.lora.save_pretrained(
+                    beside, save_embedding_layers=False
+                )  # else it asks the hub
             else:
                 self.model.save_pretrained(beside, state_dict=weights)
             self.tokenizer.save_pretrained(beside)
             torch.save({"step": step, "optimizer": state}, beside / "trainer.pt")
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
-            run_folder.write_whole(folder / "latest", target.name)
-        except (OSError, RuntimeError, SafetensorError) as problem:  # a full disk: each library has its own word for it
+            run.write_whole(folder / "latest", target.name)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as problem:  # a full disk: each library has its own word for it
             shutil.rmtree(beside, ignore_errors=True)
             raise RuntimeError(f"cannot save {target}: {problem}") from problem
         steps = sorted(folder.glob("step_*[0-9]"))
         kept = [path for path in steps if path.name <= target.name][-keep:]
-        for path in {*steps} - {*kept}:  # later ones are from before a kill: written, but never named
+        for path in {*steps} - {
+            *kept
+        }:  # later ones are from before a kill: written, but never named
             shutil.rmtree(path, ignore_errors=True)
 
     def resume(self, saved: Path) -> int:
@@ -243,21 +283,31 @@ class Engine:
 def check(config) -> None:
     """Ends the program in one line when a trainer's settings contradict each other."""
     if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
-        runtime.fail("--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora")
+        run.fail(
+            "--dtype bfloat16 trains all weights through float32 shards: leave --shard out, or give --lora"
+        )
     if config.lora and config.shard == "yes":
-        runtime.fail("--shard yes is for all weights; an adapter is replicated: leave one of --lora and --shard out")
+        run.fail(
+            "--shard yes is for all weights; an adapter is replicated: leave one of --lora and --shard out"
+        )
 
 
 def load(config, device: torch.device, saved: Path | None, base: str, **optimizer) -> Engine:
     """The engine that a trainer's settings describe. `base` is what training starts from, `saved` this run's checkpoint
     to go on with."""
-    source = base if config.lora or saved is None else str(saved)  # an adapter goes on top of its base
-    model, tokenizer = checkpoints.load_policy(source, "cpu", DTYPES[config.dtype] if config.lora else torch.float32)
+    source = (
+        base if config.lora or saved is None else str(saved)
+    )  # an adapter goes on top of its base
+    model, tokenizer = checkpoints.load_policy(
+        source, "cpu", DTYPES[config.dtype] if config.lora else torch.float32
+    )
     names = ("lora", "lora_alpha", "dtype", "shard", "gradient_checkpointing")
     settings = {name: getattr(config, name) for name in names}
     engine = Engine(model, tokenizer, device, base, saved, **settings, **optimizer)
-    if len(set(runtime.gather_list([engine.first_step]))) > 1:
-        raise ValueError("--out must be one folder that all machines see: some found a checkpoint there, some did not")
+    if len(set(run.gather_list([engine.first_step]))) > 1:
+        raise ValueError(
+            "--out must be one folder that all machines see: some found a checkpoint there, some did not"
+        )
     return engine
 
 
@@ -268,14 +318,16 @@ def full(value: torch.Tensor) -> torch.Tensor:
 def gather(value: torch.Tensor) -> torch.Tensor:
     """A shard -> the whole tensor, on the host of rank 0 (elsewhere nothing is kept). Every process has to call it."""
     value = full(value.detach())
-    return value.cpu() if runtime.rank() == 0 else value.new_empty(0)
+    return value.cpu() if run.rank() == 0 else value.new_empty(0)
 
 
 def place(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The part of a whole tensor that this process holds, laid out as the parameter `like`; AdamW's counter is whole
     everywhere."""
     if isinstance(like, DTensor) and value.dim():
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
     return value.clone()
 
 
@@ -293,12 +345,24 @@ def judge_parameters() -> int:
 
     text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
             "num_key_value_heads": 4, "vocab_size": 152064}  # fmt: skip
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
     with torch.device("meta"):
-        return count(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)))
+        return count(
+            Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            )
+        )
 
 
-def memory(size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch: int, kl: bool) -> dict[str, float]:
+def memory(
+    size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch: int, kl: bool
+) -> dict[str, float]:
     """Bytes on each GPU, by what they are for, of bfloat16 training of a published size with gradient checkpointing.
 
     `samples` are drawn at a time on each GPU, each 60 prompt, 250 chain and 576 image tokens long; the cache has room
@@ -310,19 +374,35 @@ def memory(size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch
         if lora:
             add_lora(model, lora, 32.0, None, "toy")
     text = model.config.text_config
-    tokens, columns, vq = 60 + 250 + 576, -(-(60 + 601 + 576) // 128) * 128, count(model.model.vqmodel)
-    cache = 2 * text.num_hidden_layers * samples * (2 if cfg else 1) * columns * text.hidden_size * 2
-    activations = micro_batch * tokens * text.hidden_size * text.num_hidden_layers * 2 + 3 * 1024 * text.vocab_size * 4
-    adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) if lora else 0
+    tokens, columns, vq = (
+        60 + 250 + 576,
+        -(-(60 + 601 + 576) // 128) * 128,
+        count(model.model.vqmodel),
+    )
+    cache = (
+        2 * text.num_hidden_layers * samples * (2 if cfg else 1) * columns * text.hidden_size * 2
+    )
+    activations = (
+        micro_batch * tokens * text.hidden_size * text.num_hidden_layers * 2
+        + 3 * 1024 * text.vocab_size * 4
+    )
+    adapter = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if lora
+        else 0
+    )
     parts = {
         "weights": 2 * trained + 4 * (vq + adapter) if lora else 4 * trained / gpus + 4 * vq,
-        "gathered": 0 if lora else 2 * trained,  # for the rollout; during the update one layer at a time
+        "gathered": 0
+        if lora
+        else 2 * trained,  # for the rollout; during the update one layer at a time
         "gradients": 4 * (adapter or trained / gpus),
         "AdamW": 8 * (adapter or trained / gpus),
         "reference": 2 * trained / gpus if kl and not lora else 0,
         "cache": cache,
         "activations": activations,
-        "judge": 2 * judge_parameters() + 2 * 986_109_441,  # HPS v2.1 is a CLIP ViT-H/14 of that many weights
+        "judge": 2 * judge_parameters()
+        + 2 * 986_109_441,  # HPS v2.1 is a CLIP ViT-H/14 of that many weights
     }
     # rollout and update take turns: what was gathered is gone then, and the cache, but for the one that decode.KEPT has
     rollout, update = parts["gathered"] + cache, activations + (cache if lora else 0)
@@ -332,8 +412,18 @@ def memory(size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch
 
 def main(argv: list[str] | None = None) -> None:
     """GiB on each GPU for the published sizes, by what they are for; 16 samples with guidance in the rollout."""
-    rows = [("1b", 0, 1), ("1b", 0, 8), ("1b", 32, 1), ("7b", 32, 1), ("7b", 32, 8), ("7b", 0, 1), ("7b", 0, 8)]
-    print("GiB on each GPU, bfloat16, 16 samples at a time with guidance, update in micro-batches of 4")
+    rows = [
+        ("1b", 0, 1),
+        ("1b", 0, 8),
+        ("1b", 32, 1),
+        ("7b", 32, 1),
+        ("7b", 32, 8),
+        ("7b", 0, 1),
+        ("7b", 0, 8),
+    ]
+    print(
+        "GiB on each GPU, bfloat16, 16 samples at a time with guidance, update in micro-batches of 4"
+    )
     for k, (size, lora, gpus) in enumerate(rows):
         parts = memory(size, lora, gpus, samples=16, cfg=True, micro_batch=4, kl=True)
         if k == 0:
