@@ -1,41 +1,53 @@
-"""Chain text to boxes to picture, and back. Needs PIL only: copy this file anywhere.
+"""Chain text to boxes to picture, and back. The functions need PIL only: copy this file anywhere.
 
-A chain names each object and gives the top left and bottom right corner of its box, in integers 0..999 of the picture's
-width and height, origin top left: `A <|obj_start|>red ball<|obj_end|> <|box_start|>(125,250),(375,500)<|box_end|> …`
-What a model wrote is read leniently (parse_chain keeps what is sound), what a person wrote strictly (chain_problems).
-To see a chain: `python render_boxes.py chain.txt out.png`
+A chain names each object and gives the top left and the bottom right corner of its box, in whole
+numbers 0..999 of the picture's width and height, origin top left:
+
+    A <|obj_start|>red ball<|obj_end|> <|box_start|>(125,250),(375,500)<|box_end|> on grass.
+
+What a model wrote is read leniently (`parse_chain` keeps what is sound), what a person wrote is
+read strictly (`chain_problems`). In this repository a command draws a chain:
+
+    python render_boxes.py chain.txt --out boxes.png
 """
 
-import argparse
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARKERS = OBJ_START, OBJ_END, BOX_START, BOX_END = (
-    "<|obj_start|>",
-    "<|obj_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-)
-WRITTEN = f"{OBJ_START}%s{OBJ_END} {BOX_START}(%s,%s),(%s,%s){BOX_END}"
-EXAMPLE = WRITTEN % ("name", "x1", "y1", "x2", "y2")
-# A chain is a row of objects' names, boxes, markers without their partner, and the text between. These expressions take
-# linear time on any input: no quantifier repeats another one, or stands beside one for the same characters.
-TEXT = r"(?:(?!<\|(?:obj|box)_(?:start|end)\|>)[\s\S])"
+OBJ_START = "<|obj_start|>"
+OBJ_END = "<|obj_end|>"
+BOX_START = "<|box_start|>"
+BOX_END = "<|box_end|>"
+MARKERS = (OBJ_START, OBJ_END, BOX_START, BOX_END)
+EXAMPLE = f"{OBJ_START}name{OBJ_END} {BOX_START}(x1,y1),(x2,y2){BOX_END}"
+
+# A chain is a sequence of segments: names of objects, boxes, markers without their partner, and the
+# text between. The expressions take linear time on any input: no quantifier repeats another one, or
+# stands beside one for the same characters.
+MARKER = r"<\|(?:obj|box)_(?:start|end)\|>"
+TEXT = rf"(?:(?!{MARKER})[\s\S])"  # one character that does not begin a marker
 SEGMENT = re.compile(
-    rf"(?:<\|obj_start\|>(?P<object>{TEXT}*)<\|obj_end\|>|<\|box_start\|>(?P<box>{TEXT}*)<\|box_end\|>"
-    rf"|(?P<marker><\|(?:obj|box)_(?:start|end)\|>)|(?P<text>{TEXT}+))\s*"
+    rf"(?:<\|obj_start\|>(?P<object>{TEXT}*)<\|obj_end\|>"
+    rf"|<\|box_start\|>(?P<box>{TEXT}*)<\|box_end\|>"
+    rf"|(?P<marker>{MARKER})"
+    rf"|(?P<text>{TEXT}+))\s*"
 )
-POINTS = re.compile(
-    r"\s*\(\s*([0-9]{1,4})\s*,\s*([0-9]{1,4})\s*\)\s*,\s*\(\s*([0-9]{1,4})\s*,\s*([0-9]{1,4})\s*\)\s*"
-)
-# Torn boxes: coordinates after a lone start marker or before a lone end marker, "(12," anywhere; and cut markers.
+NUMBER = r"\s*([0-9]{1,4})\s*"
+POINTS = re.compile(rf"\s*\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)\s*")
 REMAINS = re.compile(
-    r"<\|box_start\|>[\s0-9(),.-]*|[\s0-9(),.-]{0,24}<\|box_end\|>|\([\s0-9.-]*,[\s0-9(),.-]*"
-    r"|<?\|?(?:obj|box)_\w{0,5}\|?>?|<\|\w{0,9}|\|>"
+    r"<\|box_start\|>[\s0-9(),.-]*"  # coordinates after a lone start marker
+    r"|[\s0-9(),.-]{0,24}<\|box_end\|>"  # coordinates before a lone end marker
+    r"|\([\s0-9.-]*,[\s0-9(),.-]*"  # "(12," anywhere
+    r"|<?\|?(?:obj|box)_\w{0,5}\|?>?|<\|\w{0,9}|\|>"  # cut markers
 )
-COLOURS = "#d62839 #1f6fd6 #23862c #d9730d #8a3fc7 #0e8a9c #d63fa4 #7a4a3c #8f7a00 #16307a #6b7280 #3d9a6a".split()
+
+COLOURS = (
+    "#d62839 #1f6fd6 #23862c #d9730d #8a3fc7 #0e8a9c "
+    "#d63fa4 #7a4a3c #8f7a00 #16307a #6b7280 #3d9a6a"
+).split()
 
 
 class Box(NamedTuple):
@@ -46,13 +58,23 @@ class Box(NamedTuple):
     y2: float
 
 
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+
 def parse_chain(text: str) -> list[Box]:
-    """The sound boxes of a chain, in order; torn, empty and outlying ones are left out. Never raises."""
-    boxes, name = [], ""
-    for found in SEGMENT.finditer(text):
-        if found.lastgroup != "box":  # after text or a stray marker the next box is nobody's
-            name = " ".join((found["object"] or "").split())
-        elif name and (points := POINTS.fullmatch(found["box"])):
+    """The sound boxes of a chain, in order: torn, empty and outlying ones are left out.
+
+    Never raises, whatever the text is."""
+    boxes = []
+    name = ""
+    for segment in SEGMENT.finditer(text):
+        if segment.lastgroup != "box":
+            # Text or a stray marker clears the name: a box that comes next belongs to no object.
+            name = " ".join((segment["object"] or "").split())
+            continue
+        points = POINTS.fullmatch(segment["box"])
+        if name and points:
             x1, y1, x2, y2 = map(int, points.groups())
             if x1 < x2 <= 1000 and y1 < y2 <= 1000:
                 boxes.append(Box(name, x1, y1, x2, y2))
@@ -60,172 +82,241 @@ def parse_chain(text: str) -> list[Box]:
 
 
 def chain_problems(text: str) -> list[str]:
-    """What is wrong with a chain that a person wrote, one sentence for each fault; an empty list when nothing is."""
-    row, problems = list(SEGMENT.finditer(text)), []
-    kinds = [
-        "text",
-        *(found.lastgroup for found in row),
-        "text",
-    ]  # kinds[n] comes before row[n], kinds[n + 2] after
-    for n, found in enumerate(row):
-        content = " ".join(found[found.lastgroup].split())
-        points = POINTS.fullmatch(content)
-        x1, y1, x2, y2 = map(int, points.groups()) if points else (0, 0, 1, 1)
-        faults = (
-            ("marker", True, f"has no partner: write {EXAMPLE}"),
-            ("object", not content, "has no name: write one between its markers"),
-            ("object", kinds[n + 2] in ("object", "text"), f"has no box: write {EXAMPLE}"),
-            ("box", kinds[n] == "text", f"follows no object: write {EXAMPLE}"),
-            (
-                "box",
-                not points,
-                "cannot be read: write (x1,y1),(x2,y2) in whole numbers from 0 to 999",
-            ),
-            (
-                "box",
-                max(x1, y1, x2, y2) > 999,
-                "leaves the picture: width and height run from 0 to 999",
-            ),
-            (
-                "box",
-                x2 <= x1 or y2 <= y1,
-                "ends before it starts: x2 must be more than x1, and y2 more than y1",
-            ),
-        )
-        problems += [
-            f'The {kind} "{content[:40]}" at character {found.start() + 1} {why}.'
-            for kind, wrong, why in faults
-            if kind == found.lastgroup and wrong
-        ]
-    return (
-        problems
-        if problems or "object" in kinds
-        else [f"The chain names no object: write {EXAMPLE}."]
-    )
+    """What is wrong with a chain that a person wrote, one sentence per fault; [] if it is sound."""
+    segments = list(SEGMENT.finditer(text))
+    kinds = [segment.lastgroup for segment in segments]
+    problems = []
+    for k, segment in enumerate(segments):
+        kind = kinds[k]
+        content = " ".join(segment[kind].split())
+        before = kinds[k - 1] if k > 0 else "text"
+        after = kinds[k + 1] if k + 1 < len(kinds) else "text"
+        where = f'The {kind} "{content[:40]}" at character {segment.start() + 1}'
+        for fault in segment_faults(kind, content, before, after):
+            problems.append(f"{where} {fault}.")
+    if not problems and "object" not in kinds:
+        problems.append(f"The chain names no object: write {EXAMPLE}.")
+    return problems
+
+
+def segment_faults(kind: str, content: str, before: str, after: str) -> list[str]:
+    """What is wrong with one segment that stands between segments of kinds `before` and `after`."""
+    faults = []
+    if kind == "marker":
+        faults.append(f"has no partner: write {EXAMPLE}")
+    if kind == "object" and not content:
+        faults.append("has no name: write one between its markers")
+    if kind == "object" and after in ("object", "text"):
+        faults.append(f"has no box: write {EXAMPLE}")
+    if kind == "box" and before == "text":
+        faults.append(f"follows no object: write {EXAMPLE}")
+    if kind == "box":
+        faults += coordinate_faults(content)
+    return faults
+
+
+def coordinate_faults(content: str) -> list[str]:
+    points = POINTS.fullmatch(content)
+    if not points:
+        return ["cannot be read: write (x1,y1),(x2,y2) in whole numbers from 0 to 999"]
+    x1, y1, x2, y2 = map(int, points.groups())
+    faults = []
+    if max(x1, y1, x2, y2) > 999:
+        faults.append("leaves the picture: width and height run from 0 to 999")
+    if x2 <= x1 or y2 <= y1:
+        faults.append("ends before it starts: x2 must be more than x1, and y2 more than y1")
+    return faults
 
 
 def strip_boxes(text: str) -> str:
-    """The words of a chain without boxes and markers, torn ones included: what a language judge reads."""
-    text = SEGMENT.sub(
-        lambda found: (found["object"] or found["marker"] or found["text"] or "") + " ", text
-    )
-    return re.sub(r" (?=[,.;:!?])", "", " ".join(REMAINS.sub(" ", text).split()))
+    """The words of a chain: no boxes, no markers, whole or torn. A language judge reads this."""
+
+    def without_box(segment: re.Match) -> str:
+        # A lone marker stays for REMAINS, which also removes the coordinates beside it.
+        return (segment["object"] or segment["marker"] or segment["text"] or "") + " "
+
+    words = REMAINS.sub(" ", SEGMENT.sub(without_box, text)).split()
+    return re.sub(r" (?=[,.;:!?])", "", " ".join(words))
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+
+def format_box(x1: int, y1: int, x2: int, y2: int) -> str:
+    return f"{BOX_START}({x1},{y1}),({x2},{y2}){BOX_END}"
 
 
 def format_chain(parts: list[str | Box]) -> str:
-    """["A", Box("red ball", 125, 250, 375, 500)] gives the chain at the top of this file."""
-    return " ".join(
-        part
-        if isinstance(part, str)
-        else WRITTEN % (part.name, *(min(max(round(edge), 0), 999) for edge in part[1:]))
-        for part in parts
-    )
+    """["A", Box("red ball", 125, 250, 375, 500), "on grass."] gives the chain shown at the top."""
+    written = []
+    for part in parts:
+        if isinstance(part, Box):
+            corners = [min(max(round(edge), 0), 999) for edge in part[1:]]
+            part = f"{OBJ_START}{part.name}{OBJ_END} {format_box(*corners)}"
+        written.append(part)
+    return " ".join(written)
+
+
+# -------------------------------------------------------------------------------------------------
+# Overlap
 
 
 def iou(a: Box, b: Box) -> float:
     """Shared area over joint area: 1 for equal boxes, 0 for boxes apart."""
-    shared = max(0, min(a.x2, b.x2) - max(a.x1, b.x1)) * max(0, min(a.y2, b.y2) - max(a.y1, b.y1))
-    return (
-        shared / ((a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - shared)
-        if shared
-        else 0.0
-    )
+    width = max(0, min(a.x2, b.x2) - max(a.x1, b.x1))
+    height = max(0, min(a.y2, b.y2) - max(a.y1, b.y1))
+    shared = width * height
+    if not shared:  # boxes without area have no joint area to divide by
+        return 0.0
+    area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
+    area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
+    return shared / (area_a + area_b - shared)
 
 
-def place_labels(boxes, size, shrink=1.0):
-    """Where the names go, in pixels: (labels, font). A label is a box on the canvas, clear of the other labels: of the
-    places where it leans on the canvas's edge, its object or what is in the way, the free one nearest its corner.
-    """
-    font, labels = ImageFont.load_default(max(6, shrink * max(11, min(size) / 28))), []
-    for box in boxes:
-        text = " ".join(box.name.split())[:200] or "?"
-        while len(text) > 1 and font.getlength(text) > size[0] * shrink - 6:
-            text = text[:-2] + "…"
-        w, h = (
-            min(round(font.getlength(text)) + 6, size[0]),
-            min(sum(font.getmetrics()) + 2, size[1]),
-        )
-        small = [
-            b for b in boxes if (b.x2 - b.x1) * (b.y2 - b.y1) < 2 * w * h
-        ]  # a label could hide these
-        taken = sorted(
-            labels + small * (shrink > 0.5), key=lambda b: abs(b.x1 - box.x1) + abs(b.y1 - box.y1)
-        )
-        edges = [
-            *taken[:20],
-            box,
-            Box("its corner", *box[1:3], *box[1:3]),
-            Box("canvas, inside out", *size, 0, 0),
-        ]
-        xs = {x for edge in edges for x in (edge.x1 - w, edge.x2) if 0 <= x <= size[0] - w}
-        ys = {y for edge in edges for y in (edge.y1 - h, edge.y2) if 0 <= y <= size[1] - h}
-        spots = sorted((abs(x - box.x1) + abs(y - box.y1), x, y) for x in xs for y in ys)
-        places = [Box(text, x, y, x + w, y + h) for _, x, y in spots]
-        free = next(
-            (place for place in places if not any(iou(place, other) for other in taken)), None
-        )
-        if not free and shrink > 0.5:  # crowded: again with smaller letters and shorter names
-            return place_labels(boxes, size, shrink - 0.2)
-        labels.append(free or places[0])
-    return labels, font
+# -------------------------------------------------------------------------------------------------
+# Drawing: from here on, boxes are in pixels of a canvas, and `size` is its (width, height)
+
+LABEL_SCALES = (1.0, 0.8, 0.6, 0.4)  # of the letters and of the longest name; tried in this order
 
 
 def draw_boxes(boxes, size=448, image=None) -> Image.Image:
-    """The boxes with their names on a white square of `size` pixels, or on a copy of `image` in its own size."""
+    """The boxes with their names on a white square of `size` pixels, or on a copy of `image` in its
+    own size. These boxes are still on the 0..1000 grid."""
     canvas = Image.new("RGB", (size, size), "white") if image is None else image.convert("RGB")
-    edges = [
-        [int(edge * side / 1000) for edge, side in zip(box[1:], canvas.size * 2, strict=True)]
-        for box in boxes
-    ]
-    boxes = [
-        Box(
-            box.name, x1, y1, max(x2, x1 + 3), max(y2, y1 + 3)
-        )  # 3 pixels at least, or nobody sees it
-        for box, (x1, y1, x2, y2) in zip(boxes, edges, strict=True)
-    ]
-    for k, (_, x1, y1, x2, y2) in enumerate(boxes):
-        ImageDraw.Draw(canvas).rectangle(
-            (x1, y1, x2 - 1, y2 - 1), None, COLOURS[k % 12], canvas.width // 150 + 1
-        )
+    boxes = in_pixels(boxes, canvas.size)
+    pen = ImageDraw.Draw(canvas)
+    line_width = canvas.width // 150 + 1
+    for k, box in enumerate(boxes):
+        outline = (box.x1, box.y1, box.x2 - 1, box.y2 - 1)  # PIL counts the last pixel in
+        pen.rectangle(outline, outline=COLOURS[k % len(COLOURS)], width=line_width)
     labels, font = place_labels(boxes, canvas.size)
-    for k, (text, x1, y1, x2, y2) in enumerate(labels):
-        label = Image.new(
-            "RGB", (x2 - x1, y2 - y1), COLOURS[k % 12]
-        )  # apart, so that no letter sticks out
-        ImageDraw.Draw(label).text((3, 1), text, "white", font)
-        canvas.paste(label, (x1, y1))
+    for k, label in enumerate(labels):
+        # Drawn on a tile of its own, so that no letter sticks out of its label.
+        tile_size = (label.x2 - label.x1, label.y2 - label.y1)
+        tile = Image.new("RGB", tile_size, COLOURS[k % len(COLOURS)])
+        ImageDraw.Draw(tile).text((3, 1), label.name, "white", font)
+        canvas.paste(tile, (label.x1, label.y1))
     return canvas
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("chain", help="text file that holds a chain; - reads standard input")
-    parser.add_argument("out", nargs="?", default="boxes.png", help="picture to write (boxes.png)")
-    parser.add_argument(
-        "--size", type=int, default=448, help="side of the blank canvas, 64 to 4096 pixels (448)"
-    )
-    parser.add_argument(
-        "--image", help="draw over this picture, in its own size, instead of on a blank canvas"
-    )
-    parser.error = lambda message: parser.exit(
-        2, f"render_boxes.py: {message}\n"
-    )  # one line, without the usage
-    args = parser.parse_args()
+def in_pixels(boxes, size: tuple[int, int]) -> list[Box]:
+    """Boxes on the 0..1000 grid -> on the canvas, 3 pixels at least, so that one can see them."""
+    width, height = size
+    placed = []
+    for box in boxes:
+        x1 = int(box.x1 * width / 1000)
+        y1 = int(box.y1 * height / 1000)
+        x2 = int(box.x2 * width / 1000)
+        y2 = int(box.y2 * height / 1000)
+        placed.append(Box(box.name, x1, y1, max(x2, x1 + 3), max(y2, y1 + 3)))
+    return placed
+
+
+def place_labels(boxes: list[Box], size: tuple[int, int]):
+    """Where the names go: (labels, font). A label is a Box with the text to write, one per box.
+
+    No label covers another label or a small object. On a crowded canvas the letters shrink and the
+    names are cut shorter; at the last scale objects may be covered and, where nothing is free,
+    labels too."""
+    for scale in LABEL_SCALES:
+        font = ImageFont.load_default(max(6, scale * max(11, min(size) / 28)))
+        last_resort = scale == LABEL_SCALES[-1]
+        labels = []
+        for box in boxes:
+            label = label_at_corner(box, font, longest=scale * size[0] - 6, size=size)
+            taken = list(labels)
+            if not last_resort:
+                taken += small_boxes(boxes, label)
+            spots = candidate_spots(label, box, taken, size)
+            spot = first_free(spots, taken)
+            if spot is None and not last_resort:
+                break
+            labels.append(spot or spots[0])
+        if len(labels) == len(boxes):
+            return labels, font
+
+
+def label_at_corner(box: Box, font, longest: float, size: tuple[int, int]) -> Box:
+    """The label at its box's top left corner: the name, cut to `longest` pixels, and a margin."""
+    text = " ".join(box.name.split())[:200] or "?"
+    while len(text) > 1 and font.getlength(text) > longest:
+        text = text[:-2] + "…"
+    width = min(round(font.getlength(text)) + 6, size[0])
+    height = min(sum(font.getmetrics()) + 2, size[1])  # ascent and descent
+    return Box(text, box.x1, box.y1, box.x1 + width, box.y1 + height)
+
+
+def small_boxes(boxes: list[Box], label: Box) -> list[Box]:
+    """The boxes that the label could hide: those of less than twice its area."""
+    label_area = (label.x2 - label.x1) * (label.y2 - label.y1)
+    return [box for box in boxes if (box.x2 - box.x1) * (box.y2 - box.y1) < 2 * label_area]
+
+
+def candidate_spots(label: Box, box: Box, taken: list[Box], size: tuple[int, int]) -> list[Box]:
+    """The label in all places worth a try, nearest to the top left corner of its box first.
+
+    A place between others is never nearer than one where the label touches something: the canvas's
+    edge, its box, or what is in the way. So these edges give the x and the y to try."""
+
+    def distance(x: float, y: float) -> float:
+        return abs(x - box.x1) + abs(y - box.y1)
+
+    width = label.x2 - label.x1
+    height = label.y2 - label.y1
+    most_x = size[0] - width
+    most_y = size[1] - height
+    in_the_way = sorted(taken, key=lambda other: distance(other.x1, other.y1))
+    xs = {0, most_x, box.x1}
+    ys = {0, most_y, box.y1}
+    for other in [box, *in_the_way[:20]]:  # the 20 nearest: enough, and bounds the time
+        xs |= {other.x1 - width, other.x2}  # the label to the left of it, to the right of it
+        ys |= {other.y1 - height, other.y2}  # above it, below it
+    places = []
+    for x in xs:
+        for y in ys:
+            if 0 <= x <= most_x and 0 <= y <= most_y:
+                places.append((distance(x, y), x, y))
+    return [Box(label.name, x, y, x + width, y + height) for _, x, y in sorted(places)]
+
+
+def first_free(spots: list[Box], taken: list[Box]) -> Box | None:
+    for spot in spots:
+        if not any(iou(spot, other) for other in taken):
+            return spot
+    return None
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass
+class Config:
+    chain: str  # text file that holds a chain; - reads standard input
+    out: str = "boxes.png"  # picture to write
+    size: int = 448  # side of the blank canvas, 64 to 4096 pixels
+    image: str = ""  # draw over this picture, in its own size, instead of on a blank canvas
+
+
+def main(argv: list[str] | None = None) -> None:
+    from engine import run  # here, so that this file can be copied alone
+
+    config = run.parse_args(Config, __doc__, argv)
     try:
-        with open(0 if args.chain == "-" else args.chain, encoding="utf-8") as file:
+        with open(0 if config.chain == "-" else config.chain, encoding="utf-8") as file:
             text = file.read()
-        if problems := chain_problems(text) + ["--size is 64 to 4096 pixels."] * (
-            not 64 <= args.size <= 4096
-        ):
+        problems = chain_problems(text)
+        if not 64 <= config.size <= 4096:
+            problems.append("--size is 64 to 4096 pixels.")
+        if problems:
             raise ValueError(" ".join(problems))
-        draw_boxes(
-            parse_chain(text), args.size, Image.open(args.image) if args.image else None
-        ).save(args.out)
+        boxes = parse_chain(text)
+        image = Image.open(config.image) if config.image else None
+        draw_boxes(boxes, config.size, image).save(config.out)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot draw {args.chain} to {args.out}: {error}")
-    print(f"wrote {args.out}: {', '.join(box.name for box in parse_chain(text))}")
+        run.fail(f"cannot draw {config.chain} to {config.out}: {error}")
+    print(f"wrote {config.out}: {', '.join(box.name for box in boxes)}")
 
 
 if __name__ == "__main__":

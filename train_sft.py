@@ -1,23 +1,26 @@
-"""The paper's first stage: teach Janus-Pro to write a chain of objects and boxes, then to draw it (supervised
-fine-tuning).
+"""The paper's first stage: teach Janus-Pro to write a chain of objects and boxes, then to draw it
+(supervised fine-tuning).
 
-The loss is the negative log-probability, by the same `token_logps` that GRPO uses, of the chain's tokens (with the
-<begin_of_image> that ends it) and of the image tokens; the prompt is given and not trained. One mean over all chain
-tokens of the step, one over all its image tokens, on all ranks; added with weights.
+The loss is the negative log-probability, by the same `token_logps` that GRPO uses, of the chain's
+tokens (with the <begin_of_image> that ends it) and of the image tokens; the prompt is given and not
+trained. One mean over all chain tokens of the step, one over all its image tokens, on all ranks;
+added with weights.
 
-The paper says 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released), and no more. Chosen
-here, after the same authors' GoT where it says something: AdamW (0.9, 0.95), cosine with warm-up, weights 1 : 1; and
-10 % of the samples drawn without their condition, in the form that guidance uses when sampling (pads between bos and
-<begin_of_image>).
+The paper says 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released), and
+no more. Chosen here, after the same authors' GoT where it says something: AdamW (0.9, 0.95), cosine
+with warm-up, weights 1 : 1; and 10 % of the samples drawn without their condition, in the form that
+guidance uses when sampling (pads between bos and <begin_of_image>).
 
-    python train_sft.py --model toy --from_scratch              # the toy checkpoint from nothing -> out/sft/
-    python train_sft.py --data pictures.jsonl --box_format pixels --model deepseek-community/Janus-Pro-1B --dry_run
+    python train_sft.py --model toy --from_scratch      # the toy checkpoint from nothing
+    python train_sft.py --data pictures.jsonl --box_format pixels \\
+        --model deepseek-community/Janus-Pro-1B --dry_run
 """
 
+import functools
+import math
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,294 +28,385 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import gotr1
-from benchmarks import stats as report
+from benchmarks import held_out as held_out_prompts
+from benchmarks import stats
 from data import cache as token_cache
-from data import got as got_data
-from engine import run
-from engine import trainer as engines
+from data import got
+from engine import run, trainer
 from toy import model as toy_model
-from toy import world as toy
+from toy.world import toy_prompts
 
 
 @dataclass
-class Config(got_data.Source):
-    # Data, beside the flags above
+class Config(got.Source, trainer.TrainerFlags):
+    """These flags, those of every trainer (TrainerFlags) and those of the data (Source)."""
+
+    # Data
     data: str = "toy"  # `toy`, a hub id, a folder of .parquet, .jsonl or .tar, or one such file
-    cache: str = ""  # folder for texts and image tokens, made once; default: `cache` in the folder of the run
-    dry_run: bool = (
-        False  # only print 8 records and draw them with their boxes: look before training
-    )
+    cache: str = ""  # folder for texts and image tokens, made once; default: in the run's folder
+    dry_run: bool = False  # only print 8 records and draw them with boxes: look before training
     # Model
     model: str = "toy"  # what to start from: `toy`, or a folder or hub id of a checkpoint
-    from_scratch: bool = (
-        False  # begin with random weights of the toy and train its picture tokenizer first
-    )
-    out: str = "out/sft"  # folder of this run; with the same flags again, the run continues from its last checkpoint
+    from_scratch: bool = False  # random weights of the toy; its picture tokenizer is trained first
+    out: str = "out/sft"  # folder of this run; the same flags again continue where it stopped
     # Training
     steps: int = 1500  # optimizer steps of the language model (paper: 70000)
-    batch_size: int = 64  # sequences a step, over all ranks (GoT: 128)
-    micro_batch: int = (
-        64  # sequences a forward and backward pass; changes memory and speed, not the gradient
-    )
+    batch_size: int = 64  # sequences per step, over all ranks (GoT: 128)
+    micro_batch: int = 64  # sequences per pass; changes memory and speed, not the gradient
     lr: float = 3e-3  # peak learning rate, reached after `warmup`, then a cosine to 0 (GoT: 1e-4)
-    warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01  # AdamW's (GoT: 0.05)
-    clip_grad: float = 1.0  # largest gradient norm
     chain_weight: float = 1.0  # of the mean loss over chain tokens
     image_weight: float = 1.0  # of the mean loss over image tokens
-    condition_dropout: float = (
-        0.1  # share of the samples that learn to draw without prompt and chain, for guidance
-    )
-    lora: int = 0  # rank of the LoRA adapter; 0 trains all weights of the language model
-    lora_alpha: float = 32.0  # its scale: the adapter counts lora_alpha / lora times
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the forward pass; what AdamW changes is always float32
-    )
-    shard: Literal["auto", "yes", "no"] = (
-        "auto"  # FSDP2; auto: in full over several processes, or in bfloat16
-    )
-    gradient_checkpointing: bool = (
-        False  # keep one vector a token and layer, compute the rest again: less memory
-    )
+    condition_dropout: float = 0.1  # share of samples drawn without prompt and chain, for guidance
     # The toy
     examples: int = 40_000  # scenes in the training set
     vq_steps: int = 1500  # optimizer steps of the picture tokenizer
     # Looking at it
-    eval_every: int = 250  # steps between looks: the toy's rewards; else the held-out loss and a sheet of pictures
-    eval_prompts: int = (
-        240  # held-out: the toy's prompts; or the last records of the data, at most a tenth of them
-    )
+    eval_every: int = 250  # steps between looks: the toy's rewards; else held-out loss and a sheet
+    eval_prompts: int = 240  # held out: toy prompts; or the data's last records, at most a tenth
     save_every: int = 250  # steps between checkpoints; also at the end, on SIGTERM and on Ctrl-C
-    keep: int = 2  # checkpoints that stay
-    wandb: str = ""  # name of a Weights & Biases project that gets the log too
-    seed: int = 0  # of weights, data and order
 
 
-CURVES = {
-    "loss (nats a token)": ["chain_loss", "image_loss", "held_out_chain", "held_out_image"],
-    "held-out rewards": ["sem", "spa", "ri", "pi", "total"],
-}
+# ------------------------------------------------------------------------------------------------
+# The mathematics
 
 
 def sft_loss(
-    logp, mask, images: int, n_chain, n_image, chain_weight: float = 1.0, image_weight: float = 1.0
+    logp,
+    mask,
+    images: int,
+    n_chain,
+    n_image,
+    chain_weight: float = 1.0,
+    image_weight: float = 1.0,
 ):
-    """logp, mask (N, S), the last `images` columns the image; `n_chain`, `n_image`: trained tokens of the whole step.
+    """logp, mask (N, S), the last `images` columns the image; n_chain, n_image: trained tokens of
+    the whole step.
 
-    Returns (loss, chain, image): this call's share of the step's loss, and of the mean nats a chain and an image token;
-    the shares of all calls and ranks add up."""
+    Returns (loss, chain, image): this call's share of the step's loss, and of the mean nats per
+    chain token and per image token; the shares of all calls and ranks add up."""
     nll = -logp * mask
-    chain, image = nll[:, :-images].sum() / n_chain, nll[:, -images:].sum() / n_image
+    chain = nll[:, :-images].sum() / n_chain
+    image = nll[:, -images:].sum() / n_image
     return chain_weight * chain + image_weight * image, chain.detach(), image.detach()
 
 
 def rows_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.ndarray]:
-    """Which of `count` records a step takes, and which of them lose their condition: fixed by (seed, step)."""
+    """Which of `count` records a step takes, and which of them lose their condition, (batch_size,)
+    bool: fixed by (seed, step)."""
     rng = np.random.default_rng([config.seed, 3, step])
     if config.data == "toy":  # drawn anew every time: the set is itself a draw from an endless one
         chosen = rng.integers(0, count, config.batch_size).tolist()
     else:
-        chosen = run.order_of_step(count, step, config.batch_size, config.seed)
+        chosen = trainer.order_of_step(count, step, config.batch_size, config.seed)
     return chosen, rng.random(config.batch_size) < config.condition_dropout
 
 
-def make_batch(tokenizer, prepared, chosen: list[int], device) -> gotr1.Rollout:
-    prompts, chains, image_tokens = prepared.batch(chosen)
-    prompt_ids = [gotr1.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    chain_ids = [gotr1.encode_chain(tokenizer, chain) for chain in chains]
-    return gotr1.Rollout.from_data(tokenizer, prompt_ids, chain_ids, image_tokens.to(device))
-
-
-@torch.no_grad()
-def look_at_data(
-    engine, prepared, held_out: list[int], config: Config, path: Path
-) -> dict[str, float]:
-    """Mean nats a token of held-out records, and a sheet of what the model draws for the first six of their prompts."""
-    sums, codes = torch.zeros(4), gotr1.image_token_count(engine.model)
-    for first in range(0, len(held_out), config.micro_batch):
-        batch = make_batch(
-            engine.tokenizer, prepared, held_out[first : first + config.micro_batch], engine.device
-        )
-        logp, mask = engine.score(batch)
-        parts = sft_loss(logp, mask, codes, 1, 1)[1:]
-        sums += torch.stack([*parts, mask[:, :-codes].sum(), mask[:, -codes:].sum()]).cpu()
-    prompts = prepared.batch(held_out[:6])[0]
-    longest = max(len(gotr1.encode_prompt(engine.tokenizer, prompt)) for prompt in prompts)
-    room = engine.model.config.text_config.max_position_embeddings - longest - codes - 1
-    with engine.gathered() as model:
-        how = {"seed": config.seed, "max_chain": min(config.max_chain, room)}
-        sampled = gotr1.rollout(model, engine.tokenizer, prompts, **how)
-    columns = zip(
-        prompts,
-        sampled.chains,
-        gotr1.decode_images(engine.model, sampled.image_tokens),
-        strict=True,
-    )
-    if run.rank() == 0:
-        report.draw_plans(
-            [{"prompt": p, "chain": c, "image": i, "note": ""} for p, c, i in columns], path
-        )
-    return {
-        "held_out_chain": (sums[0] / sums[2]).item(),
-        "held_out_image": (sums[1] / sums[3]).item(),
-    }
-
-
-def check(config: Config, world: int) -> None:
-    run.check_ranges(
-        config,
-        at_least_one="steps batch_size micro_batch examples vq_steps eval_every eval_prompts save_every keep max_chain",
-        above_zero="lr clip_grad lora_alpha",
-        not_negative="warmup weight_decay chain_weight image_weight condition_dropout lora max_records seed",
-    )
-    if config.from_scratch and (config.model, config.data) != ("toy", "toy"):
-        run.fail(
-            "--from_scratch builds the toy model from the toy's data: leave out --model and --data, or itself"
-        )
-    if config.batch_size % world:
-        run.fail(
-            f"--batch_size {config.batch_size} sequences cannot be shared evenly by {world} processes"
-        )
-    engines.check(config)
-
-
-def load(config: Config, device, folder: Path, saved: Path | None) -> engines.Engine:
-    """What the run goes on with: its last checkpoint, what `--model` names, or a new toy model, which rank 0 makes."""
-    source = config.model
-    if config.from_scratch:
-        source = str(folder / "from_scratch")
-        if run.rank() == 0:
-            toy_model.save_new_model(Path(source), config.vq_steps, config.seed)
-        if dist.is_initialized():
-            dist.barrier()
-    return engines.load(
-        config, device, saved, source, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+# ------------------------------------------------------------------------------------------------
+# The run
 
 
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
     rank, world, device = run.start_processes()
     check(config, world)
-    source = got_data.Source(
-        **{field.name: getattr(config, field.name) for field in fields(got_data.Source)}
-    )
-    began, folder, toys = time.time(), Path(config.out), config.data == "toy"
-    source = replace(source, box_format="0..999") if toys else source
-
-    def rows():
-        return (
-            toy_model.training_rows(config.examples, config.seed)
-            if toys
-            else got_data.open_rows(source)
-        )
-
-    try:
-        if config.dry_run:
-            token_cache.dry_run(rows(), *gotr1.load_policy(config.model, device), source, folder)
-            return
-        saved = run.latest_checkpoint(folder)
-        opened = rows if toys or saved else rows()  # bad flags are found before anything is written
-        if config.from_scratch or saved:
-            run.open_run(config.out, config)  # with other flags it ends here
-        engine = load(config, device, folder, saved)
-        folder, start = run.open_run(config.out, config), engine.first_step
-        cache = config.cache or folder / "cache"
-        prepared = token_cache.prepare(
-            opened, engine.model, engine.tokenizer, source, cache, rank, world
-        )
-    except (OSError, ValueError) as problem:
-        run.fail(str(problem))
-    log, stopped = run.Log(folder, start, config.wandb), run.watch_signals(device)
-    count, held_out = len(prepared), toy.toy_prompts(config.eval_prompts, seed=7, held_out=True)
-    if not toys:
-        count -= max(1, min(config.eval_prompts, count // 10))
-        if count < 1:
-            run.fail(f"--data {config.data} holds one good record: expected 2 or more")
-        held_out = list(range(count, len(prepared)))
-    images, share = gotr1.image_token_count(engine.model), config.batch_size // world
+    if config.dry_run:
+        show_data(config, device)
+        return
+    began = time.time()
+    training = load(config, rank, world, device)
+    engine, prepared, folder = training.engine, training.prepared, training.folder
+    run.explain_crashes(folder)
+    log = run.Log(folder, engine.first_step, config.wandb)
+    stopped = run.watch_signals(device)
+    images = gotr1.image_token_count(engine.model)
+    share = config.batch_size // world  # sequences per rank and step
+    mine = slice(rank * share, (rank + 1) * share)
     chunk = min(8192, 2**27 // len(engine.tokenizer))  # rows of logits at a time: half a gigabyte
 
     bar = tqdm(
-        range(start, config.steps), initial=start, total=config.steps, desc="SFT", disable=rank > 0
+        range(engine.first_step, config.steps),
+        initial=engine.first_step,
+        total=config.steps,
+        desc="SFT",
+        disable=rank > 0,
     )
     for step in bar:
         clock = time.time()
 
-        # 1) A batch, fixed by (seed, step), of which every rank takes its share; some of it without its condition
-        chosen, blank = rows_of_step(config, count, step)
-        chosen, blank = (
-            chosen[rank * share :][:share],
-            torch.from_numpy(blank[rank * share :][:share]).to(device),
-        )
-        batch = make_batch(engine.tokenizer, prepared, chosen, device)
+        # 1) A batch, of which every rank takes its share; some of it without its condition
+        chosen, blank = rows_of_step(config, training.count, step)
+        blank = torch.from_numpy(blank[mine]).to(device)
+        batch = make_batch(engine.tokenizer, prepared, chosen[mine], device)
         n_chain = run.all_sum(batch.mask[~blank][:, :-images].sum()).clamp(min=1)
         n_image = torch.tensor(float(config.batch_size * images), device=device)
 
-        # 2) Loss and gradient: micro-batches and ranks add up to one mean a modality
-        sums = torch.zeros(2, device=device)
+        # 2) Loss and gradient: micro-batches and ranks add up to one mean per modality
+        loss_sums = torch.zeros(2, device=device)  # nats per chain token, per image token
         for first in range(0, share, config.micro_batch):
-            rows_here = list(range(first, min(first + config.micro_batch, share)))
-            logp, mask = engine.score(batch.select(rows_here), blank=blank[rows_here], chunk=chunk)
-            loss, *parts = sft_loss(
-                logp, mask, images, n_chain, n_image, config.chain_weight, config.image_weight
+            rows = list(range(first, min(first + config.micro_batch, share)))
+            mb_logp, mb_mask = engine.score(batch.select(rows), blank=blank[rows], chunk=chunk)
+            loss, chain, image = sft_loss(
+                mb_logp,
+                mb_mask,
+                images,
+                n_chain,
+                n_image,
+                config.chain_weight,
+                config.image_weight,
             )
             engine.backward(loss)
-            sums += torch.stack(parts)
+            loss_sums += torch.stack([chain, image])
 
         # 3) Step: the gradient is summed over ranks, then clipped
-        lr = run.cosine_lr(step, config.steps, config.lr, config.warmup)
+        lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup)
         norm = engine.step(lr, config.clip_grad)
-        if not np.isfinite(norm):
+        if not math.isfinite(norm):
             raise RuntimeError(
-                f"the gradient is not finite at step {step}: lower --lr, look at the data (--dry_run)"
+                f"the gradient is not finite at step {step}: "
+                "lower --lr, look at the data (--dry_run)"
             )
 
         # 4) Log, look at sampled pictures, save
-        chain, image = run.all_sum(sums).tolist()
+        chain_loss, image_loss = run.all_sum(loss_sums).tolist()
         seconds = time.time() - clock
         row = {
             "step": step,
-            "chain_loss": chain,
-            "image_loss": image,
+            "chain_loss": chain_loss,
+            "image_loss": image_loss,
             "grad_norm": norm,
             "lr": lr,
             "seconds": seconds,
+            "samples_s": config.batch_size / seconds,
+            "peak_gib": run.peak_gib(device),
         }
-        row |= {"samples_s": config.batch_size / seconds, "peak_gib": run.peak_gib(device)}
-        bar.set_postfix_str(f"chain {chain:.3f} image {image:.3f}")
+        bar.set_postfix_str(f"chain {chain_loss:.3f} image {image_loss:.3f}")
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
-            if toys:
-                with engine.gathered() as model:
-                    means = toy_model.look(model, engine.tokenizer, held_out, config.seed)
-            else:
-                means = look_at_data(
-                    engine, prepared, held_out, config, folder / f"samples_{done:06d}.png"
-                )
-            row |= means
-            run.say(
-                f"step {done:5d}  "
-                + "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-            )
+            means = look(training, done)
+            row.update(means)
+            said = [f"{key} {value:.3f}" for key, value in means.items()]
+            run.say(f"step {done:5d}  " + "  ".join(said))
         log.write(row)
-        if not toys and done * config.batch_size // count > step * config.batch_size // count:
-            run.say(f"epoch {done * config.batch_size // count}: {prepared.report}")
+        report_epoch(training, step)
         stopping = stopped()
         if stopping or done % config.save_every == 0 or done == config.steps:
             engine.save(folder, done, config.keep)
             log.plot(CURVES)
         if stopping:
-            if rank == 0:
-                print(
-                    f"stopped after step {done} of {config.steps}; the same command continues from {folder}"
-                )
+            run.say(f"stopped after step {done} of {config.steps}")
+            run.say(f"the same command continues from {folder}")
             return
-    if rank == 0:
-        minutes, newest = (time.time() - began) / 60, run.latest_checkpoint(folder)
-        print(
-            f"wrote {newest}, {folder / 'curves.png'} and {folder / 'log.jsonl'} in {minutes:.1f} minutes"
+    minutes = (time.time() - began) / 60
+    run.say(f"wrote {run.latest_checkpoint(folder)}, {folder / 'curves.png'}")
+    run.say(f"and {folder / 'log.jsonl'} in {minutes:.1f} minutes")
+
+
+CURVES = {  # title of a panel of curves.png -> keys of the log
+    "loss (nats per token)": ["chain_loss", "image_loss", "held_out_chain", "held_out_image"],
+    "held-out rewards": ["sem", "spa", "ri", "pi", "total"],
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Before the run
+
+
+@dataclass
+class Training:
+    """What a run has loaded."""
+
+    config: Config
+    engine: trainer.Engine
+    prepared: token_cache.Prepared  # records, as texts and image tokens
+    count: int  # of them that are trained on
+    held_out: (
+        list  # the toy's prompts, or the numbers of the data's records after the first `count`
+    )
+    folder: Path
+
+
+def check(config: Config, world: int) -> None:
+    """Bad settings end the program here, in one line, before anything is loaded or written."""
+    run.check_ranges(
+        config,
+        at_least_one="steps batch_size micro_batch examples vq_steps eval_every eval_prompts "
+        "save_every keep max_chain",
+        above_zero="lr clip_grad lora_alpha",
+        not_negative="warmup weight_decay chain_weight image_weight condition_dropout lora "
+        "max_records seed",
+    )
+    if config.from_scratch and (config.model, config.data) != ("toy", "toy"):
+        run.fail(
+            "--from_scratch builds the toy model from the toy's data: "
+            "leave out --model and --data, or itself"
         )
+    if config.batch_size % world:
+        run.fail(
+            f"--batch_size {config.batch_size} sequences cannot be shared evenly "
+            f"by {world} processes"
+        )
+    trainer.check(config)
+
+
+def data_source(config: Config) -> got.Source:
+    """The flags that say how records are read."""
+    values = {field.name: getattr(config, field.name) for field in fields(got.Source)}
+    source = got.Source(**values)
+    if config.data == "toy":
+        source.box_format = "0..999"
+    return source
+
+
+def read_rows(config: Config):
+    """Raw records, see `got.open_rows`."""
+    if config.data == "toy":
+        return toy_model.training_rows(config.examples, config.seed)
+    return got.open_rows(data_source(config))
+
+
+def show_data(config: Config, device) -> None:
+    """`--dry_run`: prints records and draws them, see `token_cache.dry_run`."""
+    try:
+        rows = read_rows(config)
+        model, tokenizer = gotr1.load_policy(config.model, device)
+        token_cache.dry_run(rows, model, tokenizer, data_source(config), Path(config.out))
+    except (OSError, ValueError) as problem:
+        run.fail(str(problem))
+
+
+def load(config: Config, rank: int, world: int, device) -> Training:
+    """Everything that the flags name. Bad input ends the program here, in one line."""
+    folder = Path(config.out)
+    saved = run.latest_checkpoint(folder)
+    try:
+        rows = functools.partial(read_rows, config)  # read only if the cache is not complete
+        if config.data != "toy" and not saved:
+            rows = read_rows(config)  # bad flags are found before anything is written
+        if config.from_scratch or saved:
+            run.open_run(config.out, config)  # with other flags the program ends here
+        engine = trainer.load(
+            config,
+            device,
+            gotr1.token_logps,
+            first_model(config, folder),
+            saved,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+        )
+        folder = run.open_run(config.out, config)
+        prepared = token_cache.prepare(
+            rows,
+            engine.model,
+            engine.tokenizer,
+            data_source(config),
+            config.cache or folder / "cache",
+            rank,
+            world,
+        )
+    except (OSError, ValueError) as problem:
+        run.fail(str(problem))
+
+    count = len(prepared)
+    if config.data == "toy":
+        held_out = toy_prompts(config.eval_prompts, seed=7, held_out=True)
+    else:
+        count -= max(1, min(config.eval_prompts, count // 10))
+        held_out = list(range(count, len(prepared)))
+    if count < 1:
+        run.fail(f"--data {config.data} holds one good record: expected 2 or more")
+    return Training(config, engine, prepared, count, held_out, folder)
+
+
+def first_model(config: Config, folder: Path) -> str:
+    """What training starts from: what `--model` names, or a new toy model, which rank 0 makes."""
+    if not config.from_scratch:
+        return config.model
+    new_model = folder / "from_scratch"
+    if run.rank() == 0:
+        toy_model.save_new_model(new_model, config.vq_steps, config.seed)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(new_model)
+
+
+# ------------------------------------------------------------------------------------------------
+# During the run
+
+
+def make_batch(tokenizer, prepared, chosen: list[int], device) -> gotr1.Rollout:
+    """The records `chosen` as samples that are all trained."""
+    prompts, chains, image_tokens = prepared.batch(chosen)
+    prompt_ids = [gotr1.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    chain_ids = [gotr1.encode_chain(tokenizer, chain) for chain in chains]
+    return gotr1.Rollout.from_data(tokenizer, prompt_ids, chain_ids, image_tokens.to(device))
+
+
+def look(training: Training, done: int) -> dict[str, float]:
+    """How good the model is after step `done`: the toy's rewards; or the loss on held-out records,
+    and a sheet of what it draws for their prompts."""
+    if training.config.data == "toy":
+        tokenizer = training.engine.tokenizer
+        with training.engine.gathered() as model:
+            return held_out_prompts.toy_look(
+                model, tokenizer, training.held_out, training.config.seed
+            )
+    draw_held_out(training, training.folder / f"samples_{done:06d}.png")
+    return held_out_loss(training)
+
+
+@torch.no_grad()
+def held_out_loss(training: Training) -> dict[str, float]:
+    """Mean nats per token of the held-out records."""
+    engine = training.engine
+    images = gotr1.image_token_count(engine.model)
+    micro_batch = training.config.micro_batch
+    nats = torch.zeros(2)  # of chain tokens, of image tokens
+    tokens = torch.zeros(2)
+    for first in range(0, len(training.held_out), micro_batch):
+        rows = training.held_out[first : first + micro_batch]
+        batch = make_batch(engine.tokenizer, training.prepared, rows, engine.device)
+        logp, mask = engine.score(batch)
+        _, chain, image = sft_loss(logp, mask, images, n_chain=1, n_image=1)
+        nats += torch.stack([chain, image]).cpu()
+        tokens += torch.stack([mask[:, :-images].sum(), mask[:, -images:].sum()]).cpu()
+    chain, image = (nats / tokens).tolist()
+    return {"held_out_chain": chain, "held_out_image": image}
+
+
+def draw_held_out(training: Training, path: Path) -> None:
+    """A sheet of what the model draws for the first six held-out prompts."""
+    engine = training.engine
+    prompts, _, _ = training.prepared.batch(training.held_out[:6])
+    longest = max(len(gotr1.encode_prompt(engine.tokenizer, prompt)) for prompt in prompts)
+    images = gotr1.image_token_count(engine.model)
+    room = engine.model.config.text_config.max_position_embeddings - longest - images - 1
+    with engine.gathered() as model:
+        sampled = gotr1.rollout(
+            model,
+            engine.tokenizer,
+            prompts,
+            seed=training.config.seed,
+            max_chain=min(training.config.max_chain, room),
+        )
+    if run.rank() > 0:
+        return
+    pictures = gotr1.decode_images(engine.model, sampled.image_tokens)
+    rows = []
+    for prompt, chain, picture in zip(prompts, sampled.chains, pictures, strict=True):
+        rows.append({"prompt": prompt, "chain": chain, "image": picture, "note": ""})
+    stats.draw_plans(rows, path)
+
+
+def report_epoch(training: Training, step: int) -> None:
+    """At the end of an epoch: how many records were skipped, and why."""
+    if training.config.data == "toy":  # its records are drawn with replacement
+        return
+    batch_size = training.config.batch_size
+    epochs_before = step * batch_size // training.count
+    epochs = (step + 1) * batch_size // training.count
+    if epochs > epochs_before:
+        run.say(f"epoch {epochs}: {training.prepared.report}")
 
 
 if __name__ == "__main__":

@@ -1,220 +1,204 @@
 """GenEval without mmdet: its rules by hand, its detector and its CLIP in transformers.
 
-The rules (what counts as left of, which colour wins, where a score is cut) are functions of numbers and strings, held
-against what the official program computed. The networks are classes that take PIL pictures and batch them:
+The rules (what counts as left of, which colour wins, where a score is cut) are functions of numbers
+and strings, tested against what the official program computed. The networks are classes that take
+PIL pictures and batch them:
 
     Mask2Former    the official .pth, converted when it is loaded, or a folder or hub id
-    Clip           ViT-L/14 names the colour of an object (T2I-CompBench uses it as well, with ViT-B/32)
+    ClipColors     names the colour of an object by CLIP ViT-L/14
+    GenEval        both, with the rules: pictures to verdicts
 
-Boxes here are pixels, (x1, y1, x2, y2), y downwards, right and lower edge exclusive. Nothing imports torch before it is
-needed. Rules as in djghosh13/geneval af4902f (2025-03-03): evaluation/evaluate_images.py and summary_scores.py.
+Boxes here are pixels, (x1, y1, x2, y2), y downwards, right and lower edge exclusive. Rules as in
+djghosh13/geneval af4902f (2025-03-03): evaluation/evaluate_images.py and summary_scores.py.
 """
 
 import functools
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from benchmarks.stats import on_grid
+from benchmarks.networks import (
+    Clip,
+    Picture,
+    detector_pixels,
+    fill,
+    in_batches,
+    load,
+    load_tensors,
+    read_lines,
+)
+from benchmarks.stats import pixels_to_grid
 
-MASK2FORMER = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
-WEIGHTS = {  # flag: (what it is, file or hub id, where to get it)
-    "detector": (
-        "Mask2Former of GenEval", f"{MASK2FORMER}_20220504_001756-743b7d99.pth",
-        f"download.openmmlab.com/mmdetection/v2.0/mask2former/{MASK2FORMER}",
-    ),
-    "clip": ("CLIP ViT-L/14", "openai/clip-vit-large-patch14", "huggingface.co"),
-    "clip_b32": ("CLIP ViT-B/32", "openai/clip-vit-base-patch32", "huggingface.co"),
-    "blip": ("BLIP-VQA", "model_base_vqa_capfilt_large.pth", "github.com/salesforce/BLIP (VQA, ViT-B and CapFilt-L)"),
-    "blip_tokenizer": ("BERT's tokenizer", "google-bert/bert-base-uncased", "huggingface.co"),
-    "gdino": ("Grounding DINO", "IDEA-Research/grounding-dino-base", "huggingface.co"),
-}  # fmt: skip
-
-
-def missing(path: str, flag: str) -> str:
-    return "no {} at {}: get {} from {}, then --{} PATH".format(
-        WEIGHTS[flag][0], path, *WEIGHTS[flag][1:], flag
-    )
-
-
-def check_weights(path: str, flag: str) -> None:
-    """Raises FileNotFoundError when `path` is neither there nor a hub id (owner/name)."""
-    if not Path(path).expanduser().exists() and not re.fullmatch(
-        r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)", path
-    ):
-        raise FileNotFoundError(missing(path, flag))
-
-
-def load(loader, path: str, flag: str, **settings):
-    """`loader.from_pretrained` of a folder, which never asks the network, or of a hub id. Raises FileNotFoundError when
-    it is neither."""
-    try:
-        return loader.from_pretrained(path, local_files_only=Path(path).exists(), **settings)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(missing(path, flag)) from error
-
-
-def in_batches(function, rows: list, size: int, keys: list | None = None) -> list:
-    """function(up to `size` rows) -> list of results, over all rows. With `keys`, a batch holds rows of one key only
-    (one size, one length: no padding); the order of the results is that of the rows."""
-    keys = keys or [0] * len(rows)
-    places = sorted(range(len(rows)), key=lambda k: keys[k])
-    results = [None] * len(rows)
-    while places:
-        equal = [k for k in places[:size] if keys[k] == keys[places[0]]]
-        for k, result in zip(equal, function([rows[k] for k in equal]), strict=True):
-            results[k] = result
-        places = places[len(equal) :]
-    return results
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# GenEval: the rules
+# -------------------------------------------------------------------------------------------------
+# The rules
 
 COLORS = "red orange yellow green blue purple pink brown black white".split()
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-CLASSES = (  # COCO's 80 in their order, in GenEval's words: by number, since three names are not COCO's
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
-    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
-    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
-    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
-    "computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, "
-    "clock, vase, scissors, teddy bear, hair drier, toothbrush"
+CLASSES = (  # COCO's 80 in their order, three of them by GenEval's names
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
+    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
+    "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, "
+    "sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, "
+    "bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, "
+    "carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, "
+    "tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, "
+    "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 ).split(", ")
-MOST_OBJECTS = 16  # of a class that are looked at, best first. There is no suppression of overlaps
+MOST_OBJECTS = 16  # of a class that are looked at, best first; overlapping ones are not suppressed
+SAMPLES = 4  # pictures per prompt in the official protocol
 
 
 def kept(scores, tag: str) -> list[int]:
-    """Which detections of one class count, best first: above 0.3, or 0.9 where things are counted. Compared in float32,
-    as the detector's scores are: a score of 0.3 is not above 0.3."""
+    """Which detections of one class count, best first: above 0.3, or 0.9 where things are counted.
+
+    Compared in float32, as the detector's scores are: there 0.3 is not above 0.3."""
     threshold = np.float32(0.9 if tag == "counting" else 0.3)
     order = sorted(range(len(scores)), key=lambda k: -scores[k])
-    return [k for k in order if np.float32(scores[k]) > threshold][:MOST_OBJECTS]
+    above = [k for k in order if np.float32(scores[k]) > threshold]
+    return above[:MOST_OBJECTS]
 
 
 def relations(a, b) -> set[str]:
-    """How box a lies to box b; two relations can hold at once, or none. Overlap plays no part: the distance of the
-    centres is shortened by a tenth of both sizes, and the direction has to be within 60 degrees of the axis."""
-    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
-    sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    short = [
-        math.copysign(max(abs(o) - 0.1 * size, 0), o) for o, size in zip(offset, sizes, strict=True)
-    ]
-    if max(map(abs, short)) < 1e-3:
+    """How box a lies to box b; two relations can hold at once, or none.
+
+    Overlap plays no part: the distance of the centres is shortened by a tenth of both sizes, and
+    the direction has to be within 60 degrees of the axis."""
+    offset_x = (a[0] + a[2] - b[0] - b[2]) / 2
+    offset_y = (a[1] + a[3] - b[1] - b[3]) / 2
+    short_x = _shortened(offset_x, abs(a[2] - a[0]) + abs(b[2] - b[0]))
+    short_y = _shortened(offset_y, abs(a[3] - a[1]) + abs(b[3] - b[1]))
+    if max(abs(short_x), abs(short_y)) < 1e-3:
         return set()
-    dx, dy = (s / math.hypot(*offset) for s in short)  # by the length before it was shortened
+    distance = math.hypot(offset_x, offset_y)  # before it was shortened
+    dx = short_x / distance
+    dy = short_y / distance
     holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {words for words, true in holds.items() if true}
+
+
+def _shortened(offset: float, sizes: float) -> float:
+    """An offset brought closer to 0 by a tenth of `sizes`, but not beyond 0."""
+    return math.copysign(max(abs(offset) - 0.1 * sizes, 0), offset)
 
 
 def judge_geneval(
     metadata: dict, boxes: dict[str, list], colors: dict[str, list[str]]
 ) -> list[tuple[str, str]]:
-    """What is wrong with a picture: (kind, words) for each failed clause; the picture is correct when there is none.
+    """What is wrong with a picture: (kind, words) per failed clause; none when it is correct.
 
-    `metadata` is a line of evaluation_metadata.jsonl; `boxes` has the kept boxes of a class, best first, `colors` the
-    colour of each. Kinds: too_few, color, position, no_target, too_many."""
-    faults, matched = [], []
+    `metadata` is a line of evaluation_metadata.jsonl; `boxes` has the kept boxes of each class,
+    best first, `colors` the colour of each box. Kinds: too_few, color, position, no_target,
+    too_many."""
+    faults = []
+    matched = []  # per clause: its boxes, or None when the clause failed
     for clause in metadata["include"]:
-        name, count = clause["class"], clause["count"]
-        found, before = boxes.get(name, [])[:count], len(faults)
+        name = clause["class"]
+        count = clause["count"]
+        found = boxes.get(name, [])[:count]
+        fault = None
         if len(found) < count:
-            faults.append(("too_few", f"{name}: {len(found)} found, {count} wanted"))
+            fault = ("too_few", f"{name}: {len(found)} found, {count} wanted")
         elif "color" in clause:
             seen = colors[name][:count]
             if seen.count(clause["color"]) < count:
-                faults.append(("color", f"{name}: {' and '.join(seen)}, not {clause['color']}"))
-        if "position" in clause and len(faults) == before:  # every pair has to hold
-            words, target = clause["position"]
+                fault = ("color", f"{name}: {' and '.join(seen)}, not {clause['color']}")
+        if fault is None and "position" in clause:
+            words, target = clause["position"]  # target: the number of an earlier clause
             other = metadata["include"][target]["class"]
             if matched[target] is None:
-                faults.append(("no_target", f"{name}: no {other} to be {words}"))
+                fault = ("no_target", f"{name}: no {other} to be {words}")
             elif not all(words in relations(a, b) for a in found for b in matched[target]):
-                faults.append(("position", f"{name}: not {words} the {other}"))
-        matched.append(found if len(faults) == before else None)
+                fault = ("position", f"{name}: not {words} the {other}")  # every pair has to hold
+        if fault:
+            faults.append(fault)
+        matched.append(None if fault else found)
     for clause in metadata.get("exclude", []):
-        number = len(boxes.get(clause["class"], []))
+        name = clause["class"]
+        number = len(boxes.get(name, []))
         if number >= clause["count"]:
-            faults.append(
-                (
-                    "too_many",
-                    f"{clause['class']}: {number} found, fewer than {clause['count']} wanted",
-                )
-            )
+            words = f"{name}: {number} found, fewer than {clause['count']} wanted"
+            faults.append(("too_many", words))
     return faults
 
 
 def colour_crop(image: Image.Image, box, mask: np.ndarray) -> Image.Image:
-    """What CLIP sees of one object: its box, everything outside its mask (H, W) bool painted grey."""
+    """What CLIP sees of one object: its box, all outside its mask (H, W) bool painted grey."""
     grey = Image.new("RGB", image.size, "#999")
     return Image.composite(image, grey, Image.fromarray(mask)).crop(tuple(box))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GenEval: the folders. A picture is (path, prompt, tag, prompt's number, sample, metadata)
-
-
-def read_lines(path: str | Path) -> list[str]:
-    return [
-        line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+# -------------------------------------------------------------------------------------------------
+# The folders: 00000/samples/0000.png is the first sample of the first prompt
 
 
 def read_metadata(line: str, where: str) -> tuple[str, str, dict]:
-    """A line of evaluation_metadata.jsonl -> (prompt, tag, all of it). Raises ValueError when it is none."""
+    """A line of evaluation_metadata.jsonl -> (prompt, tag, all of it).
+
+    Raises ValueError, which begins with `where`, when the line is something else."""
     try:
         metadata = json.loads(line)
-        prompt, tag = metadata["prompt"], metadata["tag"]
+        prompt = metadata["prompt"]
+        tag = metadata["tag"]
         names = [clause["class"] for clause in metadata["include"] + metadata.get("exclude", [])]
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{where}: no GenEval metadata ({problem})") from None
-    if unknown := [name for name in names if name not in CLASSES] + [tag] * (tag not in TAGS):
-        raise ValueError(f"{where}: GenEval knows no {unknown[0]}")
+    for name in names:
+        if name not in CLASSES:
+            raise ValueError(f"{where}: GenEval knows no {name}")
+    if tag not in TAGS:
+        raise ValueError(f"{where}: GenEval knows no {tag}")
     return prompt, tag, metadata
 
 
-def plan_pictures(file: str, folder: Path, samples: int = 4) -> list[tuple]:
-    """The pictures of evaluation_metadata.jsonl: 00000/samples/0000.png. Raises ValueError on any other file."""
+def plan_pictures(file: str, folder: Path, samples: int = SAMPLES) -> list[Picture]:
+    """The pictures of evaluation_metadata.jsonl. Raises ValueError on any other file."""
     pictures = []
     for index, line in enumerate(read_lines(file)):
         prompt, tag, metadata = read_metadata(line, f"{file}, line {index + 1}")
         for sample in range(samples):
             path = folder / f"{index:05d}" / "samples" / f"{sample:04d}.png"
-            pictures.append((path, prompt, tag, index, sample, metadata))
+            pictures.append(Picture(path, prompt, tag, index, sample, metadata))
     return pictures
 
 
-def find_pictures(folder: Path) -> list[tuple]:
-    """The pictures that are in a folder, with the metadata.jsonl beside them."""
+def find_pictures(folder: Path) -> list[Picture]:
+    """The pictures that are in a folder, with the metadata.jsonl beside their own folder."""
     pictures = []
     for path in sorted(folder.glob("*/samples/*.png")):
-        if path.stem.isdigit() and path.parts[-3].isdigit():
-            beside = path.parent.parent / "metadata.jsonl"
-            prompt, tag, metadata = read_metadata("".join(read_lines(beside)[:1]), str(beside))
-            pictures.append((path, prompt, tag, int(path.parts[-3]), int(path.stem), metadata))
+        number = path.parent.parent.name
+        if not (path.stem.isdigit() and number.isdigit()):
+            continue
+        beside = path.parent.parent / "metadata.jsonl"
+        first_line = "".join(read_lines(beside)[:1])
+        prompt, tag, metadata = read_metadata(first_line, str(beside))
+        pictures.append(Picture(path, prompt, tag, int(number), int(path.stem), metadata))
     return pictures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GenEval: the detector
+# -------------------------------------------------------------------------------------------------
+# The detector: weights
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, in grey levels, RGB
-SIDES = (1333, 800)  # pixels: the longer and the shorter side are made as large as these allow
-
-# mmdet's names -> transformers' names. 2.x calls a layer's attentions by number, 3.x by what they attend to
-SWIN, PIXEL = "model.pixel_level_module.encoder.", "model.pixel_level_module.decoder."
-QUERIES, MASKS = "model.transformer_module.", "decoder.mask_predictor.mask_embedder"
+# mmdet's names -> transformers' names, regular expressions that are replaced in this order.
+# mmdet 2.x calls a layer's attentions by number, 3.x by what they attend to.
+SWIN = "model.pixel_level_module.encoder."
+PIXEL = "model.pixel_level_module.decoder."
+QUERIES = "model.transformer_module."
+MASKS = QUERIES + "decoder.mask_predictor.mask_embedder"
 MMDET_NAMES = [
     (r"^backbone\.patch_embed\.projection", SWIN + "swin.embeddings.patch_embeddings.projection"),
     (r"^backbone\.patch_embed\.norm", SWIN + "swin.embeddings.norm"),
-    (r"^backbone\.norm([0-3])\.", lambda m: f"{SWIN}hidden_states_norms.stage{int(m[1]) + 1}."),
+    (r"^backbone\.norm0\.", SWIN + "hidden_states_norms.stage1."),
+    (r"^backbone\.norm1\.", SWIN + "hidden_states_norms.stage2."),
+    (r"^backbone\.norm2\.", SWIN + "hidden_states_norms.stage3."),
+    (r"^backbone\.norm3\.", SWIN + "hidden_states_norms.stage4."),
     (r"^backbone\.stages", SWIN + "swin.encoder.layers"),
     (r"attn\.w_msa\.proj", "attention.o_proj"),
     (r"attn\.w_msa\.relative", "attention.relative_position_bias.relative"),
@@ -242,7 +226,9 @@ MMDET_NAMES = [
     (r"mask_feature", "mask_projection"),
     (r"level_encoding\.weight", "level_embed"),
     (r"^panoptic_head\.cls_embed", "class_predictor"),
-    (r"^panoptic_head\.mask_embed\.([024])", lambda m: f"{QUERIES}{MASKS}.{int(m[1]) // 2}.0"),
+    (r"^panoptic_head\.mask_embed\.0", MASKS + ".0.0"),
+    (r"^panoptic_head\.mask_embed\.2", MASKS + ".1.0"),
+    (r"^panoptic_head\.mask_embed\.4", MASKS + ".2.0"),
     (r"^panoptic_head\.transformer_decoder\.post_norm", QUERIES + "decoder.layernorm"),
     (r"^panoptic_head\.transformer_decoder", QUERIES + "decoder"),
     (r"^panoptic_head\.query_embed", QUERIES + "queries_embedder"),
@@ -253,68 +239,45 @@ UNUSED = r"swin\.layernorm\.|^criterion\."  # what transformers has and no outpu
 
 
 def convert_mmdet(state_dict: dict) -> dict:
-    """The tensors of an mmdet 2.x or 3.x Mask2Former with a Swin backbone, by the names of transformers'
-    `Mask2FormerForUniversalSegmentation`. Three things are not renames: packed q, k, v of the backbone; those of the
-    decoder's self-attention (its cross-attention stays packed); the order in which patches are merged, where mmdet
-    counts channel, row, column and transformers column, row, channel."""
+    """The tensors of an mmdet 2.x or 3.x Mask2Former with a Swin backbone, by the names of
+    transformers' `Mask2FormerForUniversalSegmentation`.
+
+    Besides the names, two things differ. Queries, keys and values are packed in mmdet, except in
+    the decoder's cross-attention, where transformers packs them too. And where patches are merged,
+    mmdet counts (channel, row, column), transformers (column, row, channel)."""
     converted = {}
     for name, value in state_dict.items():
         for old, new in MMDET_NAMES:
             name = re.sub(old, new, name)
         if name.endswith("relative_position_index"):
             continue  # computed, not learnt
+        packed = re.search(r"attention\.(qkv\.)|self_attn\.(in_proj_)", name)
         if ".downsample." in name:
             merged = value.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., 4, C)
             converted[name] = merged[..., [0, 2, 1, 3], :].flatten(-2)
-        elif packed := re.search(r"attention\.(qkv\.)|self_attn\.(in_proj_)", name):
+        elif packed:
+            word = packed[1] or packed[2]
             for letter, third in zip("qkv", value.chunk(3), strict=True):
-                converted[name.replace(packed[1] or packed[2], f"{letter}_proj.")] = third
+                converted[name.replace(word, f"{letter}_proj.")] = third
         else:
             converted[name] = value
     return converted
 
 
-class Metadata:
-    """Stands in for what an mmdet file pickles beside its tensors. No code that a file names is ever run."""
-
-    def __init__(self, *_):
-        pass
-
-    __setstate__ = __init__
-
-
-def load_tensors(path: str, flag: str) -> dict:
-    """The state dict of a .pth file. Raises FileNotFoundError when it is not there, ValueError when it is something
-    else."""
-    import torch
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(missing(path, flag))
-    foreign = []  # (stand-in, name) of each class that the file wants; torch names one at a time
-    while True:
-        try:
-            with torch.serialization.safe_globals(foreign):
-                file = torch.load(path, map_location="cpu", weights_only=True)
-            return file.get("state_dict") or file.get("model") or file
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            name = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
-            if not name or name[1] in [known for _, known in foreign]:
-                raise ValueError(
-                    f"--{flag} {path}: cannot be read without running its code, or is no .pth"
-                ) from error
-            foreign.append((Metadata, name[1]))
+def official_config() -> Mask2FormerConfig:
+    """Sizes of GenEval's detector: Swin-S, 100 queries, COCO's 80 classes."""
+    swin = SwinConfig(
+        embed_dim=96,
+        depths=[2, 2, 18, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    return Mask2FormerConfig(backbone_config=swin, num_labels=len(CLASSES), num_queries=100)
 
 
-def fill(model, state: dict, flag: str, path: str) -> None:
-    """Puts converted tensors into a model: every one that an output depends on, and no other, in its shape."""
-    wanted = {
-        name: value.shape
-        for name, value in model.state_dict().items()
-        if not re.search(UNUSED, name)
-    }
-    if wanted != {name: value.shape for name, value in state.items()}:
-        raise ValueError(f"--{flag} {path} is no {WEIGHTS[flag][0]}: its tensors do not fit")
-    model.load_state_dict(state, strict=False)
+# -------------------------------------------------------------------------------------------------
+# The detector: queries to instances
 
 
 class Instance(NamedTuple):
@@ -325,56 +288,60 @@ class Instance(NamedTuple):
     query: int
 
 
-def detector_pixels(image: Image.Image, pad: int = 32):
-    """(3, H, W) network input of one picture and the (h, w) of it that is not padding. Resized to SIDES with bilinear
-    weights that do not widen when shrinking, and rounded to whole grey levels, as mmdet 2.x does."""
-    import torch
-    import torch.nn.functional as F
-
-    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()
-    ratio = min(SIDES[0] / max(image.size), SIDES[1] / min(image.size))
-    h, w = (int(side * ratio + 0.5) for side in x.shape[1:])
-    x = F.interpolate(x[None], (h, w), mode="bilinear", antialias=False)[0].round()
-    x = F.pad(x, (0, -w % pad, 0, -h % pad), value=128)
-    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None], (h, w)
-
-
 def fuse_masks(
-    class_logits, mask_logits, padded, valid, original, most: int = 100, threshold: float = 0.0
-):
-    """Queries to instances, as mmdet does it: class_logits (Q, 81) and mask_logits (Q, H/4, W/4) of one picture; sizes
-    (h, w) of the network's input, of what is not padding in it, and of the picture. Returns at most `most` instances,
-    best first. A query can be several: the `most` best pairs of query and class count. The score is the class's
-    probability times the mean of the mask inside itself, so nothing with a probability of `threshold` or less is
-    followed up. transformers' own function makes masks at 384 x 384 and enlarges them: boxes move by up to 10 pixels.
-    """
-    import torch.nn.functional as F
+    class_logits,
+    mask_logits,
+    padded: tuple[int, int],
+    valid: tuple[int, int],
+    original: tuple[int, int],
+    most: int = 100,
+    threshold: float = 0.0,
+) -> list[Instance]:
+    """Queries to instances, as mmdet does it: at most `most` of one picture, best first.
 
-    probs, places = (
-        class_logits.float().softmax(-1)[:, :-1].flatten().topk(min(most, 80 * len(class_logits)))
-    )
-    places = places[probs > threshold]
-    queries, labels = places // 80, places % 80
-    used, place = queries.unique(return_inverse=True)
-    if not len(used):
+    class_logits (Q, 81), the last class being "nothing"; mask_logits (Q, H/4, W/4). Sizes (h, w):
+    `padded` of the network's input, `valid` of what is not padding in it, `original` of the
+    picture. One query can become several instances: the `most` best pairs of query and class count.
+    The score is the class's probability times the mean of the mask inside itself, so a probability
+    of `threshold` or less cannot become a score above `threshold`, and is dropped at once.
+
+    transformers' own function makes masks at 384 x 384 and enlarges them: boxes move by up to 10
+    pixels."""
+    classes = class_logits.shape[1] - 1
+    pairs = class_logits.float().softmax(-1)[:, :-1].flatten()  # (Q * classes,)
+    probs, places = pairs.topk(min(most, len(pairs)))
+    count = int((probs > threshold).sum())  # best first, so these stand in front
+    if count == 0:
         return []
-    logits = F.interpolate(mask_logits[used][None].float(), tuple(padded), mode="bilinear")
-    logits = F.interpolate(logits[:, :, : valid[0], : valid[1]], tuple(original), mode="bilinear")[
-        0
-    ]  # (U, H, W)
-    binary = logits > 0
-    inside = (logits.sigmoid() * binary).sum((1, 2)) / (binary.sum((1, 2)) + 1e-6)
-    edges = []
-    for mask in binary:
-        (x1, x2), (y1, y2) = (_span(mask.any(axis)) for axis in (0, 1))
-        edges.append((x1, y1, x2, y2))
-    scores, binary = (probs[: len(places)] * inside[place]).tolist(), binary.cpu().numpy()
-    rows = zip(scores, labels.tolist(), queries.tolist(), place.tolist(), strict=True)
-    instances = [
-        Instance(CLASSES[label], score, edges[k], binary[k], query)
-        for score, label, query, k in rows
-    ]
+    probs = probs[:count]
+    queries = places[:count] // classes
+    labels = places[:count] % classes
+
+    # The mask of each query that is used: enlarged, freed of padding, brought to the picture's size
+    used, place_in_used = queries.unique(return_inverse=True)
+    logits = mask_logits[used][None].float()  # (1, U, H/4, W/4)
+    logits = F.interpolate(logits, tuple(padded), mode="bilinear")
+    logits = logits[:, :, : valid[0], : valid[1]]
+    logits = F.interpolate(logits, tuple(original), mode="bilinear")[0]  # (U, height, width)
+    masks = logits > 0
+    inside = (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
+    boxes = [mask_box(mask) for mask in masks]
+
+    scores = (probs * inside[place_in_used]).tolist()
+    masks = masks.cpu().numpy()
+    instances = []
+    for k, score in enumerate(scores):
+        place = int(place_in_used[k])
+        name = CLASSES[int(labels[k])]
+        instances.append(Instance(name, score, boxes[place], masks[place], int(queries[k])))
     return sorted(instances, key=lambda found: -found.score)
+
+
+def mask_box(mask) -> tuple[int, int, int, int]:
+    """The smallest box around a mask (H, W) bool; zeros when the mask is empty."""
+    x1, x2 = _span(mask.any(0))
+    y1, y2 = _span(mask.any(1))
+    return x1, y1, x2, y2
 
 
 def _span(used) -> tuple[int, int]:
@@ -384,178 +351,161 @@ def _span(used) -> tuple[int, int]:
 
 
 class Mask2Former:
-    """detector(images) -> the instances of each picture. `path`: the official .pth (Swin-S; `config` for other sizes),
-    or a folder or hub id. The hub's facebook/mask2former-swin-small-coco-instance is another training run."""
+    """detector(images) -> the instances of each picture.
+
+    `path`: the official .pth (Swin-S; `config` for other sizes), or a folder or hub id. The hub's
+    facebook/mask2former-swin-small-coco-instance is another training run."""
 
     def __init__(self, path: str, device="cpu", batch_size: int = 16, config=None):
-        from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
-        self.device, self.batch_size = device, batch_size
-        if not str(path).endswith(".pth"):
-            self.model = load(Mask2FormerForUniversalSegmentation, path, "detector")
+        self.device = device
+        self.batch_size = batch_size
+        if str(path).endswith(".pth"):
+            self.model = Mask2FormerForUniversalSegmentation(config or official_config())
+            state = convert_mmdet(load_tensors(path, "detector"))
+            fill(self.model, state, "detector", path, unused=UNUSED)
         else:
-            sizes = {
-                "embed_dim": 96,
-                "depths": [2, 2, 18, 2],
-                "num_heads": [3, 6, 12, 24],
-                "window_size": 7,
-            }
-            swin = SwinConfig(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"])
-            config = config or Mask2FormerConfig(
-                backbone_config=swin, num_labels=80, num_queries=100
-            )
-            self.model = Mask2FormerForUniversalSegmentation(config)
-            fill(self.model, convert_mmdet(load_tensors(path, "detector")), "detector", path)
-        if self.model.config.num_labels != len(CLASSES):
-            raise ValueError(
-                f"--detector {path} knows {self.model.config.num_labels} classes, not COCO's 80"
-            )
+            self.model = load(Mask2FormerForUniversalSegmentation, path, "detector")
+        labels = self.model.config.num_labels
+        if labels != len(CLASSES):
+            raise ValueError(f"--detector {path} knows {labels} classes, not COCO's 80")
         self.model.to(device).eval().requires_grad_(False)
 
     def __call__(self, images: list[Image.Image], threshold: float = 0.3) -> list[list[Instance]]:
+        detect = functools.partial(self._detect, threshold=threshold)
         sizes = [image.size for image in images]
-        return in_batches(
-            lambda batch: self._detect(batch, threshold), images, self.batch_size, sizes
-        )
+        return in_batches(detect, images, self.batch_size, keys=sizes)
 
-    def _detect(self, images, threshold):
-        import torch
-
-        inputs = [detector_pixels(image) for image in images]
-        pixels = torch.stack([x for x, _ in inputs])
+    def _detect(self, images: list[Image.Image], threshold: float) -> list[list[Instance]]:
+        """Pictures of one size -> the instances of each."""
+        inputs = []
+        for image in images:
+            pixels, valid = detector_pixels(image)  # `valid` is the same for all
+            inputs.append(pixels)
+        pixels = torch.stack(inputs).to(self.device, self.model.dtype)
         with torch.inference_mode():
-            out = self.model(pixel_values=pixels.to(self.device, self.model.dtype))
-        sizes = [
-            (pixels.shape[2:], valid, image.size[::-1])
-            for (_, valid), image in zip(inputs, images, strict=True)
-        ]
-        logits = zip(out.class_queries_logits, out.masks_queries_logits, sizes, strict=True)
-        return [
-            fuse_masks(classes, masks, *size, threshold=threshold)
-            for classes, masks, size in logits
-        ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIP
-
-
-def clip_pixels(image: Image.Image):
-    """(3, 224, 224): short side to 224, bicubic, the middle square; OpenAI's preprocessing of PIL pictures."""
-    import torch
-
-    image = image.convert("RGB")
-    sides = [
-        224 if side == min(image.size) else int(224 * side / min(image.size)) for side in image.size
-    ]
-    left, top = (round((side - 224) / 2) for side in sides)
-    image = image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
-    return normalised(torch.from_numpy(np.array(image)))
-
-
-def normalised(pixels):
-    """(H, W, 3) uint8 -> (3, H, W) by CLIP's mean and standard deviation; BLIP uses them too."""
-    x = pixels.permute(2, 0, 1) / 255
-    mean, std = x.new_tensor(
-        [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]
-    )
-    return (x - mean[:, None, None]) / std[:, None, None]
-
-
-class Clip:
-    """Features of unit length: clip.images(pictures) and clip.texts(strings), both (N, D) float32 on the CPU."""
-
-    def __init__(self, path: str, flag: str, device="cpu", batch_size: int = 16):
-        from transformers import AutoTokenizer, CLIPModel
-
-        self.device, self.batch_size = device, batch_size
-        self.model = load(CLIPModel, path, flag).to(device).eval().requires_grad_(False)
-        self.tokenizer = load(AutoTokenizer, path, flag)
-
-    def images(self, images: list[Image.Image]):
-        import torch
-
-        def features(batch):
-            pixels = torch.stack([clip_pixels(image) for image in batch])
-            found = self.model.get_image_features(pixels.to(self.device, self.model.dtype))
-            return [*found.pooler_output.float().cpu()]
-
-        with torch.inference_mode():
-            return torch.nn.functional.normalize(
-                torch.stack(in_batches(features, images, self.batch_size)), dim=-1
+            out = self.model(pixel_values=pixels)
+        found = []
+        for k, image in enumerate(images):
+            instances = fuse_masks(
+                out.class_queries_logits[k],
+                out.masks_queries_logits[k],
+                padded=pixels.shape[2:],
+                valid=valid,
+                original=(image.height, image.width),
+                threshold=threshold,
             )
+            found.append(instances)
+        return found
 
-    def texts(self, texts: list[str]):
-        import torch
 
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=77, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            found = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-            return torch.nn.functional.normalize(found.float().cpu(), dim=-1)
+# -------------------------------------------------------------------------------------------------
+# The colour of an object
 
-    @functools.cache  # noqa: B019 - one object a run
-    def _color_vectors(self, name: str):
-        """(10, D): for each colour, the mean over three sentences about a `name` of that colour."""
-        sentences = (
-            "a photo of a {0} {1}",
-            "a photo of a {0}-colored {1}",
-            "a photo of a {0} object",
-        )
-        texts = self.texts(
-            [sentence.format(color, name) for color in COLORS for sentence in sentences]
-        )
-        mean = texts.unflatten(0, (len(COLORS), len(sentences))).mean(1)
-        return mean / mean.norm(dim=-1, keepdim=True)
+SENTENCES = ("a photo of a {0} {1}", "a photo of a {0}-colored {1}", "a photo of a {0} object")
 
-    def colors(self, crops: list[Image.Image], names: list[str]) -> list[str]:
-        """The colour of each crop, as a `name`."""
+
+class ClipColors:
+    """colors(crops, names) -> the colour of each crop, which shows an object of that name."""
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+        self.vectors = {}  # name of an object -> (10, D)
+
+    def __call__(self, crops: list[Image.Image], names: list[str]) -> list[str]:
         if not crops:
             return []
-        rows = zip(self.images(crops), names, strict=True)
-        return [COLORS[int((self._color_vectors(name) @ image).argmax())] for image, name in rows]
+        colors = []
+        for features, name in zip(self.clip.images(crops), names, strict=True):
+            if name not in self.vectors:
+                self.vectors[name] = self._color_vectors(name)
+            cosines = self.vectors[name] @ features  # (10,)
+            colors.append(COLORS[int(cosines.argmax())])
+        return colors
+
+    def _color_vectors(self, name: str):
+        """(10, D): per colour, the mean over three sentences about a `name` of that colour."""
+        texts = []
+        for color in COLORS:
+            texts += [sentence.format(color, name) for sentence in SENTENCES]
+        features = self.clip.texts(texts).unflatten(0, (len(COLORS), len(SENTENCES)))
+        mean = features.mean(1)
+        return mean / mean.norm(dim=-1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GenEval: pictures to verdicts
+# -------------------------------------------------------------------------------------------------
+# Pictures to verdicts
 
 
 class GenEval:
-    """geneval(images, lines of evaluation_metadata.jsonl) -> a dict a picture: `score` (1.0 correct, 0.0 not), `reason`
-    (what is wrong, in words) and `boxes` ([label, x1, y1, x2, y2] on the 0..1000 grid) of the classes it asks for."""
+    """geneval(images, lines of evaluation_metadata.jsonl) -> a dict per picture.
 
-    def __init__(self, detector: Mask2Former, clip: Clip):
-        self.detector, self.clip = detector, clip
+    `score`: 1.0 when correct, else 0.0; `reason`: what is wrong, in words; `boxes`: [label, x1, y1,
+    x2, y2] on the 0..1000 grid, of the classes that the prompt asks for. `detector` is called as a
+    Mask2Former, `colors` as a ClipColors."""
+
+    def __init__(self, detector, colors):
+        self.detector = detector
+        self.colors = colors
 
     def __call__(self, images: list[Image.Image], metadata: list[dict]) -> list[dict]:
-        found, crops, names = [], [], []
-        for image, instances, line in zip(images, self.detector(images), metadata, strict=True):
-            classes = {clause["class"]: [] for clause in line["include"] + line.get("exclude", [])}
-            for name in classes:
-                ones = [instance for instance in instances if instance.name == name]
-                classes[name] = [ones[k] for k in kept([one.score for one in ones], line["tag"])]
-                if any("color" in clause for clause in line["include"]):
-                    crops += [
-                        colour_crop(image.convert("RGB"), one.box, one.mask)
-                        for one in classes[name]
-                    ]
-                    names += [name] * len(classes[name])
-            found.append(classes)
-        colors, rows = iter(self.clip.colors(crops, names)), []
-        for image, classes, line in zip(images, found, metadata, strict=True):
-            seen = {}
-            if any("color" in clause for clause in line["include"]):
-                seen = {name: [next(colors) for _ in ones] for name, ones in classes.items()}
-            faults = judge_geneval(
-                line, {name: [one.box for one in ones] for name, ones in classes.items()}, seen
-            )
-            boxes = []
-            for name, ones in classes.items():
-                for color, one in zip(seen.get(name, [""] * len(ones)), ones, strict=True):
-                    boxes.append(
-                        [f"{color} {name} {one.score:.2f}".strip(), *on_grid(one.box, image.size)]
-                    )
-            reason = "; ".join(words for _, words in faults)
-            rows.append({"score": float(not faults), "reason": reason, "boxes": boxes})
+        found = []
+        for instances, line in zip(self.detector(images), metadata, strict=True):
+            found.append(asked_instances(instances, line))
+        colors = self._colors(images, found, metadata)
+        rows = []
+        for k, image in enumerate(images):
+            rows.append(verdict(metadata[k], found[k], colors[k], image.size))
         return rows
+
+    def _colors(self, images, found, metadata) -> list[dict[str, list[str]]]:
+        """Per picture: class -> the colour of each instance; empty where no colour is asked for.
+
+        The objects of all pictures go to CLIP together."""
+        crops = []
+        names = []
+        for image, instances_of, line in zip(images, found, metadata, strict=True):
+            if not asks_color(line):
+                continue
+            for name, instances in instances_of.items():
+                for one in instances:
+                    crops.append(colour_crop(image.convert("RGB"), one.box, one.mask))
+                    names.append(name)
+        answers = iter(self.colors(crops, names))
+        colors = []
+        for instances_of, line in zip(found, metadata, strict=True):
+            seen = {}
+            if asks_color(line):
+                for name, instances in instances_of.items():
+                    seen[name] = [next(answers) for _ in instances]
+            colors.append(seen)
+        return colors
+
+
+def asks_color(line: dict) -> bool:
+    """Whether a prompt, given by its metadata, says what colour something has."""
+    return any("color" in clause for clause in line["include"])
+
+
+def asked_instances(instances: list[Instance], line: dict) -> dict[str, list[Instance]]:
+    """The instances that count, by class, of the classes that the metadata `line` speaks of."""
+    found = {}
+    for clause in line["include"] + line.get("exclude", []):
+        name = clause["class"]
+        of_class = [instance for instance in instances if instance.name == name]
+        places = kept([instance.score for instance in of_class], line["tag"])
+        found[name] = [of_class[k] for k in places]
+    return found
+
+
+def verdict(line: dict, found: dict, colors: dict, size: tuple[int, int]) -> dict:
+    """The row of one picture of `size` (w, h): score, reason, boxes."""
+    boxes = {name: [one.box for one in instances] for name, instances in found.items()}
+    faults = judge_geneval(line, boxes, colors)
+    labelled = []
+    for name, instances in found.items():
+        for k, one in enumerate(instances):
+            color = f"{colors[name][k]} " if colors else ""
+            label = f"{color}{name} {one.score:.2f}"
+            labelled.append([label, *pixels_to_grid(one.box, size)])
+    reason = "; ".join(words for _, words in faults)
+    return {"score": float(not faults), "reason": reason, "boxes": labelled}

@@ -1,10 +1,11 @@
-"""Records to image tokens on disk: the frozen picture tokenizer (VQ) sees each picture once, training sees none.
+"""Pictures to image tokens on disk, once: training reads tokens and never sees a picture.
 
-A picture is resized to the model's square, whatever its shape; boxes, relative to width and height, go with it. The
-cache is a folder of safetensors, each with a block of consecutive records, and `cache.json`, which says how it was
-made. Blocks are written beside and renamed, so that a kill costs one block a process; ranks share them without talking
-to each other; what training needs of them is mapped, so that millions of records take little memory. Bad records are
-skipped and counted by cause; more than 20 % of them stop the run.
+A picture is resized to the model's square, whatever its shape; boxes, relative to width and height,
+go with it. The frozen picture tokenizer (VQ) turns it into tokens. The cache is a folder of
+safetensors files, each with a block of consecutive records, and `cache.json`, which says how the
+cache was made. A killed process loses the block it was making, no more. Ranks share the blocks
+without talking to each other. Training maps the files, so that millions of records take little
+memory. Bad records are skipped and counted by cause; more than 20 % of them stop the run.
 """
 
 import functools
@@ -23,10 +24,20 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import gotr1
-from data.got import BadRecord, Source, data_files, numbered, read_image, read_record, read_text
+from data.got import (
+    BadRecord,
+    Record,
+    Source,
+    data_files,
+    numbered,
+    read_image,
+    read_prompt_and_chain,
+    read_words,
+)
+from engine import run
 from render_boxes import draw_boxes, parse_chain
 
-BLOCK = 1024  # consecutive records a file
+BLOCK = 1024  # consecutive records per file
 MOST_BAD = 0.2  # share of the records
 
 
@@ -38,81 +49,130 @@ class Report:
     bad: dict[str, list] = field(default_factory=dict)  # cause -> [how many, the first one]
 
     @property
-    def good(self) -> int:
-        return self.read - sum(number for number, _ in self.bad.values())
+    def skipped(self) -> int:
+        return sum(number for number, _ in self.bad.values())
 
-    def add(self, cause: str, number: int, first: str) -> None:
+    @property
+    def good(self) -> int:
+        return self.read - self.skipped
+
+    def count(self, cause: str, number: int, first: str) -> None:
         self.bad.setdefault(cause, [0, first])[0] += number
 
+    def skip(self, index: int, bad: BadRecord) -> None:
+        self.count(bad.cause, 1, f"record {index}: {bad.detail}")
+
+    def add(self, other: "Report") -> None:
+        """Counts what `other` has counted; its records come after those of this report."""
+        self.read += other.read
+        for cause, (number, first) in other.bad.items():
+            self.count(cause, number, first)
+
     def __str__(self) -> str:
-        share = (self.read - self.good) / max(1, self.read)
-        lines = [
-            f"{number:8d} {cause:14s} first: {first}"
-            for cause, (number, first) in sorted(self.bad.items())
-        ]
-        return "\n".join(
-            [f"{self.read - self.good} of {self.read} records skipped ({share:.1%})", *lines]
-        )
+        share = self.skipped / max(1, self.read)
+        lines = [f"{self.skipped} of {self.read} records skipped ({share:.1%})"]
+        for cause, (number, first) in sorted(self.bad.items()):
+            lines.append(f"{number:8d} {cause:14s} first: {first}")
+        return "\n".join(lines)
 
     def check(self) -> None:
+        """Raises ValueError when there are too many bad records, or none at all."""
         if self.good < (1 - MOST_BAD) * self.read or not self.read:
-            raise ValueError(
-                f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run. {self}"
-            )
+            problem = f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run."
+            raise ValueError(f"{problem} {self}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# One record: what data/got.py reads, and whether it fits into the model's sequence
+
+
+def texts_that_fit(
+    row: dict, source: Source, tokenizer, size: tuple[int, int], room: float = float("inf")
+) -> tuple[str, str]:
+    """(prompt, chain) of a row with a picture of `size` pixels.
+
+    `room` is what prompt and chain may take together, in tokens. Raises BadRecord."""
+    for name in (source.prompt_field, source.chain_field):
+        words = read_words(row, name)
+        for token in gotr1.SPECIAL_TOKENS.values():
+            if token in words:  # it would end the chain, or the prompt
+                raise BadRecord("special token", f"{name} holds {token}")
+    prompt, chain = read_prompt_and_chain(row, source, size)
+    given = len(gotr1.encode_prompt(tokenizer, prompt))
+    written = len(gotr1.encode_chain(tokenizer, chain))
+    if written > min(source.max_chain, room - given):
+        limits = "(--max_chain, or the context)"
+        told = f"{written} tokens after {given} of the prompt {limits}"
+        raise BadRecord("chain too long", told)
+    return prompt, chain
+
+
+# -------------------------------------------------------------------------------------------------
 # The files
 
 
-def fingerprint(model, tokenizer, source: Source) -> dict:
-    """What the content of a cache depends on, by name. Pictures in files of their own are not looked at."""
-    vq, sha = model.model.vqmodel, hashlib.sha256()
-    for value in [
-        *vq.encoder.parameters(),
-        *vq.quant_conv.parameters(),
-        vq.quantize.embedding.weight,
-    ]:
-        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-    made = {f"--{key}": value for key, value in asdict(source).items() if key != "streaming"}
-    words, stats = sorted(tokenizer.get_vocab().items()), []
-    if (
-        source.data and Path(source.data).expanduser().exists()
-    ):  # may be moved, and be named in many ways
-        made["--data"] = Path(source.data).expanduser().resolve().name
-        files = map(Path, data_files(source))
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    made |= {
-        "picture tokenizer": sha.hexdigest()[:16],
-        "image tokens": gotr1.image_token_count(model),
-        "block": BLOCK,
-    }
-    hashes = {"data files": stats, "text tokenizer": words}
-    return made | {
-        key: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for key, value in hashes.items()
-    }
+def cache_recipe(model, tokenizer, source: Source) -> dict:
+    """What the content of a cache depends on, by name.
+
+    Pictures that lie in files of their own are not looked at."""
+    recipe = {f"--{key}": value for key, value in asdict(source).items() if key != "streaming"}
+    file_stats = []
+    # `toy` is the built-in world, even where a folder has that name.
+    if source.data not in ("", "toy") and Path(source.data).expanduser().exists():
+        # A local set may be moved, and its path written in many ways: its last part is compared.
+        recipe["--data"] = Path(source.data).expanduser().resolve().name
+        for file in map(Path, data_files(source)):
+            file_stats.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    recipe["picture tokenizer"] = encoder_hash(model.model.vqmodel)
+    recipe["image tokens"] = gotr1.image_token_count(model)
+    recipe["block"] = BLOCK
+    recipe["data files"] = short_hash(file_stats)
+    recipe["text tokenizer"] = short_hash(sorted(tokenizer.get_vocab().items()))
+    return recipe
 
 
-def replace(path: Path, content: bytes, rank: int) -> None:
-    """Written beside and renamed: what has the name is whole."""
-    beside = path.with_name(f"{path.name}.{rank}.tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+def encoder_hash(vqmodel) -> str:
+    """Of all weights that take part in turning a picture into tokens."""
+    sha = hashlib.sha256()
+    weights = [*vqmodel.encoder.parameters(), *vqmodel.quant_conv.parameters()]
+    for weight in [*weights, vqmodel.quantize.embedding.weight]:
+        # As bytes: NumPy has no bfloat16.
+        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
 
 
-def claim(cache: Path, made: dict, rank: int) -> int:
-    """Checks or writes `cache.json`. Returns the number of records when the cache is known to be complete, else 0."""
+def short_hash(value) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def claim(cache: Path, recipe: dict) -> int:
+    """Makes the folder and its `cache.json`, or checks it. Returns the number of records when the
+    cache has once been complete, else 0.
+
+    Raises ValueError when the blocks in it were made with another recipe."""
     path = cache / "cache.json"
     cache.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
-    changed = ", ".join(
-        f"{key} {found.get(key)} (now {made[key]})" for key in made if found.get(key) != made[key]
-    )
+    changed = []
+    for key, value in recipe.items():
+        if found.get(key) != value:
+            changed.append(f"{key} {found.get(key)} (now {value})")
     if changed and any(cache.glob("tokens_*.safetensors")):
-        raise ValueError(f"{cache} was made with {changed}: take another --cache, or delete it")
+        made = f"{cache} was made with {', '.join(changed)}"
+        raise ValueError(f"{made}: take another --cache, or delete it")
     if changed:
-        replace(path, json.dumps(made, indent=2).encode(), rank)
+        write_json(path, recipe)
     return found.get("records", 0)
+
+
+def write_json(path: Path, content: dict) -> None:
+    run.write_whole(path, json.dumps(content, indent=2))
+
+
+def block_paths(cache: Path, records: int) -> list[Path]:
+    """The files of a cache with this many records."""
+    blocks = -(-records // BLOCK)  # rounded up
+    return [block_path(cache, block) for block in range(blocks)]
 
 
 def block_path(cache: Path, block: int) -> Path:
@@ -121,12 +181,12 @@ def block_path(cache: Path, block: int) -> Path:
 
 @functools.lru_cache(maxsize=4096)
 def open_block(path: Path):
-    """A mapped block; the file itself is closed again, so that no limit on open files is met."""
+    """A mapped block. Its file is closed again, so that no limit on open files is met."""
     return safetensors.safe_open(path, "numpy")
 
 
 def block_report(path: Path) -> Report | None:
-    """The report of a block; None when it is not there, or not whole."""
+    """The report of a block; None when the file is not there, or not whole."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return Report(**json.loads(file.metadata()["report"]))
@@ -134,112 +194,173 @@ def block_report(path: Path) -> Report | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def all_whole(paths: list[Path]) -> bool:
+    return all(block_report(path) for path in paths)
+
+
+# -------------------------------------------------------------------------------------------------
 # Encoding
 
 
-def encode_block(pairs, model, tokenizer, source: Source, batch: int, total: Report, bar) -> bytes:
-    """The file of the block with these (index, function that gets the row); counts in `total`, too."""
-    config, images, here = model.config.vq_config, gotr1.image_token_count(model), Report()
-    side = config.num_patches * 2 ** (len(config.channel_multiplier) - 1)
+def picture_side(model) -> int:
+    """Width and height in pixels of the pictures that the model knows."""
+    config = model.config.vq_config
+    halvings = len(config.channel_multiplier) - 1  # of the side, inside the picture tokenizer
+    return config.num_patches * 2**halvings
+
+
+def read_part(
+    part, tokenizer, source: Source, side: int, room: int, pool: ThreadPoolExecutor
+) -> tuple[list[Record], Report]:
+    """The good ones of a few records, pictures `side` x `side`, and the report on all of them.
+
+    `part`: pairs of index and function that gets the row, as `numbered` yields them."""
+    rows = [get() for _, get in part]
+    pictures = [pool.submit(read_image, row, source, side) for row in rows]
+    records = []
+    report = Report(read=len(part))
+    for (index, _), row, picture in zip(part, rows, pictures, strict=True):
+        try:
+            image, size = picture.result()
+            prompt, chain = texts_that_fit(row, source, tokenizer, size, room)
+            records.append(Record(prompt, chain, image))
+        except BadRecord as bad:
+            report.skip(index, bad)
+    return records, report
+
+
+def encode_block(
+    pairs, model, tokenizer, source: Source, batch: int, total: Report, bar: tqdm
+) -> bytes:
+    """The content of a block's file.
+
+    `pairs` are as `numbered` yields them. Counts in `total`, too: the report on all blocks of this
+    rank, which stops the run with a ValueError as soon as too many records are bad."""
+    images = gotr1.image_token_count(model)
+    side = picture_side(model)
     room = model.config.text_config.max_position_embeddings - images
-    device = (
-        model.get_input_embeddings().weight.device
-    )  # not model.device: what is not used may lie elsewhere
-    tokens, texts = [torch.empty(0, images, dtype=torch.long, device=device)], []
+    # Not model.device: image understanding is never used and may lie elsewhere.
+    device = model.get_input_embeddings().weight.device
+    report = Report()
+    texts = []  # bytes: prompt, chain, prompt, chain, ...
+    tokens = [torch.empty(0, images, dtype=torch.long, device=device)]
     with ThreadPoolExecutor(8) as pool:  # PIL decodes and resizes outside the interpreter's lock
-        while part := list(itertools.islice(pairs, batch)):  # the same parts on any number of ranks
-            rows, chosen = [get() for _, get in part], []
-            pictures = [pool.submit(read_image, row, source, side) for row in rows]
-            for (index, _), row, picture in zip(part, rows, pictures, strict=True):
-                here.read, total.read = here.read + 1, total.read + 1
-                try:
-                    image, size = picture.result()
-                    texts += [
-                        text.encode() for text in read_text(row, source, tokenizer, size, room)
-                    ]
-                    chosen.append(image)
-                except BadRecord as bad:
-                    here.add(bad.cause, 1, f"record {index}: {bad.detail}")
-                    total.add(bad.cause, 1, f"record {index}: {bad.detail}")
+        # Parts of a block, never across two: so they are the same on any number of ranks.
+        while part := list(itertools.islice(pairs, batch)):
+            records, part_report = read_part(part, tokenizer, source, side, room, pool)
+            report.add(part_report)
+            total.add(part_report)
             if total.read >= 100:
                 total.check()
-            if chosen:
-                tokens.append(
-                    gotr1.encode_images(model, chosen)
-                )  # (chosen, I), left on the device: nobody waits
+            for record in records:
+                texts += [record.prompt.encode(), record.chain.encode()]
+            if records:
+                pictures = [record.image for record in records]
+                tokens.append(gotr1.encode_images(model, pictures))  # stays on the device: no wait
             bar.update(len(part))
+    image_tokens = torch.cat(tokens).cpu().numpy()
+    return pack_block(image_tokens, texts, model.config.vq_config.num_embeddings, report)
+
+
+def pack_block(image_tokens: np.ndarray, texts: list[bytes], codes: int, report: Report) -> bytes:
+    """The safetensors file of R good records: image tokens (R, I) below `codes`, and 2 R texts."""
+    lengths = [len(text) for text in texts]
     arrays = {
-        "image_tokens": torch.cat(tokens)
-        .cpu()
-        .numpy()
-        .astype("uint16" if config.num_embeddings <= 65536 else "int32"),
-        "text": np.frombuffer(
-            b"".join(texts), np.uint8
-        ),  # prompt, chain, prompt, chain, ... of M records
-        "starts": np.cumsum([0, *map(len, texts)]),  # (2 M + 1,), in bytes
+        "image_tokens": image_tokens.astype("uint16" if codes <= 65536 else "int32"),
+        "text": np.frombuffer(b"".join(texts), np.uint8),
+        "starts": np.cumsum([0, *lengths]),  # (2 R + 1,): where each text starts, in bytes
     }
-    return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(here))})
+    return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(report))})
 
 
 def encode_blocks(
-    rows, model, tokenizer, source: Source, cache: Path, rank=0, world=1, batch=32
-) -> tuple[int, int]:
-    """Writes what is missing of the blocks rank, rank + world, ...; returns the number of records of all ranks, and of
-    those that were encoded here."""
-    total, records = Report(), 0
-    length = (
-        len(range(len(rows))[: source.max_records or None]) if hasattr(rows, "__len__") else None
-    )
+    rows, model, tokenizer, source: Source, cache: Path, rank: int, world: int, batch: int
+) -> int:
+    """Writes what is missing of the blocks rank, rank + world, ... Returns the number of records of
+    all ranks."""
+    length = None
+    if hasattr(rows, "__len__"):
+        length = min(len(rows), source.max_records or len(rows))
+    total = Report()  # on what is encoded here
+    records = 0
+    began = time.time()
     with tqdm(total=length, desc="pictures to tokens", unit=" records", disable=rank > 0) as bar:
         for block, pairs in itertools.groupby(
             numbered(rows, source), lambda pair: pair[0] // BLOCK
         ):
             path = block_path(cache, block)
             if block % world == rank and not block_report(path):
-                replace(
-                    path, encode_block(pairs, model, tokenizer, source, batch, total, bar), rank
+                content = encode_block(
+                    pairs,
+                    model=model,
+                    tokenizer=tokenizer,
+                    source=source,
+                    batch=batch,
+                    total=total,
+                    bar=bar,
                 )
+                run.write_whole(path, content)
                 records += block_report(path).read
             else:
-                skipped = sum(1 for _ in pairs)
-                records += skipped
-                bar.update(skipped)
-    return records, total.read
+                passed = sum(1 for _ in pairs)
+                records += passed
+                bar.update(passed)
+    if total.read and rank == 0:
+        speed = total.read / (time.time() - began)
+        print(f"records per second: {speed:.0f} from pictures")
+    return records
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batch=32) -> "Prepared":
+    """Encodes what the cache lacks, `batch` pictures at a time, each rank its share, and waits for
+    the other ranks. All ranks must see the same folder.
+
+    `rows` are dicts, as `open_rows` gives them or made in memory, or a function that returns them,
+    which is called only when the cache is not complete. Raises ValueError when the cache was made
+    with other settings, or too many records are bad."""
+    cache = Path(cache).expanduser()
+    recipe = cache_recipe(model, tokenizer, source)
+    records = claim(cache, recipe)
+    if not records or not all_whole(block_paths(cache, records)):
+        if callable(rows):
+            rows = rows()
+        records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
+        while not all_whole(block_paths(cache, records)):
+            time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
+        if rank == 0:
+            write_json(cache / "cache.json", recipe | {"records": records})
+    prepared = Prepared(cache, len(block_paths(cache, records)))
+    prepared.report.check()
+    return prepared
+
+
+# -------------------------------------------------------------------------------------------------
 # What training reads
 
 
 class Prepared:
-    """A complete cache: what the training loop reads, by number of the good record. Only what is asked for is read."""
+    """A complete cache, read by the number of the good record. Only what is asked for is read."""
 
     def __init__(self, cache: Path, blocks: int):
-        self.paths, self.report = [block_path(cache, block) for block in range(blocks)], Report()
-        reports = [block_report(path) for path in self.paths]
-        self.stops = np.cumsum(
-            [report.good for report in reports]
-        )  # of each block, in good records
-        for report in reports:
-            self.report.read += report.read
-            for cause, counted in report.bad.items():
-                self.report.add(cause, *counted)
+        self.paths = [block_path(cache, block) for block in range(blocks)]
+        self.report = Report()
+        good = []
+        for path in self.paths:
+            report = block_report(path)
+            self.report.add(report)
+            good.append(report.good)
+        self.stops = np.cumsum(good)  # where each block stops, in good records
 
     def __len__(self) -> int:
         return int(self.stops[-1])
 
     def batch(self, indices: list[int]) -> tuple[list[str], list[str], torch.Tensor]:
-        """(prompts, chains, image tokens (n, I) int64) of n records; raises IndexError."""
-        prompts, chains, tokens = [], [], []
+        """(prompts, chains, image tokens (R, I) int64) of R records. Raises IndexError."""
+        prompts = []
+        chains = []
+        tokens = []
         for index in indices:
-            if not 0 <= index < len(self):
-                raise IndexError(f"record {index} of {len(self)}")
-            block = int(np.searchsorted(self.stops, index, side="right"))
-            row, file = (
-                index - int(self.stops[block - 1]) * (block > 0),
-                open_block(self.paths[block]),
-            )
+            file, row = self.locate(index)
             start, middle, stop = map(int, file.get_slice("starts")[2 * row : 2 * row + 3])
             text = file.get_slice("text")[start:stop].tobytes()
             prompts.append(text[: middle - start].decode())
@@ -247,97 +368,82 @@ class Prepared:
             tokens.append(file.get_slice("image_tokens")[row : row + 1].astype(np.int64))
         return prompts, chains, torch.from_numpy(np.concatenate(tokens))
 
-
-def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batch=32) -> Prepared:
-    """Encodes what the cache lacks, `batch` pictures at a time, each rank its share, and waits for the others.
-
-    `rows` are dicts, as `open_rows` gives them or made in memory, or a function that returns them: it is called only
-    when the cache is not complete. All ranks must see the same folder. Raises ValueError when the cache was made with
-    other settings, or too many records are bad."""
-    cache = Path(cache).expanduser()
-    records, encoded = claim(cache, made := fingerprint(model, tokenizer, source), rank), 0
-    blocks = range(-(-records // BLOCK))
-    if not records or not all(block_report(block_path(cache, block)) for block in blocks):
-        rows, began = rows() if callable(rows) else rows, time.time()
-        records, encoded = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
-        seconds = time.time() - began
-        blocks = range(-(-records // BLOCK))
-        while not all(block_report(block_path(cache, block)) for block in blocks):
-            time.sleep(1)  # not a barrier: those time out when another rank has minutes more to do
-        if rank == 0:
-            replace(
-                cache / "cache.json",
-                json.dumps(made | {"records": records}, indent=2).encode(),
-                rank,
-            )
-    prepared = Prepared(cache, len(blocks))
-    prepared.report.check()
-    if encoded and rank == 0:
-        print(
-            f"records a second: {encoded / seconds:.0f} from pictures, {reading_speed(prepared):.0f} from the cache"
-        )
-    return prepared
+    def locate(self, index: int):
+        """(mapped block, place inside it) of a record."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        block = int(np.searchsorted(self.stops, index, side="right"))
+        before = int(self.stops[block - 1]) if block else 0  # good records of the blocks before
+        return open_block(self.paths[block]), index - before
 
 
-def reading_speed(prepared: Prepared, batch: int = 64) -> float:
-    """Records a second of batches drawn at random."""
-    rng, began = np.random.default_rng(0), time.time()
-    for _ in range(16):
-        prepared.batch(rng.integers(0, len(prepared), batch).tolist())
-    return 16 * batch / (time.time() - began)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Looking at it
+
+GAP = 8  # pixels between the panels of the sheet
+TITLE = 24  # pixels above a row of panels, for its text
 
 
 def dry_run(
     rows, model, tokenizer, source: Source, folder, count: int = 8, side: int = 384
 ) -> Path:
-    """Prints the first `count` good records and what was wrong with those between them, and draws them into
-    `folder`/data.png: the picture, its boxes, and the boxes over what is left of it after VQ. Raises ValueError."""
-    records, report = [], Report()
-    for index, get in itertools.islice(numbered(rows, source), 1000):
-        report.read += 1
-        try:
-            records.append(read_record(get(), source, tokenizer))
-        except BadRecord as bad:
-            report.add(bad.cause, 1, f"record {index}: {bad.detail}")
-        if len(records) == count:
-            break
+    """Prints the first `count` good records, and what was wrong with those between them; draws them
+    into `folder`/data.png. Raises ValueError when there are none."""
+    records, report = first_records(rows, tokenizer, source, count)
     print(report)
     if not records:
         raise ValueError(f"none of the first {report.read} records can be used")
-    tokens, font = (
-        gotr1.encode_images(model, [record.image for record in records]),
-        ImageFont.load_default(14),
-    )
-    sheet = Image.new("RGB", (3 * (side + 8) + 8, len(records) * (side + 32) + 8), "white")
-    for k, (record, decoded) in enumerate(
-        zip(records, gotr1.decode_images(model, tokens), strict=True)
-    ):
-        boxes, y = parse_chain(record.chain), k * (side + 32) + 4
-        lengths = (
-            len(gotr1.encode_prompt(tokenizer, record.prompt)),
-            len(gotr1.encode_chain(tokenizer, record.chain)),
-        )
-        note = "{} prompt + {} chain + {} image tokens".format(*lengths, tokens.shape[1])
-        print(
-            f"\n{k}: {note}, {len(boxes)} boxes\n  prompt  {record.prompt}\n  chain   {record.chain}"
-        )
-        ImageDraw.Draw(sheet).text(
-            (8, y + 4), f"{k}: {record.prompt[:110]} ({note})", "black", font
-        )
-        picture, decoded = (
-            image.resize((side, side), Image.Resampling.BICUBIC)
-            for image in (record.image, decoded)
-        )
-        for column, panel in enumerate(
-            (picture, draw_boxes(boxes, image=picture), draw_boxes(boxes, image=decoded))
-        ):
-            sheet.paste(panel, (8 + column * (side + 8), y + 24))
+    tokens = gotr1.encode_images(model, [record.image for record in records])
+    decoded = gotr1.decode_images(model, tokens)
+    font = ImageFont.load_default(14)
+    step = side + TITLE + GAP
+    sheet = Image.new("RGB", (3 * (side + GAP) + GAP, len(records) * step + GAP), "white")
+    for k, record in enumerate(records):
+        note = count_tokens(record, tokenizer, images=tokens.shape[1])
+        boxes = len(parse_chain(record.chain))
+        print(f"\n{k}: {note}, {boxes} boxes")
+        print(f"  prompt  {record.prompt}\n  chain   {record.chain}")
+        y = k * step + GAP // 2
+        title = f"{k}: {record.prompt[:110]} ({note})"
+        ImageDraw.Draw(sheet).text((GAP, y + 4), title, "black", font)
+        for column, panel in enumerate(draw_panels(record, decoded[k], side)):
+            sheet.paste(panel, (GAP + column * (side + GAP), y + TITLE))
     path = Path(folder) / "data.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"\nwrote {path}: the picture, its boxes, its boxes over the picture after VQ")
     return path
+
+
+def first_records(
+    rows, tokenizer, source: Source, count: int, most: int = 1000
+) -> tuple[list[Record], Report]:
+    """The first `count` good ones of at most `most` records, pictures in their own size."""
+    records = []
+    report = Report()
+    for index, get in itertools.islice(numbered(rows, source), most):
+        report.read += 1
+        row = get()
+        try:
+            image, size = read_image(row, source)
+            prompt, chain = texts_that_fit(row, source, tokenizer, size)
+            records.append(Record(prompt, chain, image))
+        except BadRecord as bad:
+            report.skip(index, bad)
+        if len(records) == count:
+            break
+    return records, report
+
+
+def count_tokens(record: Record, tokenizer, images: int) -> str:
+    prompt = len(gotr1.encode_prompt(tokenizer, record.prompt))
+    chain = len(gotr1.encode_chain(tokenizer, record.chain))
+    return f"{prompt} prompt + {chain} chain + {images} image tokens"
+
+
+def draw_panels(record: Record, decoded: Image.Image, side: int) -> list[Image.Image]:
+    """The picture, its boxes, and the boxes over what is left of the picture after VQ."""
+    boxes = parse_chain(record.chain)
+    picture = record.image.resize((side, side), Image.Resampling.BICUBIC)
+    decoded = decoded.resize((side, side), Image.Resampling.BICUBIC)
+    return [picture, draw_boxes(boxes, image=picture), draw_boxes(boxes, image=decoded)]

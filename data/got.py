@@ -1,14 +1,22 @@
-"""Published GoT data, or somebody's own twenty pictures: from a folder or a hub id to prompt, chain and picture.
+"""GoT data as it is published, or twenty pictures of your own -> prompt, chain and picture.
 
-Rows come through the `datasets` library: parquet, JSON lines beside a folder of images, or webdataset tars; streamed or
-not. Annotations come in two styles, and both become the chain format of render_boxes.py:
+Rows come through the `datasets` library, streamed or not, from the hub or a folder: parquet, JSON
+lines beside a folder of images, or webdataset tars. Annotations come in two styles, and both become
+chains as render_boxes.py writes them:
 
-    boxes inline    a small red ball (125,250),(375,500) on ...     with or without markers around name and box
-    placeholders    a small red ball <box_1> on ...                 and {"<box_1>": [125, 250, 375, 500]} elsewhere
+    boxes inline    a small red ball (125,250),(375,500) on ...   with markers or without
+    placeholders    a small red ball <box_1> on ...   beside {"<box_1>": [125, 250, 375, 500]}
 
-A box directly follows the name of its object. A name without markers is found by rule: the words before the box, six at
-most, back to the first punctuation mark, bracket or word of BREAKS. What coordinates count (`box_format`) is told, not
-guessed. A record that cannot be used raises BadRecord with one of a few causes; token_cache.py skips and counts it.
+A box directly follows the name of its object. A name without markers is found by rule: the words
+before the box, six at most, back to the first punctuation mark, bracket or word of BREAKS. What the
+coordinates count (`box_format`) is told, not guessed. A record that cannot be used raises BadRecord
+with one of a few causes.
+
+To lift: this file and render_boxes.py, with PIL and `datasets`.
+
+    source = Source("pictures.jsonl", box_format="pixels")
+    for index, get in numbered(open_rows(source), source):
+        prompt, chain, image = read_record(get(), source)
 """
 
 import functools
@@ -22,72 +30,72 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageOps
 
-import gotr1
-from render_boxes import OBJ_END, OBJ_START, TEXT, WRITTEN, chain_problems
+from render_boxes import TEXT, Box, chain_problems, format_box, format_chain
 
-READERS = {
+READERS = {  # suffix of the files -> name of their reader in `datasets`
     ".parquet": "parquet",
     ".jsonl": "json",
     ".json": "json",
     ".tar": "webdataset",
-}  # names in `datasets`
-BREAKS = (  # no name goes on to the left of these; "of" is part of a name, but not behind a place
-    "a an the this that these those its his her their my your our each every some any no all both in on at with by "
-    "from to into onto over under above below behind beside near next between among against across along around "
-    "through inside outside within beyond past for as like up down off out and or but while where which who there is "
-    "are was were be been has have having features featuring shows showing depicts depicting includes including "
-    "contains containing holds holding wears wearing carries carrying sits sitting stands standing lies lying rides "
-    "riding"
-).replace(
-    " ", "|"
-) + r"|(?:top|bottom|front|back|left|right|middle|cent(?:er|re)|sides?|edge|corner)\s+of"
+}
+END_OF_CHAIN = (
+    "<begin_of_image>"  # the token that ends a chain; some annotations have it written out
+)
 
-# Linear time on any text: no quantifier repeats another one, or stands beside one for the same characters
+# No name goes on to the left of these words. "of" is part of a name, but not behind a place.
+BREAK_WORDS = (
+    "a an the this that these those its his her their my your our each every some any no all both "
+    "in on at with by from to into onto over under above below behind beside near next between "
+    "among against across along around through inside outside within beyond past for as like up "
+    "down off out and or but while where which who there is are was were be been has have having "
+    "features featuring shows showing depicts depicting includes including contains containing "
+    "holds holding wears wearing carries carrying sits sitting stands standing lies lying rides "
+    "riding"
+).split()
+PLACES = r"(?:top|bottom|front|back|left|right|middle|cent(?:er|re)|sides?|edge|corner)"
+BREAKS = "|".join([*BREAK_WORDS, rf"{PLACES}\s+of"])
+
+# The expressions take linear time on any text: no quantifier repeats another one, or stands beside
+# one for the same characters.
 NUMBER = r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE]-?[0-9]{1,3})?"
 PAIR = rf"\s{{0,3}}({NUMBER})\s{{0,3}},\s{{0,3}}({NUMBER})\s{{0,3}}"
-BOX = re.compile(  # (x1,y1),(x2,y2) or [x1, y1, x2, y2], with or without markers
-    rf"(?:<\|box_start\|>\s*)?[(\[]{{1,3}}{PAIR}[)\]]?\s{{0,3}},\s{{0,3}}[(\[]?{PAIR}[)\]]{{1,3}}(?:\s*<\|box_end\|>)?"
+BOX = re.compile(  # (x1,y1),(x2,y2) or [x1, y1, x2, y2], with markers or without
+    rf"(?:<\|box_start\|>\s*)?[(\[]{{1,3}}{PAIR}"
+    rf"[)\]]?\s{{0,3}},\s{{0,3}}[(\[]?"
+    rf"{PAIR}[)\]]{{1,3}}(?:\s*<\|box_end\|>)?"
 )
-TORN = re.compile(
-    rf"[(\[]{PAIR}(?:[)\],]|\Z)"
-)  # coordinates that are left when all boxes were read
+TORN = re.compile(rf"[(\[]{PAIR}(?:[)\],]|\Z)")  # coordinates that no box has taken
 OBJECT = rf"<\|obj_start\|>({TEXT}*)<\|obj_end\|>"
+MARKED_NAME = re.compile(rf"{OBJECT}[\s:,]*\Z")
 WORD = rf"(?!(?:{BREAKS})(?!\S))[^\s.,;:!?()\[\]>]+"
-NAME = re.compile(
-    rf"(?<![^\s.,;:!?()\[\]>])(?!of\s)((?:{WORD}\s+){{0,5}}{WORD}(?<=[\w\"'”’]))[\s:,]*\Z", re.I
+PLAIN_NAME = re.compile(
+    r"(?<![^\s.,;:!?()\[\]>])(?!of\s)"  # begins at the beginning of a word
+    rf"((?:{WORD}\s+){{0,5}}{WORD}(?<=[\w\"'”’]))[\s:,]*\Z",
+    re.I,
 )
 
 
 @dataclass
 class Source:
-    data: str = ""  # hub id (owner/name or owner/name:config), a folder of .parquet, .jsonl or .tar, or one such file
+    data: str = ""  # owner/name[:config] on the hub; or a folder or file: .parquet, .jsonl, .tar
     split: str = "train"  # of a hub id
-    streaming: bool = (
-        False  # read records as they come; otherwise `datasets` makes a copy of the set first
-    )
-    prompt_field: str = (
-        "prompt"  # what the user asks for; a dot goes into the JSON of a tar: json.prompt
-    )
+    streaming: bool = False  # read records as they come; else `datasets` first makes a copy
+    prompt_field: str = "prompt"  # what the user asks for; json.prompt looks into the JSON of a tar
     chain_field: str = "chain"  # the annotation, with its boxes or with placeholders
     image_field: str = "image"  # the picture, or its path
     image_folder: str = ""  # where image paths start; empty: the folder of the data
-    coords_field: str = (
-        ""  # JSON or dict, placeholder -> coordinates; empty: the boxes stand in the chain
-    )
-    box_format: Literal["", "0..999", "0..1", "pixels"] = (
-        ""  # what x1, y1, x2, y2 count; there is no default
-    )
-    max_chain: int = (
-        600  # tokens; longer chains are skipped (the official code samples 600 at most)
-    )
+    coords_field: str = ""  # dict or JSON, placeholder -> coordinates; empty: boxes in the chain
+    box_format: Literal["", "0..999", "0..1", "pixels"] = ""  # what coordinates count; no default
+    max_chain: int = 600  # tokens; longer chains are skipped (the official code samples up to 600)
     max_records: int = 0  # read only the first ones; 0: all
 
 
 class BadRecord(Exception):
-    """A record that is skipped: the cause, one of a few fixed words to count by, and what it is here."""
+    """A record to skip: the cause, one of a few fixed words to count by, and its detail here."""
 
     def __init__(self, cause: str, detail: str):
-        self.cause, self.detail = cause, " ".join(detail.split())[:160]
+        self.cause = cause
+        self.detail = " ".join(detail.split())[:160]
         super().__init__(f"{cause}: {self.detail}")
 
 
@@ -97,7 +105,7 @@ class Record(NamedTuple):
     image: Image.Image
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -106,226 +114,266 @@ def data_files(source: Source) -> list[str]:
     path = Path(source.data).expanduser()
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", source.data):
         return []
-    inside = set(READERS) - {
-        ".json"
-    }  # in a folder, .json describes the set more often than it is the set
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.rglob("*") if file.suffix in inside)
-    )
+    if path.is_file():
+        files = [path]
+    else:
+        # In a folder, .json describes the set more often than it is the set.
+        suffixes = READERS.keys() - {".json"}
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
     kinds = {file.suffix for file in files}
     if len(kinds) != 1 or not kinds <= READERS.keys():
-        raise ValueError(
-            f"--data {source.data}: expected a hub id, or files of one kind: .parquet, .jsonl, .tar"
-        )
+        expected = "a hub id, or files of one kind: .parquet, .jsonl, .tar"
+        raise ValueError(f"--data {source.data}: expected {expected}")
     return [str(file) for file in files]
 
 
 def open_rows(source: Source):
-    """The raw rows, dicts with undecoded pictures: a `datasets.Dataset`, or an IterableDataset when streaming.
+    """The raw rows, dicts with undecoded pictures: a Dataset, or an IterableDataset when streaming.
 
-    Raises ValueError in one line: nothing there, not readable, empty, without one of the fields, or no box_format."""
-    import datasets  # takes a second, and the toy goes without
-
+    Raises ValueError in one line: nothing there, not readable, empty, without one of the fields, or
+    no box_format."""
     if not source.box_format:
         raise ValueError("say with --box_format what the coordinates count: 0..999, 0..1 or pixels")
-    files, (name, _, config) = data_files(source), source.data.partition(":")
-    where = {"path": name, "name": config or None}
-    if files:
-        where = {"path": READERS[Path(files[0]).suffix], "data_files": {source.split: files}}
+    files = data_files(source)
     try:
-        rows = datasets.load_dataset(**where, split=source.split, streaming=source.streaming)
-        for name, feature in (rows.features or {}).items():
-            if isinstance(
-                feature, datasets.Image
-            ):  # a broken picture is ours to count, and skipping must be cheap
-                rows = rows.cast_column(name, datasets.Image(decode=False))
+        rows = load_rows(source, files)
         first = next(iter(rows), None)
-    except (
-        Exception
-    ) as problem:  # each reader has errors of its own kind: pyarrow's, tarfile's, the hub's
-        raise ValueError(
-            f"cannot read --data {source.data}: {problem.__cause__ or problem}"[:300]
-        ) from problem
+    except Exception as problem:  # the readers raise errors of their own: pyarrow's, tarfile's, ...
+        reason = problem.__cause__ or problem
+        raise ValueError(f"cannot read --data {source.data}: {reason}"[:300]) from problem
     if first is None:
         raise ValueError(f"--data {source.data} holds no records")
-    for flag in ("prompt_field", "chain_field", "image_field", "coords_field"):
-        if (name := getattr(source, flag)) and pick(first, name, missing := object()) is missing:
-            raise ValueError(
-                f"--{flag} {name}: no such field in {source.data}, there are {', '.join(first)}"
-            )
+    check_fields(first, source)
     return rows
 
 
+def load_rows(source: Source, files: list[str]):
+    """What `datasets` makes of the files, or of a hub id if there are none."""
+    import datasets  # here: it takes a second to import, and the toy world does without
+
+    if files:
+        rows = datasets.load_dataset(
+            path=READERS[Path(files[0]).suffix],
+            data_files={source.split: files},
+            split=source.split,
+            streaming=source.streaming,
+        )
+    else:
+        name, _, config = source.data.partition(":")
+        rows = datasets.load_dataset(
+            path=name,
+            name=config or None,
+            split=source.split,
+            streaming=source.streaming,
+        )
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            # `read_image` decodes: it counts broken pictures, and skipped rows cost nothing.
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def check_fields(first: dict, source: Source) -> None:
+    """Raises ValueError when the first row lacks a field that a flag names."""
+    missing = object()  # not None, which a row may hold
+    for flag in ("prompt_field", "chain_field", "image_field", "coords_field"):
+        name = getattr(source, flag)
+        if name and pick(first, name, default=missing) is missing:
+            there = f"no such field in {source.data}, there are {', '.join(first)}"
+            raise ValueError(f"--{flag} {name}: {there}")
+
+
 def pick(row: dict, name: str, default=None):
-    """A field of a row; `json.prompt` is looked up in the dict `json` if no field has that whole name."""
+    """A field of a row. `json.prompt` looks into the dict `json` if no field has the whole name."""
+    if name in row:
+        return row[name]
     outer, _, inner = name.partition(".")
-    return row.get(
-        name, row[outer].get(inner, default) if isinstance(row.get(outer), dict) else default
-    )
+    if isinstance(row.get(outer), dict):
+        return row[outer].get(inner, default)
+    return default
 
 
 def numbered(rows, source: Source):
-    """(index, function that gets the row): where rows have a length, only those are read that are got."""
+    """Yields (index, function that gets the row), up to `max_records`.
+
+    Rows that have a length are read only when the function is called: a run that resumes skips what
+    it has already."""
     stop = source.max_records or None
     if hasattr(rows, "__len__"):
-        yield from (
-            (index, functools.partial(rows.__getitem__, index)) for index in range(len(rows))[:stop]
-        )
+        for index in range(len(rows))[:stop]:
+            yield index, functools.partial(rows.__getitem__, index)
         return
     index = -1
     try:
         for index, row in enumerate(itertools.islice(rows, stop)):
             yield index, functools.partial(dict, row)
     except Exception as problem:  # as in open_rows
-        raise ValueError(
-            f"cannot read --data {source.data} after record {index}: {problem}"[:300]
-        ) from problem
+        message = f"cannot read --data {source.data} after record {index}: {problem}"
+        raise ValueError(message[:300]) from problem
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One record
+# -------------------------------------------------------------------------------------------------
+# Boxes and chains
+
+
+def read_coordinates(coords) -> dict[str, str]:
+    """Placeholder -> its boxes, written as (x1,y1),(x2,y2).
+
+    `coords` is a dict or its JSON; a value holds four numbers per box, in any nesting or as text.
+    Raises BadRecord."""
+    boxes = {}
+    try:
+        table = json.loads(coords) if isinstance(coords, str | bytes) else coords
+        for key, value in table.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            numbers = re.findall(NUMBER, text)
+            if len(numbers) % 4 or not re.fullmatch(r"[\s\d\[\](),.eE+-]+|null", text):
+                raise ValueError(f"{text[:60]} is no box")
+            if not key or not numbers:
+                continue  # a column of dicts gives every row the keys of all rows, with null
+            written = []
+            for first in range(0, len(numbers), 4):
+                written.append("({},{}),({},{})".format(*numbers[first : first + 4]))
+            boxes[key] = " ".join(written)
+    except (ValueError, AttributeError, TypeError, RecursionError) as problem:
+        raise BadRecord("broken box", f"coordinates {str(coords)[:60]!r}: {problem}") from problem
+    return boxes
 
 
 def fill_placeholders(text: str, coords) -> str:
-    """Writes boxes into a text, as (x1,y1),(x2,y2). `coords`, or the dict in its JSON: placeholder -> four numbers a
-    box, in any nesting, or as text. Raises BadRecord."""
-    try:
-        coords = json.loads(coords) if isinstance(coords, str | bytes) else coords
-        boxes = {}
-        for key, value in coords.items():
-            value = value if isinstance(value, str) else json.dumps(value)
-            found = re.findall(NUMBER, value)
-            if len(found) % 4 or not re.fullmatch(r"[\s\d\[\](),.eE+-]+|null", value):
-                raise ValueError(f"{value[:60]} is no box")
-            if key and found:  # a column of dicts gives every row the keys of all rows, with null
-                boxes[key] = " ".join(
-                    "({},{}),({},{})".format(*found[i : i + 4]) for i in range(0, len(found), 4)
-                )
-    except (ValueError, AttributeError, TypeError, RecursionError) as problem:
-        raise BadRecord("broken box", f"coordinates {str(coords)[:60]!r}: {problem}") from problem
-    # with any number: box_1 is not a part of box_12, and box_12 must not pass as a word when it has no coordinates
-    alike = {re.sub("[0-9]+", "[0-9]+", re.escape(key)) for key in boxes or ["no placeholder"]}
-    placeholder = re.compile("|".join(sorted(alike, key=len, reverse=True)))
-    if missing := set(placeholder.findall(text)) - boxes.keys():
+    """Puts the boxes of `coords` (see `read_coordinates`) into a text. Raises BadRecord."""
+    boxes = read_coordinates(coords)
+    # Each placeholder is looked for with any number in it: box_1 is not a part of box_12, and a
+    # box_12 that has no coordinates must not pass as a word.
+    patterns = set()
+    for key in boxes or ["no placeholder"]:
+        patterns.add(re.sub("[0-9]+", "[0-9]+", re.escape(key)))
+    placeholder = re.compile("|".join(sorted(patterns, key=len, reverse=True)))
+    missing = set(placeholder.findall(text)) - boxes.keys()
+    if missing:
         raise BadRecord("broken box", f"{min(missing)} has no coordinates")
     return placeholder.sub(lambda found: boxes[found[0]], text)
 
 
-def on_grid(corners: list[float], box_format: str, size: tuple[int, int]) -> tuple[int, ...]:
-    """x1, y1, x2, y2 of a picture of `size` pixels, as `box_format` counts -> integers; 1000 of 1000 is 999. Raises
-    BadRecord when they cannot be what `box_format` says."""
-    limits = {"0..999": (1000, 1000), "0..1": (1, 1), "pixels": size}[box_format] * 2
+def corners_to_grid(corners: list[float], box_format: str, size: tuple[int, int]) -> list[int]:
+    """x1, y1, x2, y2 of a picture of `size` pixels, as `box_format` counts -> whole numbers 0..999.
+
+    Raises BadRecord when the corners cannot be what `box_format` says."""
+    width, height = {"0..999": (1000, 1000), "0..1": (1, 1), "pixels": size}[box_format]
+    limits = (width, height, width, height)
     told = "({:g},{:g}),({:g},{:g})".format(*corners)
-    if not all(0 <= edge <= limit for edge, limit in zip(corners, limits, strict=True)):
-        raise BadRecord(
-            "box outside",
-            f"{told} is not in {box_format}, in a picture of {size[0]} x {size[1]} pixels",
-        )
-    if (box_format == "0..999" and any(edge % 1 for edge in corners)) or max(corners) <= 1 < limits[
-        0
-    ]:
+    for edge, limit in zip(corners, limits, strict=True):
+        if not 0 <= edge <= limit:
+            where = f"{box_format}, in a picture of {size[0]} x {size[1]} pixels"
+            raise BadRecord("box outside", f"{told} is not in {where}")
+    fractions = any(edge % 1 for edge in corners)
+    too_small = max(corners) <= 1 < width  # shares of 1 where pixels or thousandths were promised
+    if too_small or (fractions and box_format == "0..999"):
         raise BadRecord("box format", f"{told} does not look like {box_format}")
-    x1, y1, x2, y2 = (
-        min(round(1000 * edge / limit), 999) for edge, limit in zip(corners, limits, strict=True)
-    )
+    grid = []
+    for edge, limit in zip(corners, limits, strict=True):
+        grid.append(min(round(1000 * edge / limit), 999))  # the last line is 999, not 1000
+    x1, y1, x2, y2 = grid
     if x1 >= x2 or y1 >= y2:
         raise BadRecord("empty box", f"{told} ends before it starts")
-    return x1, y1, x2, y2
+    return grid
 
 
 def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) -> str:
-    """An annotation with inline boxes -> a chain in the repository's format; one that has it comes back as it is.
+    """An annotation with inline boxes -> a chain; what is a chain already comes back as it is.
 
-    Boxes side by side belong to one name; names without a box lose their markers. Raises BadRecord."""
-    chain, end = "", 0
+    Boxes side by side belong to one name, and a name without a box loses its markers.
+    Raises BadRecord."""
+    chain = ""
+    end = 0  # of the box before
     for box in BOX.finditer(text):
-        before, end = text[end : box.start()], box.end()
-        corners = on_grid([float(edge) for edge in box.groups()], box_format, size)
-        if chain and not before.strip(" \n,;"):
-            chain += " " + (WRITTEN % ("", *corners)).removeprefix(f"{OBJ_START}{OBJ_END} ")
+        before = text[end : box.start()]
+        end = box.end()
+        corners = corners_to_grid([float(edge) for edge in box.groups()], box_format, size)
+        if chain and not before.strip(" \n,;"):  # one more box of the same name
+            chain += " " + format_box(*corners)
             continue
-        name = re.search(OBJECT + r"[\s:,]*\Z", before) or NAME.search(before)
+        name = MARKED_NAME.search(before) or PLAIN_NAME.search(before)
         if not name:
             raise BadRecord("no name", f"before {box[0]}: {before[-60:]!r}")
-        chain += re.sub(OBJECT, r"\1", before[: name.start()]) + WRITTEN % (
-            " ".join(name[1].split()),
-            *corners,
-        )
+        chain += without_markers(before[: name.start()])
+        chain += format_chain([Box(" ".join(name[1].split()), *corners)])
     if not chain:
         raise BadRecord("no box", repr(text[:60]))
-    chain = (chain + re.sub(OBJECT, r"\1", text[end:])).strip()
-    if problems := [
-        f"{found[0]!r} is torn" for found in TORN.finditer(BOX.sub("", chain))
-    ] or chain_problems(chain):
+    chain = (chain + without_markers(text[end:])).strip()
+    torn = TORN.search(BOX.sub("", chain))
+    if torn:
+        raise BadRecord("broken box", f"{torn[0]!r} is torn")
+    problems = chain_problems(chain)
+    if problems:
         raise BadRecord("broken box", problems[0])
     return chain
 
 
+def without_markers(text: str) -> str:
+    return re.sub(OBJECT, r"\1", text)
+
+
+# -------------------------------------------------------------------------------------------------
+# One record
+
+
 def read_words(row: dict, name: str) -> str:
+    """The text of a field. Raises BadRecord when there is none."""
     value = pick(row, name)
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
     if not isinstance(text, str) or not text.strip():
         raise BadRecord("no text", f"{name} is {str(value)[:60]!r}")
-    text = (
-        text.encode(errors="replace")
-        .decode()
-        .strip()
-        .removesuffix(gotr1.SPECIAL_TOKENS["boi_token"])
-    )
-    if found := [token for token in gotr1.SPECIAL_TOKENS.values() if token in text]:
-        raise BadRecord(
-            "special token", f"{name} holds {found[0]}"
-        )  # it would end the chain, or the prompt
-    return text
+    # JSON can hold half a letter (a lone surrogate); files and tokenizers cannot.
+    text = text.encode(errors="replace").decode()
+    return text.strip().removesuffix(END_OF_CHAIN)
 
 
-def read_text(
-    row: dict, source: Source, tokenizer, size: tuple[int, int], room: float = 1e9
-) -> tuple[str, str]:
-    """(prompt, chain) of a row with a picture of `size` pixels; `room` is what prompt and chain may take together, in
-    tokens. Raises BadRecord."""
-    prompt, chain = (
-        " ".join(read_words(row, source.prompt_field).split()),
-        read_words(row, source.chain_field),
-    )
+def read_prompt_and_chain(row: dict, source: Source, size: tuple[int, int]) -> tuple[str, str]:
+    """(prompt, chain) of a row with a picture of `size` pixels. Raises BadRecord."""
+    prompt = " ".join(read_words(row, source.prompt_field).split())
+    chain = read_words(row, source.chain_field)
     if source.coords_field:
         chain = fill_placeholders(chain, pick(row, source.coords_field))
-    chain = normalize_chain(chain, source.box_format, size)
-    # as gotr1.encode_prompt and encode_chain, which look up special tokens in the whole vocabulary every time
-    texts = (gotr1.format_prompt(prompt), chain)
-    given, written = (1 + len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    if written > min(source.max_chain, room - given):
-        raise BadRecord(
-            "chain too long",
-            f"{written} tokens after {given} of the prompt (--max_chain, or the context)",
-        )
-    return prompt, chain
+    return prompt, normalize_chain(chain, source.box_format, size)
 
 
 def read_image(row: dict, source: Source, side: int = 0) -> tuple[Image.Image, tuple[int, int]]:
-    """(the picture, RGB, `side` x `side` if given; its own width and height). Raises BadRecord."""
-    value = pick(row, source.image_field)
+    """(picture, its own width and height) of a row. The picture becomes RGB, and `side` x `side`
+    pixels if that is given. Raises BadRecord."""
     try:
-        value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-        if isinstance(value, str):
-            folder = Path(source.image_folder or source.data).expanduser()
-            value = (folder.parent if folder.is_file() else folder) / value
-        value = io.BytesIO(value) if isinstance(value, bytes) else value
-        image = value if isinstance(value, Image.Image) else Image.open(value)
+        image = open_image(pick(row, source.image_field), source)
         image = ImageOps.exif_transpose(image)  # as people see it, and as they draw boxes on it
         if image.has_transparency_data:
-            image = Image.alpha_composite(
-                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-            )
-        image, size = image.convert("RGB"), image.size
-        return image.resize((side, side), Image.Resampling.BICUBIC) if side else image, size
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGB")
+        size = image.size
+        if side:
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
     except Exception as problem:  # PIL's decoders raise a dozen kinds of error on broken files
         raise BadRecord("broken image", f"{type(problem).__name__}: {problem}") from problem
+    return image, size
 
 
-def read_record(row: dict, source: Source, tokenizer, room: float = 1e9) -> Record:
-    """A raw row -> prompt, chain in the repository's format, picture. Raises BadRecord."""
+def open_image(value, source: Source) -> Image.Image:
+    """`value` is a PIL image, the bytes of a file, a path, or a dict of bytes and path."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, str):
+        folder = Path(source.image_folder or source.data).expanduser()
+        if folder.is_file():
+            folder = folder.parent
+        value = folder / value
+    return Image.open(value)
+
+
+def read_record(row: dict, source: Source) -> Record:
+    """A raw row -> prompt, chain and picture. Raises BadRecord."""
     image, size = read_image(row, source)
-    return Record(*read_text(row, source, tokenizer, size, room), image)
+    prompt, chain = read_prompt_and_chain(row, source, size)
+    return Record(prompt, chain, image)

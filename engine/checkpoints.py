@@ -1,11 +1,14 @@
-"""Whatever is on disk becomes the policy: transformers folders, DeepSeek's own format, our checkpoints, LoRA adapters.
+"""Whatever is on disk becomes the policy: a folder in transformers' format, one in DeepSeek's own
+format, a checkpoint of ours, a LoRA adapter.
 
-DeepSeek's format is that of deepseek-ai/Janus-Pro-1B and -7B and of the released GoT-R1-1B and -7B. Its tensors go one
-by one into transformers' `JanusForConditionalGeneration`, every key used or dropped on purpose, every shape checked;
-the files are mapped, so that host memory stays near the size of the checkpoint.
+DeepSeek's format is that of deepseek-ai/Janus-Pro-1B and -7B and of the released GoT-R1-1B and -7B.
+Its tensors go one by one into transformers' `JanusForConditionalGeneration`: every key is used or
+dropped on purpose, every shape is checked. The files are mapped: host memory stays near their size.
 
-    python checkpoints.py out/grpo/step_001000 merged        # an adapter merged into its base, or DeepSeek's format
-                                                             # converted: a folder in transformers' format
+    python -m engine.checkpoints out/grpo/step_001000 merged     # an adapter, merged into its base
+    python -m engine.checkpoints deepseek-ai/Janus-Pro-1B janus  # DeepSeek's format, converted
+
+writes the whole model into one folder in transformers' format.
 """
 
 import json
@@ -19,7 +22,6 @@ from typing import Literal
 import safetensors
 import torch
 import torch.nn.functional as F
-import tyro
 from transformers import (
     JanusConfig,
     JanusForConditionalGeneration,
@@ -36,35 +38,40 @@ from render_boxes import MARKERS
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# DeepSeek's names -> transformers' names, first match wins; a rule without a new name drops the tensor
-VISION, VQ = r"^vision_model\.vision_tower\.", r"^gen_vision_model\."
+
+# -------------------------------------------------------------------------------------------------
+# DeepSeek's format: names, values, sizes, files
+
+# parts of names that occur often, first DeepSeek's, then transformers'
+VISION = r"^vision_model\.vision_tower\."
+VISION_LAYER = VISION + r"blocks\.(\d+)\."
+VQ = r"^gen_vision_model\."
+NEW_VISION = "model.vision_model."
+NEW_VISION_LAYER = r"model.vision_model.encoder.layers.\1."
+
+# (DeepSeek's names, transformers' names): the first match counts; None drops the tensor
 RULES = [
+    # language model
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
+    # image tokens: in and out
     (r"^gen_embed\.", "model.generation_embeddings."),
     (r"^gen_aligner\.layers\.0\.", "model.generation_aligner.fc1."),
     (r"^gen_aligner\.layers\.2\.", "model.generation_aligner.hidden_layers.0."),
-    (r"^aligner\.layers\.0\.", "model.aligner.fc1."),
-    (r"^aligner\.layers\.2\.", "model.aligner.hidden_layers.0."),
     (r"^gen_head\.output_mlp_projector\.", "model.generation_head.proj_out."),
     (r"^gen_head\.vision_head\.", "model.generation_head.vision_head."),
-    (VISION + r"attn_pool\.", None),  # never used
-    (VISION + r"pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
-    (VISION + r"patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
-    (VISION + r"norm\.", "model.vision_model.post_layernorm."),
-    (
-        VISION + r"blocks\.(\d+)\.norm([12])\.",
-        r"model.vision_model.encoder.layers.\1.layer_norm\2.",
-    ),
-    (
-        VISION + r"blocks\.(\d+)\.attn\.proj\.",
-        r"model.vision_model.encoder.layers.\1.self_attn.projection_layer.",
-    ),
-    (
-        VISION + r"blocks\.(\d+)\.attn\.qkv\.",
-        r"model.vision_model.encoder.layers.\1.self_attn.qkv_proj.",
-    ),
-    (VISION + r"blocks\.(\d+)\.mlp\.", r"model.vision_model.encoder.layers.\1.mlp."),
+    # image understanding (SigLIP), which text-to-image never uses
+    (r"^aligner\.layers\.0\.", "model.aligner.fc1."),
+    (r"^aligner\.layers\.2\.", "model.aligner.hidden_layers.0."),
+    (VISION + r"attn_pool\.", None),  # DeepSeek does not use it either
+    (VISION + r"pos_embed$", NEW_VISION + "embeddings.position_embedding.weight"),
+    (VISION + r"patch_embed\.proj\.", NEW_VISION + "embeddings.patch_embedding."),
+    (VISION + r"norm\.", NEW_VISION + "post_layernorm."),
+    (VISION_LAYER + r"norm([12])\.", NEW_VISION_LAYER + r"layer_norm\2."),
+    (VISION_LAYER + r"attn\.proj\.", NEW_VISION_LAYER + "self_attn.projection_layer."),
+    (VISION_LAYER + r"attn\.qkv\.", NEW_VISION_LAYER + "self_attn.qkv_proj."),
+    (VISION_LAYER + r"mlp\.", NEW_VISION_LAYER + "mlp."),
+    # picture tokenizer (VQ): pixels to image tokens and back
     (VQ + r"quantize\.codebook_used$", None),  # a counter of DeepSeek's training
     (VQ + r"(en|de)coder\.mid\.0\.", r"model.vqmodel.\1coder.mid.block_1."),
     (VQ + r"(en|de)coder\.mid\.1\.", r"model.vqmodel.\1coder.mid.attn_1."),
@@ -77,23 +84,33 @@ RULES = [
 ]
 
 
+def new_name(name: str) -> str | None:
+    """DeepSeek's name of a tensor -> transformers' name; None for a tensor that is dropped."""
+    for pattern, replacement in RULES:
+        if re.search(pattern, name):
+            if replacement is None:
+                return None
+            return re.sub(pattern, replacement, name, count=1)
+    raise ValueError(f"{name} is no tensor of a Janus-Pro checkpoint")
+
+
 def convert_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs in DeepSeek's names -> pairs in transformers' names. Raises ValueError on an unknown name.
+    """(name, tensor) pairs with DeepSeek's names -> pairs with transformers' names. Raises
+    ValueError on an unknown name.
 
-    Values change in one place: code vectors get unit length. DeepSeek normalises them whenever it looks one up;
-    transformers does when it decodes but not when it encodes."""
+    Values change in one place: code vectors get unit length. DeepSeek normalises a code vector
+    whenever it looks one up; transformers does when it decodes but not when it encodes."""
     for name, value in tensors:
-        rule = next(((pattern, new) for pattern, new in RULES if re.search(pattern, name)), None)
-        if rule is None:
-            raise ValueError(f"{name} is no tensor of a Janus-Pro checkpoint")
-        if rule[1] is None:
+        new = new_name(name)
+        if new is None:
             continue
-        new = re.sub(*rule, name, count=1)
-        if "qkv_proj" in new:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                yield new.replace("qkv_proj", f"{letter}_proj"), part
+        if "qkv_proj" in new:  # one matrix there, three here
+            queries, keys, values = value.chunk(3)
+            yield new.replace("qkv_proj", "q_proj"), queries
+            yield new.replace("qkv_proj", "k_proj"), keys
+            yield new.replace("qkv_proj", "v_proj"), values
         elif new.endswith("position_embedding.weight"):
             yield new, value.squeeze(0)
         elif new.endswith("quantize.embedding.weight"):
@@ -103,91 +120,97 @@ def convert_tensors(
 
 
 def convert_deepseek(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A whole state dict in DeepSeek's names -> one for
+    """A whole state dict with DeepSeek's names -> one for
     `JanusForConditionalGeneration.load_state_dict(strict=True)`."""
     return dict(convert_tensors(state_dict.items()))
 
 
 def config_from_deepseek(deepseek: dict) -> JanusConfig:
-    """DeepSeek's `config.json` (a dict, model_type multi_modality) -> JanusConfig; no size is guessed from a name."""
-    language = dict(deepseek["language_config"])
-    vision, codes = deepseek["vision_config"]["params"], deepseek["gen_vision_config"]["params"]
-    if (name := vision["model_name"]) != "siglip_large_patch16_384":
-        raise ValueError(
-            f"vision tower {name} is not known: expected siglip_large_patch16_384, as in Janus-Pro"
-        )
-    keys = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
+    """DeepSeek's `config.json` (a dict, model_type multi_modality) -> JanusConfig. No size is
+    guessed from the name of a model."""
+    language = deepseek["language_config"]
+    vision = deepseek["vision_config"]["params"]
+    codes = deepseek["gen_vision_config"]["params"]
+    if vision["model_name"] != "siglip_large_patch16_384":
+        expected = "expected siglip_large_patch16_384, as in Janus-Pro"
+        raise ValueError(f"vision tower {vision['model_name']} is not known: {expected}")
+    # What a file leaves out has LLaMA-7B's value: DeepSeek's 7B names neither its width nor its
+    # intermediate size. The vocabulary and the last two are DeepSeek's.
+    width = language.get("hidden_size", 4096)
+    text = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=language.get("intermediate_size", 11008),
+        num_hidden_layers=language.get("num_hidden_layers", 32),
+        num_attention_heads=language.get("num_attention_heads", 32),
+        num_key_value_heads=language.get("num_key_value_heads"),  # None: as many
+        rope_theta=language.get("rope_theta", 10000.0),
+        vocab_size=language.get("vocab_size", 102400),
+        max_position_embeddings=language.get("max_position_embeddings", 16384),
+        rms_norm_eps=language.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=False,
     )
-    keys += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta")
-    # what a config leaves out has LLaMA-7B's value: DeepSeek's 7B names neither its intermediate size nor its width
-    text = {"vocab_size": 102400, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6}
-    text |= {key: language[key] for key in keys if key in language}
-    width, side = text.get("hidden_size", 4096), vision["image_size"]
     return JanusConfig(
-        text_config=LlamaConfig(**text, tie_word_embeddings=False),
-        vision_config=JanusVisionConfig(projection_dim=width, image_size=side),
+        text_config=text,
+        vision_config=JanusVisionConfig(projection_dim=width, image_size=vision["image_size"]),
         vq_config=JanusVQVAEConfig(
             num_embeddings=codes["image_token_size"],
             embed_dim=codes["n_embed"],
             projection_dim=width,
             image_token_embed_dim=width,
-            num_patches=side // 16,
+            num_patches=vision["image_size"] // 16,  # per side
         ),
-        tie_word_embeddings=False,  # transformers' default ties lm_head to the embedding and silently loses one of them
+        # by default transformers ties lm_head to the embedding and silently loses one of them
+        tie_word_embeddings=False,
     )
 
 
 def janus_pro_config(size: str) -> JanusConfig:
-    """The published sizes, "1b" or "7b" (what config.json of deepseek-ai/Janus-Pro-1B and -7B says), for models with
-    random weights: benchmarks and memory tables."""
-    language = {
+    """The published sizes, "1b" or "7b", as config.json of deepseek-ai/Janus-Pro-1B and -7B has
+    them: for models with random weights, in benchmarks and memory tables."""
+    sizes = {
         "1b": {
             "hidden_size": 2048,
             "intermediate_size": 5632,
             "num_attention_heads": 16,
+            "num_key_value_heads": 16,
             "num_hidden_layers": 24,
         },
-        "7b": {"num_hidden_layers": 30},
-    }[size]
-    return config_from_deepseek({
-        "language_config": {**language, "num_key_value_heads": language.get("num_attention_heads", 32)},
-        "vision_config": {"params": {"image_size": 384, "model_name": "siglip_large_patch16_384"}},
-        "gen_vision_config": {"params": {"image_token_size": 16384, "n_embed": 8}},
-    })  # fmt: skip
+        "7b": {"num_key_value_heads": 32, "num_hidden_layers": 30},
+    }
+    vision = {"image_size": 384, "model_name": "siglip_large_patch16_384"}
+    return config_from_deepseek(
+        {
+            "language_config": sizes[size],
+            "vision_config": {"params": vision},
+            "gen_vision_config": {"params": {"image_token_size": 16384, "n_embed": 8}},
+        }
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: safetensors if it has them, else .bin; one or shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = json.loads(index.read_text())["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+        if (folder / name).exists():
+            return [folder / name]
+    expected = "expected safetensors or pytorch_model.bin, or shards"
+    raise FileNotFoundError(f"{folder} holds no weights: {expected}")
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All (name, tensor) of a folder's safetensors or .bin shards, one file open at a time, nothing read before its
-    turn."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}.index.json"
-        names = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.exists()
-            else [stem]
-        )
-        files = [folder / name for name in names]
-        if index.exists() or files[0].exists():
-            break
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds no weights: expected safetensors or pytorch_model.bin, or shards"
-        )
-    for file in files:
+    """All (name, tensor) of a folder, one file open at a time, nothing read before its turn."""
+    for file in weight_files(folder):
         try:
             if file.suffix == ".safetensors":
                 with safetensors.safe_open(file, "pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 - not a dict
+                    for name in shard.keys():
                         yield name, shard.get_tensor(name)
             else:
-                yield from torch.load(
-                    file, map_location="cpu", mmap=True, weights_only=True
-                ).items()
+                shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                yield from shard.items()
         except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
             reason = str(problem).splitlines()[0]
             raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
@@ -196,57 +219,46 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def load_deepseek(
     folder: Path, config: JanusConfig, dtype: torch.dtype
 ) -> JanusForConditionalGeneration:
-    """A folder in DeepSeek's format -> the model. Raises ValueError naming what is missing, unknown or of another
-    shape."""
+    """A folder in DeepSeek's format -> the model. Raises ValueError naming what is missing, unknown
+    or of another shape."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with no_init_weights():
+        with no_init_weights():  # memory is reserved, but not written to
             model = JanusForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    wanted = dict(model.named_parameters())
+    empty = dict(model.named_parameters())
     for name, value in convert_tensors(read_tensors(folder)):
-        place = wanted.pop(name, None)
-        if place is None:
+        parameter = empty.pop(name, None)
+        if parameter is None:
             raise ValueError(f"{folder}: {name} has no place in the model of config.json")
-        if place.shape != value.shape:
-            raise ValueError(
-                f"{folder}: {name} is {tuple(value.shape)}, config.json says {tuple(place.shape)}"
-            )
-        place.data = value.to(
-            dtype
-        )  # in the file's own dtype the weights stay where the file is mapped: no copy
-    if wanted:
-        raise ValueError(
-            f"{folder} lacks {len(wanted)} tensors, for instance {', '.join(list(wanted)[:3])}"
-        )
+        if parameter.shape != value.shape:
+            found, expected = tuple(value.shape), tuple(parameter.shape)
+            raise ValueError(f"{folder}: {name} is {found}, config.json says {expected}")
+        # in the file's own dtype this copies nothing: the weights stay where the file is mapped
+        parameter.data = value.to(dtype)
+    if empty:
+        some = ", ".join(list(empty)[:3])
+        raise ValueError(f"{folder} lacks {len(empty)} tensors, for instance {some}")
     return model
 
 
+# -------------------------------------------------------------------------------------------------
+# Any format
+
+
 def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = None):
-    """(model, tokenizer) from `toy`, a folder, or a hub id: transformers' format, DeepSeek's, or a LoRA adapter of
-    either. Without a `dtype`: bfloat16 on GPUs, float32 elsewhere.
+    """(model, tokenizer) from `toy`, a folder, or a hub id: transformers' format, DeepSeek's, or a
+    LoRA adapter of either. Without a `dtype`: bfloat16 on GPUs, float32 elsewhere.
 
-    The model is in eval mode. Markers that the tokenizer lacks are added. Raises OSError or ValueError, in one line."""
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    folder = TOY if name_or_path == "toy" else Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name_or_path)):
-            raise FileNotFoundError(
-                f"no folder {name_or_path}: expected a checkpoint, a hub id (owner/name), or toy"
-            )
-        from huggingface_hub import snapshot_download
-
-        folder = Path(
-            snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.bin"])
-        )
+    The model is in eval mode. Markers that the tokenizer lacks are added. Raises OSError or
+    ValueError with a message of one line."""
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    folder = find_folder(name_or_path)
     if (folder / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        model, tokenizer = load_policy(base, device, dtype)
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval(), tokenizer
+        return load_adapter(folder, device, dtype)
     try:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as problem:
@@ -255,46 +267,82 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     if kind == "multi_modality":
         model = load_deepseek(folder, config_from_deepseek(settings), dtype)
     elif kind == "janus":
-        config = JanusConfig.from_pretrained(folder)
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        model, report = JanusForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True
-        )
-        if problems := [
-            key
-            for part in ("missing_keys", "mismatched_keys", "unexpected_keys")
-            for key in report[part]
-        ]:
-            raise ValueError(
-                f"{folder} does not fit its config.json: {', '.join(map(str, problems[:3]))}"
-            )
+        model = load_transformers(folder, dtype)
     else:
-        raise ValueError(
-            f"{folder} holds a {kind} model: expected janus (transformers) or multi_modality (DeepSeek)"
-        )
+        expected = "expected janus (transformers) or multi_modality (DeepSeek)"
+        raise ValueError(f"{folder} holds a {kind} model: {expected}")
     # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    added = tokenizer.add_tokens(
-        [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
+    add_markers(model, tokenizer, name_or_path)
+    return model.to(device).eval(), tokenizer
+
+
+def find_folder(name_or_path: str) -> Path:
+    """The folder with the files of `toy`, of a path, or of a hub id, which is downloaded."""
+    folder = TOY if name_or_path == "toy" else Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name_or_path)):
+        expected = "expected a checkpoint, a hub id (owner/name), or toy"
+        raise FileNotFoundError(f"no folder {name_or_path}: {expected}")
+    from huggingface_hub import snapshot_download
+
+    needed = ["*.json", "*.safetensors", "*.bin"]
+    return Path(snapshot_download(name_or_path, allow_patterns=needed))
+
+
+def load_adapter(folder: Path, device, dtype: torch.dtype):
+    """(model, tokenizer): the adapter's base, with the adapter merged into it."""
+    from peft import PeftModel
+
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    model, tokenizer = load_policy(settings["base_model_name_or_path"], device, dtype)
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    return adapted.merge_and_unload().eval(), tokenizer
+
+
+def load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
+    """A folder in transformers' format -> the model. Raises ValueError where transformers only
+    warns: at a tensor that is missing, unknown or of another shape."""
+    config = JanusConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    config.text_config.tie_word_embeddings = False
+    model, report = JanusForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True
     )
+    problems = [
+        *report["missing_keys"],
+        *report["mismatched_keys"],
+        *report["unexpected_keys"],
+    ]
+    if problems:
+        some = ", ".join(str(key) for key in problems[:3])
+        raise ValueError(f"{folder} does not fit its config.json: {some}")
+    return model
+
+
+def add_markers(model, tokenizer, label: str) -> None:
+    """Adds the markers of a chain that the tokenizer lacks, and rows for them to the embedding and
+    to lm_head where those have no spare ones. `label` names the model in the message on stderr."""
+    known = tokenizer.get_vocab()
+    added = tokenizer.add_tokens([marker for marker in MARKERS if marker not in known])
     rows = model.get_input_embeddings().weight.shape[0]
     if added:
-        print(
-            f"{name_or_path}: {added} markers added, {len(tokenizer)} tokens for {rows} rows",
-            file=sys.stderr,
-        )
+        sizes = f"{len(tokenizer)} tokens for {rows} rows"
+        print(f"{label}: {added} markers added, {sizes}", file=sys.stderr)
     if len(tokenizer) > rows:
         torch.manual_seed(0)  # new rows are random, and an adapter has to find the same ones again
         model.resize_token_embeddings(len(tokenizer))
-    return model.to(device).eval(), tokenizer
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line
 
 
 @dataclass
 class Args:
-    source: tyro.conf.Positional[str]  # an adapter, a folder or a hub id: whatever `--model` takes
-    out: tyro.conf.Positional[
-        str
-    ]  # new folder for the whole model, in transformers' format, with its tokenizer
+    source: str  # an adapter, a folder or a hub id: whatever `--model` takes
+    out: str  # new folder for the whole model and its tokenizer, in transformers' format
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights that are written
 
 

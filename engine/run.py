@@ -1,6 +1,7 @@
-"""What a run needs of the machine: command line, processes and what they tell each other, signals; its folder with
-config.json, log.jsonl (and Weights & Biases, if asked for) and curves.png. Whatever is killed and when, it can be read
-again."""
+"""What a run needs besides the model: its command line, its processes, its signals and its folder.
+
+The folder of a run holds `config.json` (the settings), `log.jsonl` (one row per step), `curves.png`
+(the log as curves) and checkpoints. All of it can be read, whenever the run was killed."""
 
 import contextlib
 import dataclasses
@@ -15,15 +16,17 @@ import re
 import resource
 import signal
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers.utils import logging
+
+# -------------------------------------------------------------------------------------------------
+# The command line
 
 
 def fail(message: str):
@@ -35,70 +38,87 @@ def fail(message: str):
 def parse_args(
     config_class, description: str, argv: list[str] | None = None, presets: dict | None = None
 ):
-    """Command line -> dataclass; the fields' trailing comments are the help. Bad flags are answered in one line.
-    `presets`: name -> settings that become the defaults under `--preset NAME`; other flags still win."""
-    words, default = sys.argv[1:] if argv is None else argv, None
+    """Command line -> dataclass. Bad flags end the program with one line and exit code 2.
+
+    Each field is a flag, and its trailing comment is the help text; a field without a default is
+    positional. A Union of dataclasses gives one subcommand per class, with the class's docstring as
+    its help. `presets` maps a name to the settings that become the defaults under `--preset NAME`;
+    a flag on the command line still wins."""
+    arguments = sys.argv[1:] if argv is None else argv
+    default = tyro.MISSING_NONPROP  # tyro's word for "each field has the default of its class"
     if presets:
-        named = re.search(r"--preset[ =](\S+)", " ".join(words))
-        default = config_class(**presets.get(named[1], {}) if named else {})
-    shown = io.StringIO()
+        settings = {}
+        named = re.search(r"--preset[ =](\S+)", " ".join(arguments))
+        if named:
+            settings = presets.get(named[1], {})  # tyro itself complains about an unknown name
+        default = config_class(**settings)
+    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stderr(complaint):
             return tyro.cli(
                 config_class,
-                args=words,
+                args=arguments,
                 description=description,
-                use_underscores=True,
                 default=default,
+                use_underscores=True,
+                config=(tyro.conf.PositionalRequiredArgs,),
             )
     except SystemExit as stop:
-        if stop.code in (0, None):
+        if stop.code in (0, None):  # --help
             raise
-    lines = re.sub(
-        r"\x1b\[[0-9;]*m", "", shown.getvalue()
-    ).splitlines()  # tyro draws a coloured box
-    fail(
-        " ".join(
-            " ".join(
-                line.strip("│ ") for line in lines if not line.startswith(("╭", "╰", "│ ──"))
-            ).split()
-        )
-    )
+    # tyro complains in a coloured box of several lines
+    words = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue()).splitlines():
+        if not line.startswith(("╭", "╰", "│ ──")):
+            words += line.strip("│ ").split()
+    fail(" ".join(words))
 
 
 def check_ranges(
     config, at_least_one: str = "", above_zero: str = "", not_negative: str = ""
 ) -> None:
-    """Ends the program in one line when one of the named settings (words in a string) is out of its range."""
-    ranges = (
-        (at_least_one, 1, "1 or more"),
-        (above_zero, 5e-324, "a number above 0"),
-        (not_negative, 0, "0 or more"),
-    )
-    for names, lowest, expected in ranges:
-        for name in names.split():
-            if not getattr(config, name) >= lowest:  # nan is not
-                fail(f"--{name} is {getattr(config, name)}: expected {expected}")
+    """Ends the program in one line when a setting is out of its range.
+
+    Each argument holds names of settings, separated by spaces. The conditions are written with
+    `not`, so that nan, for which every comparison is false, is refused too."""
+    for name in at_least_one.split():
+        value = getattr(config, name)
+        if not value >= 1:
+            fail(f"--{name} is {value}: expected 1 or more")
+    for name in above_zero.split():
+        value = getattr(config, name)
+        if not value > 0:
+            fail(f"--{name} is {value}: expected a number above 0")
+    for name in not_negative.split():
+        value = getattr(config, name)
+        if not value >= 0:
+            fail(f"--{name} is {value}: expected 0 or more")
+
+
+# -------------------------------------------------------------------------------------------------
+# Processes
 
 
 def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) under torchrun or alone: gloo on CPU, nccl on GPUs."""
-    logging.disable_progress_bar()  # transformers' bars for loading and saving; ours are for long work
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, number of processes, device), under torchrun or alone. gloo on CPU, nccl on GPUs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and saving: our bars are for work that takes longer
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(
-            hours=2
-        )  # while rank 0 writes a large checkpoint, or another one downloads
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return rank, world, device
+        # the others wait while rank 0 writes a large checkpoint, or while one downloads a model
+        patience = datetime.timedelta(hours=2)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=patience)
+    return int(os.environ.get("RANK", 0)), world, device
 
 
 def rank() -> int:
-    """Which of the processes this is."""
+    """The number of this process, 0 when it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -109,72 +129,47 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_list(rows: list) -> list:
+    """The lists of all processes, one after the other, on every process."""
+    if not dist.is_initialized():
+        return rows
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, rows)
+    joined = []
+    for part in lists:
+        joined += part
+    return joined
+
+
 def say(text: str) -> None:
     """A line above the progress bar, from rank 0."""
     if rank() == 0:
         tqdm.write(text)
 
 
-def gather_list(rows: list) -> list:
-    """The lists of all processes, one after the other, on every process."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
-def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Adds up the gradients of all processes; a process without a gradient of its own takes part with zeros."""
-    if not dist.is_initialized():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-
-
 def watch_signals(device: torch.device):
-    """The function returned answers True, on every process, after SIGTERM or Ctrl-C on one: time to save and leave.
-    It is a collective: every process has to ask, every time."""
-    asked = []
+    """Returns a function that answers True, on every process, after SIGTERM or Ctrl-C on one of
+    them: time to save and leave. It is a collective: every process has to ask, every time."""
+    signals = []
 
-    def ask(*_):
-        asked.append(True)
+    def remember(number, frame):
+        signals.append(number)
         print("\nstopping after this step", file=sys.stderr)
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, ask)
-    return lambda: bool(all_sum(torch.tensor(float(len(asked)), device=device)).item())
+    def stopped() -> bool:
+        count = torch.tensor(float(len(signals)), device=device)
+        return bool(all_sum(count).item())
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGINT, remember)
+    return stopped
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory that this process has held so far: on the GPU, or of the host."""
+    """Most memory that this process has held so far, in GiB: on the GPU, or of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(count: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def order_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Which of `count` prompts or records a step takes: each once an epoch, in an order fixed by (seed, epoch). A batch
-    may begin in one epoch and end in the next. Nothing to save or replay: a run that resumes needs its step only."""
-    places = (divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size))
-    return [int(permutation(count, epoch, seed)[place]) for epoch, place in places]
-
-
-def cosine_lr(step: int, steps: int, peak: float, warmup: float, floor: float = 0.0) -> float:
-    """Learning rate of a step: linear over the share `warmup` of the steps, then a cosine from peak to floor * peak."""
-    warm = max(1, round(warmup * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (
-        floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -182,100 +177,130 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: float, floor: float = 
 
 
 def open_run(out: str, config) -> Path:
-    """The folder of a run. A new one gets `config.json`; the same configuration goes on; another one is an error."""
-    folder, wanted = Path(out), json.loads(json.dumps(dataclasses.asdict(config)))
+    """The folder of a run. A new folder gets `config.json`; a folder with the same settings is
+    continued; with other settings the program ends in one line that names the differences."""
+    folder = Path(out)
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as on disk
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if rank() == 0 and (folder / "config.json").exists():
-            found = json.loads((folder / "config.json").read_text())
-            keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-            changed = ", ".join(f"--{key} {found.get(key)} (now {wanted.get(key)})" for key in keys)
-            if changed:
-                fail(
-                    f"{folder} holds a run with {changed}: give the same flags to continue it, or another --out"
-                )
-        elif rank() == 0:
-            write_whole(folder / "config.json", json.dumps(wanted, indent=2))
+        if rank() == 0:
+            if (folder / "config.json").exists():
+                found = json.loads((folder / "config.json").read_text())
+                check_same(folder, found, wanted)
+            else:
+                write_whole(folder / "config.json", json.dumps(wanted, indent=2))
     except (OSError, ValueError) as problem:
         fail(f"cannot use {folder} as output folder: {problem}")
     if dist.is_initialized():
-        dist.barrier()  # nobody reads what rank 0 is still writing; if it failed, torchrun ends the others
+        # nobody reads what rank 0 is still writing; if rank 0 failed, torchrun ends the others
+        dist.barrier()
     return folder
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A small file that is either the old one or the new one, whenever the process is killed."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def check_same(folder: Path, found: dict, wanted: dict) -> None:
+    """Ends the program when the settings that a run was started with are not the wanted ones."""
+    changes = []
+    for name in found | wanted:  # the names of both
+        if found.get(name) != wanted.get(name):
+            changes.append(f"--{name} {found.get(name)} (now {wanted.get(name)})")
+    if changes:
+        advice = "give the same flags to continue it, or another --out"
+        fail(f"{folder} holds a run with {', '.join(changes)}: {advice}")
 
 
-def _last_words(folder: Path, kind, problem, trace) -> None:
-    """After the traceback of whatever ends a run, in one line: what is left, and what to do."""
-    sys.__excepthook__(kind, problem, trace)
-    saved = latest_checkpoint(folder)
-    left = (
-        f"{saved} is whole: the same command continues from it"
-        if saved
-        else "no checkpoint was written yet"
-    )
-    smaller = (
-        ", with less in memory at a time (--micro_batch)"
-        if isinstance(problem, torch.OutOfMemoryError)
-        else ""
-    )
-    print(f"the run in {folder} ended: {problem}\n{left}{smaller}", file=sys.stderr)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a small file: whenever the process is killed, the old file is there or the new one.
+
+    It is written beside, under a name that no other process uses, and renamed when it is whole.
+    Raises OSError."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        if isinstance(content, str):
+            beside.write_text(content, encoding="utf-8")
+        else:
+            beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # a full disk leaves half a file
+        raise
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    return folder / (folder / "latest").read_text() if (folder / "latest").exists() else None
+    """The newest whole checkpoint of a run, or None. A file, `latest`, holds its name."""
+    if not (folder / "latest").exists():
+        return None
+    return folder / (folder / "latest").read_text()
+
+
+def explain_crashes(folder: Path) -> None:
+    """From now on, an exception that ends the program is followed by a line that says what is left
+    of the run in `folder` and what to do."""
+    sys.excepthook = functools.partial(explain_crash, folder)
+
+
+def explain_crash(folder: Path, kind, problem, trace) -> None:
+    """Prints the traceback, then what is left and what to do: a sys.excepthook for one folder."""
+    sys.__excepthook__(kind, problem, trace)
+    saved = latest_checkpoint(folder)
+    if saved:
+        advice = f"{saved} is whole: the same command continues from it"
+    else:
+        advice = "no checkpoint was written yet"
+    if isinstance(problem, torch.OutOfMemoryError):
+        advice += ", with less in memory at a time (--micro_batch)"
+    print(f"the run in {folder} ended: {problem}\n{advice}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------
+# Its log
 
 
 def read_log(folder: Path, before: float = math.inf) -> list[dict]:
-    """The rows of `log.jsonl` with a step below `before`; a killed run may have left half a line, which is skipped."""
+    """The rows of `log.jsonl` with a step below `before`. A killed run may have left half a line,
+    which is skipped."""
     path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = (json.loads(line) for line in lines if line.endswith("}\n"))
-    return [row for row in rows if row["step"] < before]
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("}\n"):
+            row = json.loads(line)
+            if row["step"] < before:
+                rows.append(row)
+    return rows
+
+
+def log_line(row: dict) -> str:
+    """A row of the log as JSON, its numbers rounded to 6 decimals."""
+    rounded = {}
+    for name, value in row.items():
+        rounded[name] = round(value, 6) if isinstance(value, float) else value
+    return json.dumps(rounded) + "\n"
 
 
 class Log:
-    """`log.jsonl` of a run that goes on with step `start`, and a Weights & Biases project if one is named. Only rank 0
-    writes."""
+    """`log.jsonl` of a run that goes on with step `start`. If a Weights & Biases project is named,
+    `wandb`, it gets the same rows. Only rank 0 writes."""
 
     def __init__(self, folder: Path, start: int = 0, wandb: str = ""):
-        self.folder, self.wandb = folder, None
-        sys.excepthook = functools.partial(_last_words, folder)
+        self.folder = folder
+        self.wandb_run = None
         if rank() > 0:
             return
-        write_whole(folder / "log.jsonl", "".join(map(self.line, read_log(folder, before=start))))
+        # what a run logged after its last checkpoint will be logged again
+        kept = read_log(folder, before=start)
+        write_whole(folder / "log.jsonl", "".join(log_line(row) for row in kept))
         if wandb:
-            try:
-                import wandb as weights_and_biases
-            except ImportError:
-                fail("--wandb needs its package: pip install wandb")
-            name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[
-                :16
-            ]  # resumed: the same curves go on
-            settings = json.loads((folder / "config.json").read_text())
-            self.wandb = weights_and_biases.init(
-                project=wandb, id=name, resume="allow", config=settings
-            )
-
-    @staticmethod
-    def line(row: dict) -> str:
-        return (
-            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-            + "\n"
-        )
+            self.wandb_run = start_wandb(folder, wandb)
 
     def write(self, row: dict) -> None:
-        if rank() == 0:
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(self.line(row))
-            if self.wandb:
-                self.wandb.log(row, step=row["step"])
+        """Appends a row, which has to have a `step`."""
+        if rank() > 0:
+            return
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(log_line(row))
+        if self.wandb_run:
+            self.wandb_run.log(row, step=row["step"])
 
     def plot(self, panels: dict[str, list[str]]) -> None:
         """Draws `curves.png` anew, see `plot_curves`."""
@@ -283,17 +308,34 @@ class Log:
             plot_curves(read_log(self.folder), panels, self.folder / "curves.png")
 
 
+def start_wandb(folder: Path, project: str):
+    """The Weights & Biases run of this folder: started again, it continues the same curves."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb needs its package: pip install wandb")
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    settings = json.loads((folder / "config.json").read_text())
+    return wandb.init(project=project, id=digest[:16], resume="allow", config=settings)
+
+
 def plot_curves(rows: list[dict], panels: dict[str, list[str]], path: Path) -> None:
-    """One panel for each title of `panels`: the named columns of the log over the step, pale, and running means."""
+    """One panel per title of `panels`, with its columns of the log over the step: the values pale,
+    their running means strong. A column may be missing from some rows, or from all."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="tight")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
-        for key in keys:
-            steps = [row["step"] + 1 for row in rows if key in row]
-            values = np.array([row[key] for row in rows if key in row])
-            width = max(1, len(values) // 12)
-            means = [values[max(0, k - width + 1) : k + 1].mean() for k in range(len(values))]
-            (line,) = axis.plot(steps, means, label=key)
+    for axis, (title, columns) in zip(axes, panels.items(), strict=True):
+        for column in columns:
+            having = [row for row in rows if column in row]
+            steps = [row["step"] + 1 for row in having]
+            values = np.array([row[column] for row in having])
+            width = max(1, len(values) // 12)  # of the running mean
+            means = []
+            for end in range(1, len(values) + 1):
+                means.append(values[max(0, end - width) : end].mean())
+            (line,) = axis.plot(steps, means, label=column)
             axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=1)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

@@ -1,5 +1,5 @@
-"""Shared by all tests: one torch thread (two processes with two threads each on two cores are many times slower), no
-network."""
+"""Shared by all tests: one torch thread (two processes with two threads each on two cores are many
+times slower), no network."""
 
 import os
 
@@ -22,3 +22,13 @@ def policy():
     import gotr1
 
     return gotr1.load_policy("toy")
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """What trainers load and train in float32 is float64 in this test. Rounding then stays below
+    1e-10, so that runs with other batch shapes can be compared on any processor: float32 sums of
+    another order differ, and AdamW makes large steps of tiny gradients."""
+    from engine import checkpoints
+
+    monkeypatch.setitem(checkpoints.DTYPES, "float32", torch.float64)

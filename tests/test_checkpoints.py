@@ -1,6 +1,7 @@
-"""Loading, against numbers computed with DeepSeek's reference implementation (tests/golden_janus: a tiny random model).
-pytest tests/test_checkpoints.py"""
+"""Loading, against numbers computed with DeepSeek's reference implementation (tests/golden_janus, a
+tiny random model).   pytest tests/test_checkpoints.py"""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,10 +14,20 @@ from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedT
 
 import gotr1
 from engine import checkpoints
+from render_boxes import MARKERS
 
 GOLDEN = Path(__file__).parent / "golden_janus"
 FACTS = json.loads((GOLDEN / "expected.json").read_text())
 CAPTIONS = [prompt["caption"] for prompt in FACTS["prompts"]]
+
+
+def golden_config() -> JanusConfig:
+    return JanusConfig(**json.loads((GOLDEN / "hf_config.json").read_text()))
+
+
+def golden_weights() -> dict[str, torch.Tensor]:
+    """The model's weights under DeepSeek's names."""
+    return load_file(GOLDEN / "deepseek.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +37,19 @@ def expected():
 
 @pytest.fixture(scope="module")
 def golden():
-    config = JanusConfig(
-        **{k: v for k, v in json.loads((GOLDEN / "hf_config.json").read_text()).items()}
-    )
-    model = JanusForConditionalGeneration(config).eval()
-    model.load_state_dict(
-        gotr1.convert_deepseek(load_file(GOLDEN / "deepseek.safetensors")), strict=True
-    )
+    model = JanusForConditionalGeneration(golden_config()).eval()
+    model.load_state_dict(gotr1.convert_deepseek(golden_weights()), strict=True)
     return model, PreTrainedTokenizerFast.from_pretrained(GOLDEN)
 
 
-def draw(golden, captions, mode="cond", **kwargs):
-    return gotr1.rollout(
-        *golden, captions, cfg=5.0, temperature=0, max_chain=40, logp_mode=mode, **kwargs
-    )
+def draw(golden, captions, mode="cond"):
+    """The most likely chains and pictures, guided as the official code does it."""
+    return gotr1.rollout(*golden, captions, cfg=5.0, temperature=0, max_chain=40, logp_mode=mode)
+
+
+def logp_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(I, V) and (I,) -> (I,)."""
+    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["each alone", "as one batch"])
@@ -48,45 +58,48 @@ def test_greedy_rollout_is_the_official_one(golden, expected, alone):
     batches = [[caption] for caption in CAPTIONS] if alone else [CAPTIONS]
     k = 0
     for captions in batches:
-        sampled, guided = draw(golden, captions), draw(golden, captions, "guided")
+        sampled = draw(golden, captions)
+        guided = draw(golden, captions, "guided")
         text, cond = gotr1.hidden_states(model, sampled)
-        uncond = gotr1.hidden_states(model, sampled, torch.ones(len(captions), dtype=torch.bool))[1]
+        everywhere = torch.ones(len(captions), dtype=torch.bool)
+        _, uncond = gotr1.hidden_states(model, sampled, everywhere)
         for n in range(len(captions)):
-            want = {
-                key.split(".")[1]: value
-                for key, value in expected.items()
-                if key.startswith(f"prompt{k}.")
-            }
-            steps, size = want["text_logits"].shape[0], len(want["chain_ids"])
+            facts = FACTS["prompts"][k]
+            want = {}
+            for key, value in expected.items():
+                if key.startswith(f"prompt{k}."):
+                    want[key.split(".")[1]] = value
+            steps = len(want["text_logits"])
+            chain_ids = sampled.chain_ids[n, : sampled.chain_lens[n]]
             assert sampled.prompt_ids[n] == want["prompt_ids"].tolist()
-            assert (
-                sampled.chain_ids[n, : sampled.chain_lens[n]].tolist() == want["chain_ids"].tolist()
-            )
-            assert bool(sampled.forced[n]) == FACTS["prompts"][k]["forced"] == (size == steps + 1)
-            assert sampled.chains[n] + "<begin_of_image>" == FACTS["prompts"][k]["chain_text"]
+            assert chain_ids.tolist() == want["chain_ids"].tolist()
+            assert bool(sampled.forced[n]) == facts["forced"] == (len(chain_ids) == steps + 1)
+            assert sampled.chains[n] + "<begin_of_image>" == facts["chain_text"]
             assert torch.equal(sampled.image_tokens[n], want["image_tokens"])
+
             # the training pass: logits themselves
+            cond_logits = model.model.generation_head(cond[n])
+            uncond_logits = model.model.generation_head(uncond[n])
+            guided_logits = uncond_logits + 5 * (cond_logits - uncond_logits)
             assert (model.lm_head(text[n, :steps]) - want["text_logits"]).abs().max() < 2e-4
-            c, u = model.model.generation_head(cond[n]), model.model.generation_head(uncond[n])
-            assert (c - want["image_logits_cond"]).abs().max() < 2e-4
-            assert (u + 5 * (c - u) - want["image_logits_guided"]).abs().max() < 2e-3
+            assert (cond_logits - want["image_logits_cond"]).abs().max() < 2e-4
+            assert (guided_logits - want["image_logits_guided"]).abs().max() < 2e-3
+
             # the sampling pass: the probabilities that it recorded
-            chosen = want["chain_ids"][:steps, None]
-            logp = want["text_logits"].log_softmax(-1).gather(1, chosen).squeeze(1)
-            assert (sampled.logp[n, :steps] - logp).abs().max() < 1e-4
             images = len(want["image_tokens"])
-            for run, logits in (
-                (sampled, want["image_logits_cond"]),
-                (guided, want["image_logits_guided"]),
-            ):
-                logp = logits.log_softmax(-1).gather(1, want["image_tokens"][:, None]).squeeze(1)
-                assert (run.logp[n, -images:] - logp).abs().max() < 2e-3
+            logp = logp_of(want["text_logits"], want["chain_ids"][:steps])
+            assert (sampled.logp[n, :steps] - logp).abs().max() < 1e-4
+            logp = logp_of(want["image_logits_cond"], want["image_tokens"])
+            assert (sampled.logp[n, -images:] - logp).abs().max() < 2e-3
+            logp = logp_of(want["image_logits_guided"], want["image_tokens"])
+            assert (guided.logp[n, -images:] - logp).abs().max() < 2e-3
+
             # pixels
-            decoded = model.decode_image_tokens(sampled.image_tokens[n : n + 1])[0].permute(2, 0, 1)
+            tokens = sampled.image_tokens[n : n + 1]
+            decoded = model.decode_image_tokens(tokens)[0].permute(2, 0, 1)
             assert (decoded - want["decoded"]).abs().max() < 2e-4
-            (image,) = gotr1.decode_images(model, sampled.image_tokens[n : n + 1])
-            pixels = torch.from_numpy(np.array(image)).long()
-            off = (pixels - want["pixels"].long()).abs()
+            (image,) = gotr1.decode_images(model, tokens)
+            off = (torch.from_numpy(np.array(image)).long() - want["pixels"].long()).abs()
             assert off.max() <= 1 and (off > 0).float().mean() < 0.01
             k += 1
 
@@ -101,25 +114,20 @@ def test_token_logps_equal_what_was_recorded(golden, mode):
 def test_encode_images_gives_the_official_indices_also_from_a_codebook_of_any_length(
     golden, expected
 ):
-    model = golden[0]
-    assert torch.equal(
-        gotr1.encode_images(model, expected["input_image"]), expected["input_image_tokens"]
-    )
+    model = copy.deepcopy(golden[0])
+    tokens = gotr1.encode_images(model, expected["input_image"])
+    assert torch.equal(tokens, expected["input_image_tokens"])
     weight = model.model.vqmodel.quantize.embedding.weight
-    assert (weight.norm(dim=-1) - 1).abs().max() < 1e-6, (
-        "the converter leaves code vectors at their length"
-    )
-    raw = load_file(GOLDEN / "deepseek.safetensors")["gen_vision_model.quantize.embedding.weight"]
+    unit = (weight.norm(dim=-1) - 1).abs().max() < 1e-6
+    assert unit, "the converter leaves code vectors at their length"
+    raw = golden_weights()["gen_vision_model.quantize.embedding.weight"]
     assert raw.norm(dim=-1).max() > 2, "unit vectors already: this test would prove nothing"
-    unit = weight.data.clone()
     weight.data.copy_(raw)
-    assert torch.equal(
-        gotr1.encode_images(model, expected["input_image"]), expected["input_image_tokens"]
-    )
-    weight.data.copy_(unit)
+    tokens = gotr1.encode_images(model, expected["input_image"])
+    assert torch.equal(tokens, expected["input_image_tokens"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Folders
 
 
@@ -128,66 +136,81 @@ def deepseek_config() -> dict:
     return {
         "model_type": "multi_modality",
         "language_config": {
-            "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 16384, "model_type": "llama",
-            "num_attention_heads": 16, "num_hidden_layers": 24, "num_key_value_heads": 16, "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "max_position_embeddings": 16384,
+            "model_type": "llama",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 16,
+            "vocab_size": 102400,
         },
         "vision_config": {"params": {"image_size": 384, "model_name": "siglip_large_patch16_384"}},
         "gen_vision_config": {"params": {"image_token_size": 16384, "n_embed": 8}},
-    }  # fmt: skip
+    }
 
 
-def test_real_sizes_come_from_config_json():
-    one = deepseek_config()
-    seven = deepseek_config()
-    seven["language_config"] = {
-        "max_position_embeddings": 16384, "model_type": "llama", "num_hidden_layers": 30, "vocab_size": 102400
-    }  # fmt: skip
-    for settings, parameters in ((one, 2_076_636_811), (seven, 7_407_773_323)):
-        with torch.device("meta"):
-            model = JanusForConditionalGeneration(checkpoints.config_from_deepseek(settings))
-        assert sum(p.numel() for p in model.parameters()) == parameters
-        assert gotr1.image_token_count(model) == 576
-    for size, settings in (("1b", one), ("7b", seven)):
-        known, read = checkpoints.janus_pro_config(size), checkpoints.config_from_deepseek(settings)
-        assert (
-            known.text_config.to_dict() == read.text_config.to_dict()
-            and known.vq_config == read.vq_config
-        )
+@pytest.mark.parametrize(("size", "parameters"), [("1b", 2_076_636_811), ("7b", 7_407_773_323)])
+def test_real_sizes_come_from_config_json(size, parameters):
+    settings = deepseek_config()
+    if size == "7b":  # its config.json names no more than this
+        settings["language_config"] = {
+            "max_position_embeddings": 16384,
+            "model_type": "llama",
+            "num_hidden_layers": 30,
+            "vocab_size": 102400,
+        }
+    read = checkpoints.config_from_deepseek(settings)
+    with torch.device("meta"):
+        model = JanusForConditionalGeneration(read)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert gotr1.image_token_count(model) == 576
+    known = checkpoints.janus_pro_config(size)
+    assert known.text_config.to_dict() == read.text_config.to_dict()
+    assert known.vq_config == read.vq_config
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The golden model as a folder in DeepSeek's format; its sizes are not SigLIP-L's, so they come from
-    hf_config.json."""
+    """The golden model as a folder in DeepSeek's format, without its weights. Its sizes are not
+    SigLIP-L's, so they come from hf_config.json."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(GOLDEN / name, tmp_path / name)
     (tmp_path / "config.json").write_text(json.dumps(deepseek_config()))
-    config = JanusConfig(**json.loads((GOLDEN / "hf_config.json").read_text()))
-    monkeypatch.setattr(checkpoints, "config_from_deepseek", lambda settings: config)
+    use_config(monkeypatch, golden_config())
     return tmp_path
 
 
-def put_weights(folder, form, tensors=None):
-    tensors = tensors or load_file(GOLDEN / "deepseek.safetensors")
-    names = sorted(tensors)
-    save = torch.save if "bin" in form else lambda part, path: save_file(part, path)
-    stem, end = ("pytorch_model", "bin") if "bin" in form else ("model", "safetensors")
+def use_config(monkeypatch, config):
+    monkeypatch.setattr(checkpoints, "config_from_deepseek", lambda settings: config)
+
+
+def put_weights(folder, form, tensors):
+    """Writes weights in one of the forms that are published."""
+    save, stem, end = save_file, "model", "safetensors"
+    if "bin" in form:
+        save, stem, end = torch.save, "pytorch_model", "bin"
     if "shards" not in form:
-        save(dict(tensors), folder / f"{stem}.{end}")
+        save(tensors, folder / f"{stem}.{end}")
         return
-    shards = {f"{stem}-{i + 1:05d}-of-00002.{end}": names[i::2] for i in range(2)}
-    for file, part in shards.items():
-        save({name: tensors[name] for name in part}, folder / file)
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-    (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(2):
+        file = f"{stem}-{i + 1:05d}-of-00002.{end}"
+        part = {name: tensors[name] for name in names[i::2]}
+        save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = json.dumps({"weight_map": weight_map})
+    (folder / f"{stem}.{end}.index.json").write_text(index)
 
 
 @pytest.mark.parametrize("form", ["bin", "bin shards", "safetensors", "safetensors shards"])
 def test_every_form_of_a_deepseek_folder_loads(folder, golden, form):
-    put_weights(folder, form)
+    put_weights(folder, form, golden_weights())
     model, tokenizer = gotr1.load_policy(str(folder))
     want = golden[0].state_dict()
-    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, want[name]), name
     assert draw((model, tokenizer), CAPTIONS[:1]).chains == draw(golden, CAPTIONS[:1]).chains
 
 
@@ -196,9 +219,8 @@ def test_what_we_save_loads_again_with_lm_head_apart_from_the_embedding(golden, 
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = (
-        True  # transformers' default
-    )
+    settings["tie_word_embeddings"] = True  # transformers' default
+    settings["text_config"]["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(settings))
     loaded, _ = gotr1.load_policy(str(tmp_path))
     loaded.tie_weights()  # as saving and resizing do
@@ -227,16 +249,14 @@ def test_a_lora_adapter_loads_on_its_base(golden, tmp_path):
     assert (golden[0].model.language_model(ids).last_hidden_state - want).abs().max() > 1e-3
 
 
-def test_the_tokenizer_keeps_spaces_and_bos_is_there_once(folder, golden):
-    put_weights(folder, "safetensors")
+def test_the_tokenizer_keeps_spaces_and_bos_is_there_once(folder):
+    put_weights(folder, "safetensors", golden_weights())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"})
-    )
+    settings["tokenizer_class"] = "LlamaTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     model, tokenizer = gotr1.load_policy(str(folder))
-    assert (
-        tokenizer.decode(tokenizer.encode("a red cube", add_special_tokens=False)) == "a red cube"
-    )
+    tokens = tokenizer.encode("a red cube", add_special_tokens=False)
+    assert tokenizer.decode(tokens) == "a red cube"
     bos, pad, boi = gotr1.special_ids(tokenizer)
     ids = FACTS["token_ids"]
     assert (bos, pad, boi) == (ids["bos"], ids["pad"], ids["begin_of_image"])
@@ -249,62 +269,77 @@ def test_the_tokenizer_keeps_spaces_and_bos_is_there_once(folder, golden):
 
 
 @pytest.mark.parametrize("spare", [0, 8], ids=["the embedding grows", "rows enough"])
-def test_missing_markers_are_added(folder, golden, capsys, spare, monkeypatch):
-    tensors = load_file(GOLDEN / "deepseek.safetensors")
+def test_missing_markers_are_added(folder, capsys, spare, monkeypatch):
+    markers = set(MARKERS)
     data = json.loads((folder / "tokenizer.json").read_text())
-    markers = set(checkpoints.MARKERS)
-    data["added_tokens"] = [
-        token for token in data["added_tokens"] if token["content"] not in markers
-    ]
+    others = [token for token in data["added_tokens"] if token["content"] not in markers]
+    data["added_tokens"] = others
     for token in markers & set(data["model"]["vocab"]):
         del data["model"]["vocab"][token]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "special_tokens_map.json").unlink()
-    config = JanusConfig(**json.loads((GOLDEN / "hf_config.json").read_text()))
+    config = golden_config()
     rows = 414 + spare
     config.text_config.vocab_size = rows
-    monkeypatch.setattr(checkpoints, "config_from_deepseek", lambda settings: config)
+    use_config(monkeypatch, config)
+    tensors = golden_weights()
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], tensors[name]])[:rows].clone()
     put_weights(folder, "safetensors", tensors)
     model, tokenizer = gotr1.load_policy(str(folder))
     assert "4 markers added" in capsys.readouterr().err
-    assert all(len(tokenizer.encode(marker, add_special_tokens=False)) == 1 for marker in markers)
+    for marker in markers:
+        assert len(tokenizer.encode(marker, add_special_tokens=False)) == 1
     assert len(tokenizer) == 418 and model.get_input_embeddings().weight.shape[0] == max(418, rows)
     assert model.lm_head.weight.shape[0] == max(418, rows)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
-def test_whatever_does_not_fit_is_named(folder):
-    tensors = load_file(GOLDEN / "deepseek.safetensors")
-    put_weights(folder, "safetensors", {**tensors, "language_model.extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match="language_model.extra is no tensor"):
+LAYER = "language_model.model.layers.9.mlp.up_proj.weight"
+EMBEDDING = "model.generation_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("language_model.extra", torch.zeros(1), "language_model.extra is no tensor"),
+        ("gen_embed.weight", None, f"lacks 1 tensors, for instance {EMBEDDING}"),
+        (
+            "gen_embed.weight",
+            torch.zeros(3, 8),
+            r"generation_embeddings.weight is \(3, 8\), config.json says \(64, 8\)",
+        ),
+        (LAYER, torch.zeros(1), "layers.9.mlp.up_proj.weight has no place"),
+    ],
+    ids=["unknown", "missing", "another shape", "another size"],
+)
+def test_whatever_does_not_fit_is_named(folder, name, value, message):
+    tensors = golden_weights()
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value
+    put_weights(folder, "safetensors", tensors)
+    with pytest.raises(ValueError, match=message):
         gotr1.load_policy(str(folder))
-    put_weights(
-        folder, "safetensors", {k: v for k, v in tensors.items() if k != "gen_embed.weight"}
-    )
-    with pytest.raises(
-        ValueError, match="lacks 1 tensors, for instance model.generation_embeddings.weight"
-    ):
-        gotr1.load_policy(str(folder))
-    put_weights(folder, "safetensors", {**tensors, "gen_embed.weight": torch.zeros(3, 8)})
-    with pytest.raises(
-        ValueError, match=r"generation_embeddings.weight is \(3, 8\), config.json says \(64, 8\)"
-    ):
-        gotr1.load_policy(str(folder))
-    put_weights(
-        folder,
-        "safetensors",
-        {**tensors, "language_model.model.layers.9.mlp.up_proj.weight": torch.zeros(1)},
-    )
-    with pytest.raises(ValueError, match="layers.9.mlp.up_proj.weight has no place"):
-        gotr1.load_policy(str(folder))
+
+
+def test_a_folder_of_transformers_that_does_not_fit_is_named(golden, tmp_path):
+    """transformers itself would warn and go on with random weights."""
+    model, tokenizer = golden
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[EMBEDDING]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"does not fit its config.json: {EMBEDDING}"):
+        gotr1.load_policy(str(tmp_path))
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_a_truncated_file_is_named(folder, form):
-    put_weights(folder, form)
+    put_weights(folder, form, golden_weights())
     (file,) = [path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors")]
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"cannot read .*{file.name} \(cut off while copying\?\)"):
@@ -321,4 +356,4 @@ def test_other_folders_are_refused(tmp_path):
         gotr1.load_policy(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(deepseek_config()))
     with pytest.raises(FileNotFoundError, match="holds no weights"):
-        checkpoints.read_tensors(tmp_path).__next__()
+        next(checkpoints.read_tensors(tmp_path))

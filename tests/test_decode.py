@@ -1,5 +1,6 @@
-"""The decode step. Authorities: transformers' own layers, and a stand-in for CUDA graphs that replays recorded tensor
-operations, so that a step which depends on a value of the host is caught without a GPU. pytest tests/test_decode.py"""
+"""The decode step. Authorities: transformers' own layers, and a stand-in for CUDA graphs that
+replays recorded tensor operations, so that a step which depends on a value of the host is caught
+without a GPU. pytest tests/test_decode.py"""
 
 import copy
 import gc
@@ -9,11 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import JanusForConditionalGeneration
 
 import gotr1
 from engine import decode
-from engine.checkpoints import janus_pro_config
+from engine.trainer import trainable_parameters
 
 PROMPTS = [
     "a red ball left of a blue cube",
@@ -34,8 +34,8 @@ HOST = (
 
 
 class Tape(TorchDispatchMode):
-    """Records tensor operations with their arguments. `replay` runs them again on the same memory, as a CUDA graph
-    does: whatever Python computed while recording stays as it was."""
+    """Records tensor operations with their arguments. `replay` runs them again on the same memory,
+    as a CUDA graph does: whatever Python computed while recording stays as it was."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,8 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """Rollouts on the CPU take the path of the GPU: buckets of 128, graphs, the question for the end seldom."""
+    """Rollouts on the CPU take the path of the GPU: buckets of 128, graphs, the question for the
+    end seldom."""
     made = []
 
     def record(step, decoder):
@@ -87,7 +88,8 @@ def assert_same(one, other):
 
 
 def both_ways(policy, monkeypatch, prompts, group, **settings):
-    """The same rollout through recorded steps and through steps that run as they are, in buffers of their own."""
+    """The same rollout through recorded steps and through steps that run as they are, in buffers of
+    their own."""
     recorded = gotr1.rollout(*policy, prompts, group, **settings)
     with monkeypatch.context() as context:
         context.setattr(decode, "CAPTURE", {})
@@ -131,15 +133,15 @@ def test_recorded_steps_give_the_same_tokens(policy, tapes, monkeypatch, cfg, te
 
 
 def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch):
-    """Other prompts and numbers, and weights that an optimizer changed in place: nothing is recorded again, nothing of
-    the rollout before shows, and nothing of it changes."""
+    """Other prompts and numbers, and weights that an optimizer changed in place: nothing is
+    recorded again, nothing of the rollout before shows, and nothing of it changes."""
     policy = copy.deepcopy(policy[0]), policy[1]
     settings = {"cfg": 2.0, "max_chain": 80}
     first = gotr1.rollout(*policy, PROMPTS, 2, seed=1, **settings)
     before, count = copy.deepcopy(first), len(tapes)
     decode.KEPT[policy[0]].cache.fill_(torch.nan)  # as a model that diverged would leave it
     with torch.no_grad():
-        for parameter in gotr1.trainable_parameters(policy[0]):
+        for parameter in trainable_parameters(policy[0]):
             parameter.mul_(1.02)
     recorded, plain = both_ways(policy, monkeypatch, [PROMPTS[1]] * 3, 2, seed=2, **settings)
     assert len(tapes) == count
@@ -148,7 +150,8 @@ def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch
 
 
 def test_new_weights_are_recorded_anew(policy, tapes, monkeypatch):
-    """Weights at other addresses (as after `.to`, or a load), other settings, more room: the old graphs are void."""
+    """Weights at other addresses (as after `.to`, or a load), other settings, more room: the old
+    graphs are void."""
     policy = copy.deepcopy(policy[0]), policy[1]
     gotr1.rollout(*policy, PROMPTS[:1], 2, max_chain=40)
     old = decode.KEPT[policy[0]]
@@ -230,7 +233,8 @@ def test_cuda_graphs_give_the_tokens_of_eager_steps(policy, monkeypatch, cfg):
 
 
 def test_bfloat16(policy):
-    """Sampled in bfloat16, scored in bfloat16 by the training pass: what was recorded is near what is trained."""
+    """Sampled in bfloat16, scored in bfloat16 by the training pass: what was recorded is near what
+    is trained."""
     model = copy.deepcopy(policy[0]).to(torch.bfloat16)
     for mode in ("cond", "guided"):
         sampled = gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=2.0, max_chain=80, logp_mode=mode)
@@ -249,7 +253,8 @@ def test_training_mode_and_gradient_checkpointing_stay_out(policy):
 
 
 def test_unused_parts_may_live_elsewhere(policy):
-    """Image understanding without memory, the picture tokenizer in another dtype: only the language model's count."""
+    """Image understanding without memory, the picture tokenizer in another dtype: only the language
+    model's count."""
     model = copy.deepcopy(policy[0])
     want = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
     (
@@ -275,46 +280,3 @@ def test_the_straightforward_loop_gives_the_same_tokens(policy, cfg, max_chain):
             sampled.chain_ids[k, : sampled.chain_lens[k]].tolist()
         ]
         assert torch.equal(plain["image_tokens"][0], sampled.image_tokens[k])
-
-
-def test_bench_measures_both_loops_on_chains_of_the_length_asked_for(monkeypatch, capsys, policy):
-    monkeypatch.setattr(
-        gotr1, "random_policy", lambda size, device: (copy.deepcopy(policy[0]), policy[1])
-    )
-    flags = [
-        "--bench_samples",
-        "2",
-        "--bench_chain",
-        "9",
-        "--bench_repeats",
-        "2",
-        "--bench_cfg",
-        "2",
-    ]
-    gotr1.main(["--bench", *flags])
-    printed = capsys.readouterr().out
-    assert "each 9 + 1 chain and 64 image tokens, cfg 2.0" in printed and "median of 2" in printed
-    assert "2 of 2 samples have the same tokens" in printed and "straightforward" in printed
-
-
-def test_small_random_policy_is_the_one_promised():
-    model, tokenizer = gotr1.random_policy("small", torch.device("cpu"))
-    config = model.config.text_config
-    assert (config.num_hidden_layers, config.hidden_size, gotr1.image_token_count(model)) == (
-        8,
-        512,
-        144,
-    )
-    sampled = gotr1.rollout(model, tokenizer, ["a"], 1, cfg=2.0, max_chain=2)
-    assert torch.isfinite(sampled.logp).all() and sampled.entropy[0, 0] > 3, (
-        "a random model is unsure"
-    )
-
-
-def test_floor_of_the_published_sizes(capsys):
-    """16 samples, prompt 60, chain 250, guidance: the arithmetic by hand, at 4.3 TB/s, is 1.05 s and 3.75 s."""
-    for size, want, weights in (("1b", 1.05, "2.89 GB"), ("7b", 3.75, "12.98 GB")):
-        with torch.device("meta"):
-            model = JanusForConditionalGeneration(janus_pro_config(size)).to(torch.bfloat16)
-        assert gotr1.rollout_floor(model, 16, 5.0, 60, 250, 4.3e12) == pytest.approx(want, rel=0.02)
-        assert weights in capsys.readouterr().out

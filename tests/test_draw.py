@@ -40,7 +40,8 @@ def test_several_prompts_and_the_same_pictures_in_any_batch(tmp_path):
 
 
 def test_an_edited_plan_is_what_is_drawn(tmp_path):
-    """The same words with the box moved: the pictures of 16 samples must follow each plan far more than the other."""
+    """The same words with the box moved: the pictures of 16 samples must follow each plan far more
+    than the other."""
     plans = []
     for x in (0, 625):
         plans.append([Box("red ball", x, 125, min(x + 375, 999), 500)])
@@ -66,7 +67,8 @@ def test_an_edited_plan_is_what_is_drawn(tmp_path):
 
 
 def test_the_best_of_several_plans_is_drawn(policy):
-    """Against scores computed here: the chosen chain is among those sampled, and none of them scores higher."""
+    """Against scores computed here: the chosen chain is among those sampled, and none of them
+    scores higher."""
     model, tokenizer = policy
     prompts, judge = toy.toy_prompts(6, 3, held_out=True), toy.ToyJudge()
     chosen = gotr1.best_plans(model, tokenizer, judge, prompts, 4, seed=2, max_chain=96)

@@ -1,5 +1,5 @@
-"""The two trainers as they are run, with small numbers: they learn, they resume bitwise, they refuse bad input in one
-line. pytest tests/test_end_to_end.py"""
+"""The two trainers as they are run, with small numbers: they learn, they resume bitwise, they
+refuse bad input in one line. pytest tests/test_end_to_end.py"""
 
 import json
 import os
@@ -19,20 +19,11 @@ import train_grpo
 import train_sft
 
 ROOT = Path(__file__).parent.parent
-GRPO = [
-    "--steps",
-    "10",
-    "--batch_size",
-    "2",
-    "--group",
-    "4",
-    "--eval_prompts",
-    "8",
-    "--save_every",
-    "4",
-]
-SFT = ["--from_scratch", "--vq_steps", "3", "--examples", "300", "--steps", "40", "--batch_size", "16",
-       "--eval_every", "40", "--eval_prompts", "8", "--save_every", "15"]  # fmt: skip
+GRPO = "--steps 10 --batch_size 2 --group 4 --eval_prompts 8 --save_every 4".split()
+SFT = (
+    "--from_scratch --vq_steps 3 --examples 300 --steps 40 --batch_size 16 "
+    "--eval_every 40 --eval_prompts 8 --save_every 15"
+).split()
 
 
 def weights(folder: Path) -> dict:
@@ -77,8 +68,8 @@ def test_ten_grpo_steps_leave_what_the_readme_promises(grpo_run):
 
 
 def test_a_grpo_run_that_died_continues_bitwise(grpo_run, tmp_path, monkeypatch):
-    """It dies in step 7, between the checkpoints of steps 4 and 8: three steps are done again, from the same
-    numbers."""
+    """It dies in step 7, between the checkpoints of steps 4 and 8: three steps are done again, from
+    the same numbers."""
     calls, score = [], rewards.score
 
     def dying(*args, **kwargs):
@@ -112,11 +103,11 @@ def test_sft_from_scratch_learns_and_resumes_bitwise(tmp_path, monkeypatch):
 
     sft_loss, calls = train_sft.sft_loss, []
 
-    def dying(*args):
+    def dying(*args, **settings):
         calls.append(1)
         if len(calls) == 25:
             raise RuntimeError("power cut")
-        return sft_loss(*args)
+        return sft_loss(*args, **settings)
 
     monkeypatch.setattr(train_sft, "sft_loss", dying)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -172,7 +163,7 @@ def test_a_folder_with_another_configuration_is_refused_and_untouched(grpo_run, 
     with pytest.raises(SystemExit) as stop:
         train_grpo.main([*GRPO, "--out", str(grpo_run), "--lr", "5e-4", "--kl", "0"])
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "--kl 0.02 (now 0.0), --lr 0.0007 (now 0.0005)" in message
+    assert stop.value.code == 2 and "--lr 0.0007 (now 0.0005), --kl 0.02 (now 0.0)" in message
     assert (grpo_run / "config.json").read_text() == before
 
 
@@ -189,7 +180,8 @@ def test_the_toys_judge_refuses_prompts_that_it_cannot_understand(tmp_path, caps
 
 
 def test_a_model_that_writes_no_boxes_is_told_so_after_one_step(tmp_path):
-    """Every reward would be 0, every group equal, and a thousand steps would learn nothing in silence."""
+    """Every reward would be 0, every group equal, and a thousand steps would learn nothing in
+    silence."""
     with pytest.raises(
         RuntimeError, match="no chain has a box: start from a model that writes chains"
     ):
@@ -203,12 +195,13 @@ def test_an_empty_prompt_file_is_refused(tmp_path, capsys):
             ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
         )
     assert (
-        stop.value.code == 2 and "holds no prompt: expected one a line" in capsys.readouterr().err
+        stop.value.code == 2 and "holds no prompt: expected one per line" in capsys.readouterr().err
     )
 
 
 def kill_and_restart(folder: Path, flags: list[str], moments: list) -> int:
-    """Starts the run again and again; kills it (SIGKILL) when `moments` in turn say so; returns the number of kills."""
+    """Starts the run again and again; kills it (SIGKILL) when `moments` in turn say so; returns the
+    number of kills."""
     command, kills = [sys.executable, "train_grpo.py", *flags, "--out", str(folder)], 0
     one = {
         **os.environ,
@@ -228,18 +221,7 @@ def kill_and_restart(folder: Path, flags: list[str], moments: list) -> int:
     return kills
 
 
-KILLED = [
-    "--steps",
-    "5",
-    "--batch_size",
-    "2",
-    "--group",
-    "4",
-    "--eval_prompts",
-    "4",
-    "--save_every",
-    "1",
-]
+KILLED = "--steps 5 --batch_size 2 --group 4 --eval_prompts 4 --save_every 1".split()
 
 
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path):
@@ -319,11 +301,13 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves_with_exit_code_0(tmp_path, 
     assert process.returncode == 0, output
     done = len(rows(tmp_path))
     assert done >= 2 and (tmp_path / "latest").read_text() == f"step_{done:06d}"
-    assert f"stopped after step {done} of 1000; the same command continues" in output
+    assert f"stopped after step {done} of 1000" in output
+    assert f"the same command continues from {tmp_path}" in output
 
 
 def test_groups_of_equal_rewards_teach_nothing_and_are_counted(tmp_path, monkeypatch):
-    """With the same reward for every sample the weights must not move, not even by the KL term or by weight decay."""
+    """With the same reward for every sample the weights must not move, not even by the KL term or
+    by weight decay."""
     score = rewards.score
 
     def all_equal(*args, **kwargs):

@@ -1,5 +1,5 @@
-"""The policy: prompt, rollout, log-probs, pictures. Authorities: transformers' own forward pass and counting.
-pytest tests/test_gotr1.py"""
+"""The policy: prompt, rollout, log-probs, pictures. Authorities: transformers' own forward pass and
+counting. pytest tests/test_gotr1.py"""
 
 import copy
 import math
@@ -19,8 +19,8 @@ PROMPTS = [
 
 
 def plain_logps(model, tokenizer, sampled, n):
-    """Log-probabilities of sample n from one ordinary forward pass of the bare sequence, no cache, no padding, no
-    mask."""
+    """Log-probabilities of sample n from one ordinary forward pass of the bare sequence, no cache,
+    no padding, no mask."""
     chain = sampled.chain_ids[n, : sampled.chain_lens[n]].tolist()
     text = torch.tensor([sampled.prompt_ids[n] + chain])
     picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens[n : n + 1])
@@ -52,7 +52,8 @@ def test_sampled_logps_equal_a_plain_forward_pass(policy, temperature):
 
 
 def test_guided_distribution_is_the_one_written_down(policy):
-    """u + cfg * (c - u), computed from two plain passes: the conditional row and bos, pads, <begin_of_image>, image."""
+    """u + cfg * (c - u), computed from two plain passes: the conditional row and bos, pads,
+    <begin_of_image>, image."""
     model, tokenizer = policy
     sampled = gotr1.rollout(
         model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=80, logp_mode="guided"
@@ -100,8 +101,9 @@ def test_no_gradient_through_the_unconditional_half(policy):
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_a_batch_equals_single_runs(policy, cfg):
-    """Prompts and chains of different lengths: left padding, waiting rows and the shared prompt must not show."""
-    model, tokenizer = policy
+    """Prompts and chains of different lengths: left padding, waiting rows and the shared prompt
+    must not show. In float64: in float32, two nearly equal candidates may change places."""
+    model, tokenizer = copy.deepcopy(policy[0]).double(), policy[1]
     together = gotr1.rollout(model, tokenizer, PROMPTS, 2, cfg=cfg, max_chain=80, seed=(3, 1))
     assert together.chain_lens.unique().numel() > 1
     for b, prompt in enumerate(PROMPTS):
@@ -112,7 +114,7 @@ def test_a_batch_equals_single_runs(policy, cfg):
         assert alone.chains == rows.chains
         assert torch.equal(alone.image_tokens, rows.image_tokens)
         images = rows.image_tokens.shape[1]
-        assert (alone.logp[:, -images:] - rows.logp[:, -images:]).abs().max() < 1e-4
+        assert (alone.logp[:, -images:] - rows.logp[:, -images:]).abs().max() < 1e-5
 
 
 def test_group_order_is_prompt_major(policy):
@@ -138,7 +140,8 @@ def test_same_seed_same_samples_other_seed_others(policy):
 
 
 def test_sampling_frequencies_match_the_probabilities():
-    """Chi-square over 50,000 draws from 12 tokens, one impossible. A true sampler fails with probability 1e-4."""
+    """Chi-square over 50,000 draws from 12 tokens, one impossible. A true sampler fails with
+    probability 1e-4."""
     logits = torch.linspace(-3, 2, 12)
     logits[4] = -math.inf
     u = gotr1.uniforms(0, [0], 1, 50_000)[0]

@@ -1,27 +1,75 @@
-"""The README against the code: its blocks run, its glossary is the log's, its files keep their caps.
-pytest tests/test_readme.py"""
+"""README.md and docs/ against the code: their blocks run, what they name exists, the glossary is
+the log's.    pytest tests/test_readme.py"""
 
+import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import re
+import shlex
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
 import gotr1
+import render_boxes
 import rewards
 import train_grpo
 import train_sft
-from data import got as got_data
+from benchmarks import speed
+from data import got
 from engine import checkpoints
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SETTINGS = (train_grpo.Config, train_sft.Config, got_data.Source, evaluation.Settings, gotr1.Args, rewards.Settings,
-            checkpoints.Args)  # fmt: skip
-BLOCKS = re.findall(r"```python run\n(.*?)```", README, re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXT[ROOT / "README.md"]
+GPU = TEXT[ROOT / "docs" / "gpu.md"]
+# What follows `python` or `torchrun` on a command line -> the settings that it takes
+COMMANDS = {
+    "train_grpo.py": train_grpo.Config,
+    "train_sft.py": train_sft.Config,
+    "eval.py": evaluation.Settings,
+    "gotr1.py": gotr1.Args,
+    "rewards.py": rewards.Settings,
+    "render_boxes.py": render_boxes.Config,
+    "-m engine.checkpoints": checkpoints.Args,
+    "-m benchmarks.speed rollout": speed.Rollout,
+    "-m benchmarks.speed judge": speed.Judge,
+    "-m benchmarks.speed networks": speed.Networks,
+    "-m benchmarks.speed memory": speed.Memory,
+}
+SETTINGS = [*COMMANDS.values(), got.Source]
+OTHERS_FLAGS = {"nproc_per_node", "shutdown_timeout"}  # torchrun's own
+PACKAGES = {"PIL": "Pillow"}  # where the name to import is not the name to install
+BRINGS = {"transformers": {"numpy", "huggingface_hub", "tokenizers"}, "datasets": {"numpy"}}
+
+
+def section(text: str, title: str) -> str:
+    """The part of a page below one heading."""
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def flags_of(settings) -> set[str]:
+    names = set()
+    for field in dataclasses.fields(settings):
+        names.add(field.name)
+        if field.type in (bool, "bool"):
+            names.add(f"no_{field.name}")
+    return names
+
+
+# -------------------------------------------------------------------------------------------------
+# What can be run
+
+
+BLOCKS = []
+for page in PAGES:
+    BLOCKS += re.findall(r"```python run\n(.*?)```", TEXT[page], re.S)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -33,54 +81,173 @@ def test_there_are_blocks_to_run():
     assert len(BLOCKS) >= 2
 
 
-def test_pictures_exist():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def command_lines() -> list[str]:
+    """Every command of the shell blocks, and every `python …` that stands in a sentence."""
+    lines = []
+    for text in TEXT.values():
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+            whole = re.sub(r"\s*\\\n\s*", " ", block)  # a command over several lines
+            lines += re.split(r"\n|&&|;", whole)
+        prose = " ".join(re.sub(r"```.*?```", "", text, flags=re.S).split())
+        lines += re.findall(r"`((?:python|torchrun) [^`]+)`", prose)
+    return [line.strip() for line in lines if re.match(r"\s*(python|torchrun) .*", line)]
 
 
-def test_files_keep_their_caps():
-    caps = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+)(?: lines)? \|$", README, re.M)
-    assert {name for name, _ in caps} == {path.name for path in ROOT.glob("*.py")}
-    modules = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
-    assert set(re.findall(r"\w+", modules)) == {name.removesuffix(".py") for name, _ in caps}
-    for name, cap in caps:
-        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert lines <= int(cap), f"{name} has {lines} lines, the README says at most {cap}"
+@pytest.mark.parametrize("line", command_lines())
+def test_commands_name_programs_and_flags_that_exist(line):
+    words = shlex.split(line, comments=True)
+    if "spacy" in words:  # python -m spacy download …
+        return
+    known = {name: settings for name, settings in COMMANDS.items() if f" {name}" in f" {line}"}
+    assert len(known) == 1, f"{line}: no program of this repository"
+    (name, settings), *_ = known.items()
+    program = re.sub(r"-m (\S+).*", r"\1", name)
+    path = program if program.endswith(".py") else program.replace(".", "/") + ".py"
+    assert (ROOT / path).is_file()
+    flags = {word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")}
+    assert flags - OTHERS_FLAGS <= flags_of(settings)
 
 
-def test_imports_go_downwards_in_the_readmes_table():
-    order = re.findall(r"^\| `(\w+)\.py` \|.*\| \d+(?: lines)? \|$", README, re.M)
-    for k, name in enumerate(order):
-        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.M)) & set(order)
-        assert imported <= set(order[k + 1 :]), (name, imported)
+def test_flags_named_anywhere_exist():
+    known = OTHERS_FLAGS.union(*(flags_of(settings) for settings in SETTINGS))
+    for page, text in TEXT.items():
+        named = set(re.findall(r"--(\w+)", text))
+        assert named <= known, (page.name, named - known)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_setting_is_explained(settings):
+    """The comment behind a setting is what --help shows, if both stand on one line."""
+    explained = set()
+    for parent in settings.__mro__[:-1]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(parent)))
+        lines = inspect.getsource(parent).splitlines()
+        for node in tree.body[0].body:
+            if isinstance(node, ast.AnnAssign) and node.lineno == node.end_lineno:
+                if "  # " in lines[node.lineno - 1]:
+                    explained.add(node.target.id)
+    assert explained == {field.name for field in dataclasses.fields(settings)}
+
+
+# -------------------------------------------------------------------------------------------------
+# What is pointed at
+
+
+def test_pictures_and_links_exist():
+    for page, text in TEXT.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.is_file(), (page.name, target)
+            titles = (
+                re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M) if anchor else []
+            )
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in anchors, (page.name, target)
+
+
+def test_every_file_of_the_code_has_its_line():
+    table = section(README, "Files")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", table))
+    for path in ROOT.glob("*.py"):
+        assert path.name in named
+    for folder in ("engine", "toy", "data", "benchmarks"):
+        row = re.search(rf"^\| `{folder}/` \|.*$", table, re.M)[0]
+        told = set(re.findall(r"`(\w+\.py)`", row))
+        files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert told == files, folder
+
+
+def test_the_first_screen_runs_and_the_algorithm_comes_soon():
+    lines = README.splitlines()
+    assert "torchrun train_grpo.py" in "\n".join(lines[:17])
+    assert lines.index("## The algorithm") < 100
+
+
+def test_steps_of_the_algorithm_are_those_of_the_loop():
+    told = re.findall(r"^(\d+)\. \*\*(.+?)\.\*\*", section(README, "The algorithm"), re.M)
+    source = inspect.getsource(train_grpo)
+    steps = re.findall(r"^ +# (\d+)\) ([^:.,]+)", source, re.M)
+    assert told == [(number, name.strip()) for number, name in steps]
+
+
+# -------------------------------------------------------------------------------------------------
+# The log
+
+
+def keys_of_table(text: str) -> list[str]:
+    keys = []
+    for cell in re.findall(r"^\| (`[^|]+) \|", text, re.M):
+        keys += re.findall(r"`(\w+)`", cell)
+    return keys
 
 
 def test_glossary_is_what_the_log_holds(tmp_path):
-    table = README.split("## What the log says")[1].split("## ")[0]
-    told = [
-        key
-        for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M)
-        for key in re.findall(r"`(\w+)`", cell)
-    ]
     flags = ["--steps", "1", "--batch_size", "1", "--group", "2", "--eval_prompts", "2"]
     train_grpo.main([*flags, "--out", str(tmp_path)])
+    told = keys_of_table(section(GPU, "Every key of the log"))
     assert sorted(told) == sorted(json.loads((tmp_path / "log.jsonl").read_text()))
+    watched = keys_of_table(section(README, "What the log says"))
+    assert watched and set(watched) <= set(told)
 
 
-def test_flags_named_in_the_readme_exist():
-    known = {field.name for config in SETTINGS for field in dataclasses.fields(config)}
-    known |= {
-        f"no_{field.name}"
-        for config in SETTINGS
-        for field in dataclasses.fields(config)
-        if field.type is bool
-    }
-    named = set(re.findall(r"--(\w+)", README)) - {
-        "nproc_per_node",
-        "shutdown_timeout",
-    }  # torchrun's own
-    assert named <= known, named - known
+# -------------------------------------------------------------------------------------------------
+# Pieces to borrow, packages
+
+
+def pieces() -> list[tuple[list[str], list[str], list[str]]]:
+    """(names, files, packages) of each row of the table that names whole files."""
+    rows = []
+    for piece, files, needs in re.findall(
+        r"^\| (`[^|]+) \| ([^|]+) \| ([^|]+) \|$", section(README, "Borrow a piece"), re.M
+    ):
+        if "copy" not in files:
+            names = re.findall(r"`(\w+)`", piece)
+            rows.append((names, re.findall(r"`([\w/.]+)`", files), needs.split(", ")))
+    return rows
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The modules that the given nodes import, in full: `from engine import decode` is
+    engine.decode."""
+    found = set()
+    for node in tree:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def own_file(module: str) -> str | None:
+    path = module.replace(".", "/") + ".py"
+    return path if (ROOT / path).is_file() else None
+
+
+@pytest.mark.parametrize("names, files, needs", pieces())
+def test_a_piece_needs_no_more_than_its_row_says(names, files, needs):
+    """Importing the files of a row, and calling a piece of it, touches no other file of ours and no
+    other package."""
+    modules = set()
+    for file in files:
+        modules |= imported(ast.parse((ROOT / file).read_text(encoding="utf-8")).body)
+    home = importlib.import_module(files[0].removesuffix(".py").replace("/", "."))
+    for name in names:
+        source = textwrap.dedent(inspect.getsource(getattr(home, name)))
+        modules |= imported(ast.walk(ast.parse(source)))
+    installed = set(needs)
+    for package in needs:
+        installed |= BRINGS.get(package, set())
+    for module in modules:
+        file = own_file(module)
+        if file:
+            assert file in files, f"{files[0]} imports {module}"
+        package = module.split(".")[0]
+        ours = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
+        if not ours and package not in sys.stdlib_module_names:
+            assert PACKAGES.get(package, package) in installed, f"{files[0]} imports {package}"
 
 
 def test_install_line_and_requirements_agree():
@@ -92,11 +259,10 @@ def test_install_line_and_requirements_agree():
         assert [int(v) for v in pins[name].split(".")] >= [int(v) for v in lowest.split(".")], name
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_every_setting_is_explained(settings):
-    """The trailing comments are what --help shows."""
-    lines = [
-        line for line in inspect.getsource(settings).splitlines() if re.match(r"    \w+: ", line)
-    ]
-    assert {line.split(":")[0].strip() for line in lines} == set(settings.__annotations__)
-    assert all("  # " in line for line in lines), [line for line in lines if "  # " not in line]
+def test_an_install_holds_every_module():
+    text = (ROOT / "pyproject.toml").read_text()
+    modules = re.search(r"py-modules = \[(.*?)\]", text, re.S)[1]
+    assert set(re.findall(r"\w+", modules)) == {path.stem for path in ROOT.glob("*.py")}
+    packages = re.search(r"^packages = \[(.*?)\]", text, re.S | re.M)[1]
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(re.findall(r"\w+", packages)) == folders

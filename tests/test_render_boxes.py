@@ -1,8 +1,10 @@
-"""Chains, boxes and pictures against hand values, a second parser and the pixels: pytest tests/test_render_boxes.py"""
+"""Chains, boxes and pictures against values by hand, a second parser and the pixels.
+pytest tests/test_render_boxes.py"""
 
 import itertools
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,10 +23,13 @@ from render_boxes import (
     OBJ_END,
     OBJ_START,
     Box,
+    candidate_spots,
     chain_problems,
     draw_boxes,
+    first_free,
     format_chain,
     iou,
+    main,
     parse_chain,
     place_labels,
     strip_boxes,
@@ -44,43 +49,54 @@ def short(text):
     return text
 
 
-def slow_parse(text):
-    """The second parser: no regular expressions, a walk over the characters."""
-    tokens, plain, at = [], "", 0
+def slow_tokens(text):
+    """Plain text at the even places, markers at the odd ones; two empty ones at the end."""
+    tokens = []
+    plain = ""
+    at = 0
     while at < len(text):
         marker = next((marker for marker in MARKERS if text.startswith(marker, at)), None)
         if marker:
             tokens += [plain, marker]
-            plain, at = "", at + len(marker)
+            plain = ""
+            at += len(marker)
         else:
-            plain, at = plain + text[at], at + 1
-    tokens += [plain, "", ""]  # plain text at the even places, markers at the odd ones
-    boxes, name, at = [], "", 0
+            plain += text[at]
+            at += 1
+    return [*tokens, plain, "", ""]
+
+
+def slow_parse(text):
+    """The second parser: no regular expressions, a walk over the characters."""
+    tokens = slow_tokens(text)
+    boxes = []
+    name = ""
+    at = 0
     while at < len(tokens) - 2:
         if tokens[at].strip():
             name = ""
-        opening, content, closing = (
-            tokens[at + 1 : at + 4] if at + 3 < len(tokens) else ("", "", "")
-        )
+        opening, content, closing = "", "", ""
+        if at + 3 < len(tokens):
+            opening, content, closing = tokens[at + 1 : at + 4]
         if (opening, closing) == (OBJ_START, OBJ_END):
-            name, at = " ".join(content.split()), at + 4
+            name = " ".join(content.split())
+            at += 4
         elif (opening, closing) == (BOX_START, BOX_END):
             numbers = slow_numbers(content)
-            if (
-                name
-                and numbers
-                and numbers[0] < numbers[2] <= 1000
-                and numbers[1] < numbers[3] <= 1000
-            ):
-                boxes.append(Box(name, *numbers))
+            if name and numbers:
+                x1, y1, x2, y2 = numbers
+                if x1 < x2 <= 1000 and y1 < y2 <= 1000:
+                    boxes.append(Box(name, *numbers))
             at += 4
         else:
-            name, at = "", at + 2
+            name = ""
+            at += 2
     return boxes
 
 
 def slow_numbers(content):
-    pieces, numbers = [piece.strip() for piece in content.split(",")], []
+    pieces = [piece.strip() for piece in content.split(",")]
+    numbers = []
     if len(pieces) != 4:
         return None
     for piece, opened in zip(pieces, (True, False, True, False), strict=True):
@@ -93,7 +109,7 @@ def slow_numbers(content):
     return numbers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Reading and writing
 
 
@@ -173,17 +189,11 @@ def test_strict_reading_says_what_is_wrong_and_where(text, expected):
 
 def test_strict_reading_says_everything_that_is_wrong():
     text = short("<o>a</o> <o></o> <b>(1,2),(0,1000)</b> x <b>oops</b> </b>")
-    said = " ".join(chain_problems(text))
-    faults = (
-        "no box",
-        "no name",
-        "leaves the picture",
-        "ends before",
-        "follows no object",
-        "be read",
-        "no partner",
-    )
-    assert all(fault in said for fault in faults) and len(chain_problems(text)) == len(faults)
+    problems = chain_problems(text)
+    faults = ["no box", "no name", "leaves the picture", "ends before", "follows no object"]
+    faults += ["be read", "no partner"]
+    assert all(fault in " ".join(problems) for fault in faults)
+    assert len(problems) == len(faults)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +228,13 @@ def test_written_boxes_are_whole_numbers_on_the_grid():
 words = st.lists(st.text("abcdeäß红", min_size=1, max_size=5), min_size=1, max_size=3).map(" ".join)
 spans = st.tuples(st.integers(0, 999), st.integers(0, 999)).filter(lambda ends: ends[0] < ends[1])
 boxes = st.builds(lambda name, x, y: Box(name, x[0], y[0], x[1], y[1]), words, spans, spans)
-# Words, boxes, whole markers and pieces of all of them in any order: chains as a half-trained model writes them.
+# Words, boxes, whole markers and pieces of all of them in any order: chains as a half-trained model
+# writes them.
+pieces = ["(1,2),(3,4)", "(1,", "0),(", "12", " ", "\n", ",", "<|", "|>", "box_end", "<"]
 debris = st.lists(
     st.one_of(
         st.sampled_from(MARKERS),
-        st.sampled_from(
-            ["(1,2),(3,4)", "(1,", "0),(", "12", " ", "\n", ",", "<|", "|>", "box_end", "<"]
-        ),
+        st.sampled_from(pieces),
         boxes.map(lambda box: format_chain([box])),
         words,
         st.text(max_size=3),
@@ -239,25 +249,23 @@ def test_round_trip(parts):
     chain = format_chain(parts)
     planned = [part for part in parts if isinstance(part, Box)]
     assert parse_chain(chain) == planned
-    assert strip_boxes(chain) == " ".join(
-        part.name if isinstance(part, Box) else part for part in parts
-    )
+    said = [part.name if isinstance(part, Box) else part for part in parts]
+    assert strip_boxes(chain) == " ".join(said)
     assert bool(chain_problems(chain)) == (not planned)
 
 
 @settings(max_examples=250, deadline=None)
 @given(st.one_of(debris, st.text()))
 def test_any_text_can_be_read(text):
-    found, problems, stripped = parse_chain(text), chain_problems(text), strip_boxes(text)
+    found = parse_chain(text)
     assert found == slow_parse(text)
-    assert not any(marker in stripped for marker in MARKERS) and not re.search(
-        r"\(\s*[0-9]+\s*,", stripped
-    )
+    stripped = strip_boxes(text)
+    assert not any(marker in stripped for marker in MARKERS)
+    assert not re.search(r"\(\s*[0-9]+\s*,", stripped)
     assert stripped == " ".join(stripped.split())
-    if not problems:  # then every box counts, and none leaves the grid of the strict reader
-        assert (
-            len(found) == text.count(BOX_START) == text.count(BOX_END) >= text.count(OBJ_START) > 0
-        )
+    if not chain_problems(text):  # then every box counts, and none leaves the strict reader's grid
+        assert len(found) == text.count(BOX_START) == text.count(BOX_END)
+        assert len(found) >= text.count(OBJ_START) > 0
         assert all(0 <= box.x1 < box.x2 <= 999 and 0 <= box.y1 < box.y2 <= 999 for box in found)
 
 
@@ -265,50 +273,30 @@ def test_any_text_can_be_read(text):
 @given(st.lists(boxes, min_size=1, max_size=3), st.data())
 def test_a_damaged_chain_can_be_read(planned, data):
     chain = format_chain(planned)
-    start, stop = sorted(
-        (data.draw(st.integers(0, len(chain))), data.draw(st.integers(0, len(chain))))
-    )
-    text = (
-        chain[:start]
-        + data.draw(st.sampled_from(["", "(", "9", " ", "x", *MARKERS]))
-        + chain[stop:]
-    )
+    places = st.integers(0, len(chain))
+    start, stop = sorted([data.draw(places), data.draw(places)])
+    patch = data.draw(st.sampled_from(["", "(", "9", " ", "x", *MARKERS]))
+    text = chain[:start] + patch + chain[stop:]
     assert parse_chain(text) == slow_parse(text)
     assert not any(marker in strip_boxes(text) for marker in MARKERS)
     assert all(isinstance(problem, str) for problem in chain_problems(text))
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        *MARKERS,
-        "(1,1),(",
-        "a",
-        " ",
-        "9",
-        "1,",
-        "(",
-        "<|",
-        "obj_",
-        "|>",
-        ".",
-        OBJ_START + "a",
-        BOX_START + "(",
-        CHAIN,
-    ],
-)
+PIECES = ["(1,1),(", "a", " ", "9", "1,", "(", "<|", "obj_", "|>", ".", OBJ_START + "a"]
+
+
+@pytest.mark.parametrize("piece", [*MARKERS, *PIECES, BOX_START + "(", CHAIN])
 @pytest.mark.parametrize("lead", ["", "<|obj_start|>a<|obj_end|> <|box_start|>("])
 def test_reading_takes_linear_time(piece, lead):
     text = lead + piece * (100_000 // len(piece))
     start = time.process_time()
     for read in (parse_chain, strip_boxes, chain_problems):
         read(text)
-    assert (
-        time.process_time() - start < 1.0
-    )  # about 0.05 s; a quadratic expression would take minutes
+    # About 0.05 s; a quadratic expression would take minutes.
+    assert time.process_time() - start < 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Overlap
 
 
@@ -332,24 +320,32 @@ def test_iou_by_hand(a, b, expected):
     assert iou(Box("b", *b), Box("a", *a)) == pytest.approx(expected)
 
 
+def coarse(box):
+    return Box("", box.x1 // 50, box.y1 // 50, box.x2 // 50 + 1, box.y2 // 50 + 1)
+
+
+def cells(box):
+    return set(itertools.product(range(box.x1, box.x2), range(box.y1, box.y2)))
+
+
 @settings(max_examples=50, deadline=None)
 @given(boxes, boxes)
 def test_iou_by_counting_cells(a, b):
-    a, b = (Box("", x1 // 50, y1 // 50, x2 // 50 + 1, y2 // 50 + 1) for _, x1, y1, x2, y2 in (a, b))
-    cells_a, cells_b = (
-        set(itertools.product(range(c.x1, c.x2), range(c.y1, c.y2))) for c in (a, b)
-    )
-    assert iou(a, b) == pytest.approx(len(cells_a & cells_b) / len(cells_a | cells_b))
+    a, b = coarse(a), coarse(b)
+    both = len(cells(a) & cells(b))
+    assert iou(a, b) == pytest.approx(both / len(cells(a) | cells(b)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Drawing
 
 
-def random_boxes(
-    count, seed, names=("red ball", "sky", "teal vase", "colourful tablecloth", "a man")
-):
-    rng, made = random.Random(seed), []
+NAMES = ("red ball", "sky", "teal vase", "colourful tablecloth", "a man")
+
+
+def random_boxes(count, seed, names=NAMES):
+    rng = random.Random(seed)
+    made = []
     for _ in range(count):
         x, y = rng.randint(0, 950), rng.randint(0, 950)
         made.append(Box(rng.choice(names), x, y, rng.randint(x + 1, 999), rng.randint(y + 1, 999)))
@@ -400,14 +396,10 @@ def test_a_label_is_at_its_box_if_nothing_is_in_the_way():
 def test_long_names_are_shortened_to_the_canvas():
     for size in (64, 256, 1024):
         (label,), font = place_labels([Box("wooden table " * 5000, 0, 0, size, size)], (size, size))
-        assert (
-            on_canvas(label, size, size)
-            and label.name.startswith("wood")
-            and label.name.endswith("…")
-        )
-        assert (
-            font.getlength(label.name) <= label.x2 - label.x1
-        )  # what is left of the name is whole
+        assert on_canvas(label, size, size)
+        assert label.name.startswith("wood") and label.name.endswith("…")
+        # The letters that are left are whole.
+        assert font.getlength(label.name) <= label.x2 - label.x1
 
 
 strange_names = st.text(max_size=20) | st.sampled_from(
@@ -442,10 +434,9 @@ def test_pixels_of_a_box():
     picture = draw_boxes([Box("a", 250, 250, 750, 750), Box("b", 0, 800, 1000, 1000)], 400)
     colours = [ImageColor.getrgb(colour) for colour in COLOURS]
     assert picture.mode == "RGB" and picture.size == (400, 400)
+    # The frame lies inside the box, pixels 100 to 299.
     for point in ((100, 200), (299, 200), (200, 299), (299, 299), (100, 100), (102, 200)):
-        assert picture.getpixel(point) == colours[0], (
-            point
-        )  # the frame lies inside the box, pixels 100 to 299
+        assert picture.getpixel(point) == colours[0], point
     for point in ((0, 0), (99, 200), (300, 200), (200, 200), (200, 300), (296, 200)):
         assert picture.getpixel(point) == (255, 255, 255), point
     for point in ((0, 399), (399, 399), (399, 320), (200, 320)):
@@ -455,57 +446,79 @@ def test_pixels_of_a_box():
 def test_labels_are_drawn_where_they_are_placed():
     planned = [RED_BALL, BLUE_DOG, Box("sky", 0, 0, 999, 200)]
     picture = draw_boxes(planned, 448)
-    for label, colour in zip(
-        place_labels(scaled(planned, 448), (448, 448))[0], COLOURS, strict=False
-    ):
+    labels, _ = place_labels(scaled(planned, 448), (448, 448))
+    for label, colour in zip(labels, COLOURS, strict=False):
+        background = ImageColor.getrgb(colour)
         tile = picture.crop(label[1:])
-        pixels = [tile.getpixel((x, y)) for x in range(tile.width) for y in range(tile.height)]
-        assert tile.getpixel((0, 0)) == ImageColor.getrgb(colour)
-        assert (255, 255, 255) in pixels and pixels.count(ImageColor.getrgb(colour)) > len(
-            pixels
-        ) / 2
+        assert tile.getpixel((0, 0)) == background
+        counts = {value: count for count, value in tile.getcolors(tile.width * tile.height)}
+        assert (255, 255, 255) in counts
+        assert counts[background] > tile.width * tile.height / 2
 
 
 def test_colours_can_be_told_apart_and_read():
+    def linear(value):
+        share = value / 255
+        return share / 12.92 if share <= 0.03928 else ((share + 0.055) / 1.055) ** 2.4
+
     def luminance(colour):  # WCAG 2
-        linear = [
-            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4
-            for c in (c / 255 for c in colour)
-        ]
-        return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        red, green, blue = map(linear, colour)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     rgb = [ImageColor.getrgb(colour) for colour in COLOURS]
     assert len(rgb) == 12
     for a, b in itertools.combinations(rgb, 2):
         assert sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) > 60**2
-    assert all(
-        1.05 / (luminance(colour) + 0.05) > 3 for colour in rgb
-    )  # WCAG's contrast for large white letters
+    # WCAG's contrast for large white letters
+    assert all(1.05 / (luminance(colour) + 0.05) > 3 for colour in rgb)
 
 
 def test_drawing_over_a_picture_leaves_it_as_it_was():
-    for mode, size in (
-        ("RGB", (300, 200)),
-        ("L", (64, 64)),
-        ("RGBA", (448, 448)),
-        ("P", (90, 400)),
-    ):
+    kinds = {"RGB": (300, 200), "L": (64, 64), "RGBA": (448, 448), "P": (90, 400)}
+    for mode, size in kinds.items():
         picture = Image.new(mode, size, 5)
         ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), 99)
         before = picture.tobytes()
         drawn = draw_boxes([RED_BALL, BLUE_DOG], image=picture)
         assert picture.tobytes() == before and picture.mode == mode
-        assert (
-            drawn.size == size
-            and drawn.mode == "RGB"
-            and drawn.tobytes() != picture.convert("RGB").tobytes()
-        )
+        assert drawn.size == size and drawn.mode == "RGB"
+        assert drawn.tobytes() != picture.convert("RGB").tobytes()
         untouched = draw_boxes([], image=picture)
         assert untouched is not picture and untouched.tobytes() == picture.convert("RGB").tobytes()
 
 
 def test_no_boxes_is_a_blank_canvas():
     assert draw_boxes([], 100).getcolors() == [(100 * 100, (255, 255, 255))]
+
+
+def spots_by_definition(label, box, taken, size):
+    """Yields how far each free place is from the corner of the box, pixel by pixel."""
+    width = label.x2 - label.x1
+    height = label.y2 - label.y1
+    for x, y in itertools.product(range(size[0] - width + 1), range(size[1] - height + 1)):
+        place = Box("", x, y, x + width, y + height)
+        if all(apart(place, other) for other in taken):
+            yield abs(x - box.x1) + abs(y - box.y1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_free_spot_is_the_nearest_of_all_places(seed):
+    """With fewer obstacles than are looked at: no pixel of the canvas would be nearer."""
+    rng = random.Random(seed)
+    size = (60, 50)
+    taken = []
+    for _ in range(rng.randint(0, 9)):
+        x, y = rng.randint(0, 50), rng.randint(0, 40)
+        taken.append(Box("taken", x, y, x + rng.randint(1, 25), y + rng.randint(1, 12)))
+    x, y = rng.randint(0, 59), rng.randint(0, 49)
+    box = Box("box", x, y, x + rng.randint(3, 20), y + rng.randint(3, 20))
+    label = Box("label", x, y, x + 22, y + 9)
+    spot = first_free(candidate_spots(label, box, taken, size), taken)
+    nearest = min(spots_by_definition(label, box, taken, size), default=None)
+    if nearest is None:
+        assert spot is None
+    else:
+        assert abs(spot.x1 - x) + abs(spot.y1 - y) == nearest
 
 
 def test_drawing_many_boxes_takes_no_time_to_speak_of():
@@ -515,66 +528,97 @@ def test_drawing_many_boxes_takes_no_time_to_speak_of():
     assert time.process_time() - start < 5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The script
 
 
-def run(*arguments, stdin=""):
-    script = Path(__file__).resolve().parent.parent / "render_boxes.py"
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=60
-    )
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_script_draws_a_chain(tmp_path):
-    chain, out, over = tmp_path / "chain.txt", tmp_path / "out.png", tmp_path / "over.png"
+def draw(*arguments):
+    """The command line, in this process."""
+    main([str(argument) for argument in arguments])
+
+
+def test_command_draws_a_chain(tmp_path, capsys):
+    chain = tmp_path / "chain.txt"
+    out = tmp_path / "out.png"
     chain.write_text(CHAIN, encoding="utf-8")
-    done = run(chain, out, "--size", 200)
-    assert (
-        done.returncode == 0
-        and done.stderr == ""
-        and str(out) in done.stdout
-        and "blue dog" in done.stdout
-    )
-    assert (
-        Image.open(out).convert("RGB").tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
-    )
-    done = run("-", over, "--image", out, stdin=CHAIN)
-    assert done.returncode == 0 and Image.open(over).size == (200, 200)
+    draw(chain, "--out", out, "--size", 200)
+    said = capsys.readouterr()
+    assert said.err == "" and str(out) in said.out and "blue dog" in said.out
+    drawn = Image.open(out).convert("RGB")
+    assert drawn.tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
 
 
-def test_script_says_in_one_line_what_is_wrong(tmp_path):
-    chain, binary, torn, out = (
-        tmp_path / name for name in ("chain.txt", "binary.txt", "torn.txt", "out.png")
+def test_script_reads_standard_input_and_draws_over_a_picture(tmp_path):
+    under = tmp_path / "under.png"
+    Image.new("RGB", (200, 200), "green").save(under)
+    command = [sys.executable, str(ROOT / "render_boxes.py"), "-", "--image", str(under)]
+    done = subprocess.run(
+        command,
+        input=CHAIN,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
     )
+    assert done.returncode == 0 and done.stderr == ""
+    assert Image.open(tmp_path / "boxes.png").size == (200, 200)
+
+
+def test_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
+    chain = tmp_path / "chain.txt"
+    binary = tmp_path / "binary.txt"
+    torn = tmp_path / "torn.txt"
+    out = tmp_path / "out.png"
     chain.write_text(CHAIN, encoding="utf-8")
     binary.write_bytes(b"\xff\xfe\x00")
-    torn.write_text(
-        short("a\n<o>ball\n</o> there and a <o>cube</o> <b>(1,2),(3</b>"), encoding="utf-8"
-    )
-    for arguments, words in (
-        ((tmp_path / "none.txt", out), ["No such file", "none.txt"]),
-        ((tmp_path, out), ["directory"]),
-        ((binary, out), ["binary.txt", "utf-8"]),
-        ((torn, out), ['"ball" at character 3 has no box', "cannot be read"]),
-        ((chain, tmp_path / "none" / "out.png"), ["No such file", str(tmp_path / "none")]),
-        ((chain, tmp_path / "out.xyz"), ["unknown file extension"]),
-        ((chain, out, "--size", 0), ["--size", "64 to 4096"]),
-        ((chain, out, "--size", "big"), ["--size", "big"]),
-        ((chain, out, "--image", binary), ["cannot identify image file"]),
-        ((), ["chain"]),
-    ):
-        done = run(*arguments)
-        assert done.returncode == 2 and done.stdout == "", arguments
-        assert done.stderr.startswith("render_boxes.py: ") and len(done.stderr.splitlines()) == 1, (
-            done.stderr
-        )
-        assert all(word in done.stderr for word in words), done.stderr
+    half = "a\n<o>ball\n</o> there and a <o>cube</o> <b>(1,2),(3</b>"
+    torn.write_text(short(half), encoding="utf-8")
+    nowhere = tmp_path / "none" / "out.png"
+    cases = [
+        ([tmp_path / "none.txt"], ["No such file", "none.txt"]),
+        ([tmp_path], ["directory"]),
+        ([binary], ["binary.txt", "utf-8"]),
+        ([torn], ['"ball" at character 3 has no box', "cannot be read"]),
+        ([chain, "--out", nowhere], ["No such file", str(tmp_path / "none")]),
+        ([chain, "--out", tmp_path / "out.xyz"], ["unknown file extension"]),
+        ([chain, "--size", 0], ["--size", "64 to 4096"]),
+        ([chain, "--size", "big"], ["--size", "big"]),
+        ([chain, "--image", binary], ["cannot identify image file"]),
+        ([], ["chain"]),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(SystemExit) as stopped:
+            draw("--out", out, *arguments)
+        assert stopped.value.code == 2, arguments
+        said = capsys.readouterr()
+        assert said.out == "", arguments
+        assert said.err.startswith("error: ") and len(said.err.splitlines()) == 1, said.err
+        assert all(word in said.err for word in words), said.err
     assert not out.exists()
 
 
-def test_script_help_explains():
-    done = run("--help")
-    assert done.returncode == 0
-    assert all(word in done.stdout for word in (OBJ_START, "--size", "--image", "standard input"))
+def test_help_explains(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        draw("--help")
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in (OBJ_START, "--size", "--image", "standard input"))
+
+
+def test_a_copy_needs_pillow_only(tmp_path):
+    """In a folder of its own, without the packages that training needs."""
+    shutil.copy(ROOT / "render_boxes.py", tmp_path)
+    program = """
+import sys
+import render_boxes
+render_boxes.draw_boxes(render_boxes.parse_chain(sys.argv[1])).save("boxes.png")
+print(sorted({"torch", "numpy", "tyro", "engine"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", program, CHAIN]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n" and (tmp_path / "boxes.png").exists()

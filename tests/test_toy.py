@@ -1,5 +1,5 @@
-"""The toy world: its split, its faults, and the exact judge on pictures whose content is known.   pytest
-tests/test_toy.py"""
+"""The toy world: its split, its faults, and the exact judge on pictures whose content is known.
+pytest tests/test_toy.py"""
 
 from itertools import combinations
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gotr1
 import rewards
 from render_boxes import Box, iou, parse_chain, strip_boxes
 from toy import model as toy_model
@@ -26,9 +27,9 @@ def clean_examples(n, seed=0):
 
 def test_the_judge_is_exact_on_500_clean_scenes():
     for example in clean_examples(500):
-        assert parts(example.prompt, example.chain, example.image) == {
-            "sem": 1, "spa": 1, "ri": 1, "pi": 1, "hps": 1, "total": 1, "judge_fail": 0
-        }  # fmt: skip
+        row = parts(example.prompt, example.chain, example.image)
+        assert row.pop("judge_fail") == 0
+        assert row == dict.fromkeys(("sem", "spa", "ri", "pi", "hps", "total"), 1)
 
 
 def test_detected_boxes_are_the_drawn_ones():
@@ -42,10 +43,12 @@ def test_detected_boxes_are_the_drawn_ones():
 
 def example_with(fault, n=40):
     """Examples that have this fault and no other."""
-    rng, found = np.random.default_rng(11), []
+    rng = np.random.default_rng(11)
+    found = []
     while len(found) < n:
         example = toy.make_example(rng, "spatial", {fault: 1.0})
-        found += [example] if example.faults == [fault] else []
+        if example.faults == [fault]:
+            found.append(example)
     return found
 
 
@@ -53,15 +56,15 @@ def example_with(fault, n=40):
     "fault, hurt", [("flip", {"spa", "pi"}), ("swap", {"sem", "spa", "pi"}), ("drift", {"ri"})]
 )
 def test_each_planned_fault_lowers_the_parts_that_it_should(fault, hurt):
-    spared = {"sem", "spa", "ri", "pi", "hps"} - hurt - ({"pi"} if fault == "drift" else set())
-    for example in example_with(
-        fault
-    ):  # a drifted object may still stand on the right side: its R_PI is open
+    spared = {"sem", "spa", "ri", "pi", "hps"} - hurt
+    if fault == "drift":  # the object may still stand on the right side: its R_PI is open
+        spared.remove("pi")
+    for example in example_with(fault):
         got = parts(example.prompt, example.chain, example.image)
-        assert all(got[part] < 1 for part in hurt) and all(got[part] == 1 for part in spared), (
-            example,
-            got,
-        )
+        for part in hurt:
+            assert got[part] < 1, (part, example)
+        for part in spared:
+            assert got[part] == 1, (part, example)
 
 
 def test_other_ways_to_be_wrong():
@@ -106,30 +109,27 @@ def test_held_out_pairs_never_occur_in_training():
     """Counted over prompts as they are read, not by the function that makes the split."""
 
     def pairs(prompts):
-        return {
-            frozenset(pair)
-            for prompt in prompts
-            for pair in combinations(toy.read_text(prompt)[0], 2)
-        }
+        found = set()
+        for prompt in prompts:
+            found |= {frozenset(pair) for pair in combinations(toy.read_text(prompt)[0], 2)}
+        return found
 
     rng = np.random.default_rng(0)
-    trained = pairs(toy.toy_prompts(3000, 7)) | pairs(
-        toy.make_example(rng).prompt for _ in range(6000)
-    )
-    tested = [pairs([prompt]) for prompt in toy.toy_prompts(500, 7, held_out=True)]
-    assert all(found - trained for found in tested), (
-        "a held-out prompt holds only pairs that training shows"
-    )
-    new = set().union(*tested) - trained
+    trained = pairs(toy.toy_prompts(3000, 7))
+    trained |= pairs(toy.make_example(rng).prompt for _ in range(6000))
+    tested = toy.toy_prompts(500, 7, held_out=True)
+    for prompt in tested:
+        assert pairs([prompt]) - trained, f"training shows all pairs of {prompt}"
+    new = pairs(tested) - trained
     assert 0.1 < len(new) / (len(new) + len(trained)) < 0.3
 
 
 def test_swapped_names_of_the_sft_data_stay_in_their_half_or_are_a_fault():
     """SFT chains with swapped colours may name a pair that is held out; prompts never do."""
     rng = np.random.default_rng(0)
-    assert not any(
-        toy.is_held_out(toy.read_text(toy.make_example(rng).prompt)[0]) for _ in range(2000)
-    )
+    for _ in range(2000):
+        prompt = toy.make_example(rng).prompt
+        assert not toy.is_held_out(toy.read_text(prompt)[0])
 
 
 def test_prompts_are_of_the_papers_kinds_and_reproducible():
@@ -146,16 +146,13 @@ def test_faults_come_at_their_rates():
     examples = [toy.make_example(rng, "spatial") for _ in range(4000)]
     for fault, rate in toy.FAULTS.items():
         share = np.mean([fault in example.faults for example in examples])
-        assert rate * 0.6 < share < rate + 0.03, (
-            fault,
-            share,
-        )  # a drift that would not fit or not show is left out
+        # below the rate: a fault that would not fit or not show is left out
+        assert rate * 0.6 < share < rate + 0.03, (fault, share)
 
 
 def test_make_scene_refuses_an_unknown_kind():
-    with pytest.raises(
-        ValueError, match="unknown kind of scene 'galaxy': expected one of single, color"
-    ):
+    message = "unknown kind of scene 'galaxy': expected one of single, color"
+    with pytest.raises(ValueError, match=message):
         toy.make_scene(np.random.default_rng(0), "galaxy")
 
 
@@ -163,15 +160,12 @@ def test_chains_read_back_as_the_boxes_they_were_made_from():
     for example in clean_examples(100, seed=5):
         boxes = parse_chain(example.chain)
         assert [box.name for box in boxes] == toy.read_text(strip_boxes(example.chain))[0]
-        assert all(
-            max(iou(box, found) for found in toy.detect(example.image)) > 0.99 for box in boxes
-        )
+        for box in boxes:
+            assert max(iou(box, found) for found in toy.detect(example.image)) > 0.99
 
 
 def test_image_codes_name_every_patch(policy):
     """The trained encoder agrees with the codes that the world was given."""
-    import gotr1
-
     images = [example.image for example in clean_examples(100)]
     want = np.stack([toy_model.image_codes(image) for image in images])
     got = gotr1.encode_images(policy[0], images).numpy()

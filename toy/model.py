@@ -1,7 +1,8 @@
-"""The toy's tiny Janus, from nothing: text tokenizer, config, and the picture tokenizer (VQ) with its training.
+"""The toy's tiny Janus from nothing: text tokenizer, config, and a picture tokenizer (VQ), trained.
 
-What comes out is an ordinary `JanusForConditionalGeneration` with an ordinary tokenizer, to be saved by
-`save_pretrained` and loaded like any other; its language model has random weights still, and train_sft.py trains them.
+What comes out is an ordinary `JanusForConditionalGeneration` with an ordinary tokenizer: saved by
+`save_pretrained`, loaded like any other. Its language model still has random weights; train_sft.py
+trains them on `training_rows`.
 """
 
 import functools
@@ -23,25 +24,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import rewards
-from gotr1 import INSTRUCTION, SPECIAL_TOKENS, decode_images, rollout
-from render_boxes import MARKERS, chain_problems
-from toy import world as toy
-from toy.world import CELL, GRID, SIZE
+from gotr1 import INSTRUCTION, SPECIAL_TOKENS
+from render_boxes import MARKERS
+from toy.world import CELL, GRID, NAMES, SIZE, draw_scene, ground, make_example
+
+# -------------------------------------------------------------------------------------------------
+# Text tokenizer and sizes
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the toy's sentences, with the checkpoints' special tokens and the markers.
+    """A byte-level BPE tokenizer trained on the toy's sentences, with the special tokens of the
+    published checkpoints and the markers.
 
-    Any text can be written, byte by byte if it must be. A grid coordinate is one token (with one token a digit the
-    small model learns what objects look like but not where they go), and so is the instruction that opens every
-    prompt."""
-    rng = np.random.default_rng(0)
-    examples = [toy.make_example(rng) for _ in range(2000)]
-    texts = [f"{example.prompt}\n\nAssistant:" for example in examples] + [
-        example.chain for example in examples
-    ]
-    markers = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+    Any text can be written, byte by byte if it must be. A grid coordinate is one token: with one
+    token per digit the small model learns what objects look like but not where they go. The
+    instruction that opens every prompt is one token too."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -51,11 +48,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((piece for text in texts for piece in markers.split(text)), trainer)
+    bpe.train_from_iterator(sample_texts(), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL_TOKENS)
-    whole = (f"User: {INSTRUCTION}".strip(), *MARKERS)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    for text in (f"User: {INSTRUCTION}".strip(), *MARKERS):
+        tokenizer.add_tokens(AddedToken(text, normalized=False))
     return tokenizer
+
+
+def sample_texts() -> list[str]:
+    """Pieces of 2000 prompts and chains, cut at the markers, which are tokens of their own."""
+    rng = np.random.default_rng(0)
+    examples = [make_example(rng) for _ in range(2000)]
+    texts = [f"{example.prompt}\n\nAssistant:" for example in examples]
+    texts += [example.chain for example in examples]
+    markers = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+    pieces = []
+    for text in texts:
+        pieces += markers.split(text)
+    return pieces
 
 
 def janus_config(vocab_size: int) -> JanusConfig:
@@ -96,38 +106,52 @@ def janus_config(vocab_size: int) -> JanusConfig:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture tokenizer
+# -------------------------------------------------------------------------------------------------
+# Picture tokenizer: which code a patch has
 
 
-def _patches(image: Image.Image) -> list[tuple]:
-    """What stands in each cell of a clean picture: ("ground", cell number) or (colour, which of its pixels have it)."""
-    rgb, patches = np.asarray(image), []
-    painted = (rgb != toy.ground()).any(axis=2)
+def patches(image: Image.Image) -> list[tuple]:
+    """What each cell of a clean picture shows, row by row: ("ground", number of the cell), or
+    (colour, which of its pixels have it)."""
+    rgb = np.asarray(image)
+    painted = (rgb != ground()).any(axis=2)
+    found = []
     for cell in range(GRID * GRID):
-        y, x = (CELL * v for v in divmod(cell, GRID))
-        here = painted[y : y + CELL, x : x + CELL]
-        color = tuple(rgb[y : y + CELL, x : x + CELL][here][0]) if here.any() else "ground"
-        patches.append((color, here.tobytes()) if here.any() else ("ground", cell))
-    return patches
+        row, column = divmod(cell, GRID)
+        rows = slice(CELL * row, CELL * (row + 1))
+        columns = slice(CELL * column, CELL * (column + 1))
+        here = painted[rows, columns]
+        if here.any():
+            color = rgb[rows, columns][here][0]  # a clean cell has parts of one object only
+            found.append((tuple(color), here.tobytes()))
+        else:
+            found.append(("ground", cell))
+    return found
 
 
 @functools.cache
 def codebook() -> dict[tuple, int]:
-    """Every distinct patch of the toy world and its image token: the cells of the ground first, then parts of
-    objects."""
-    codes = {("ground", cell): cell for cell in range(GRID * GRID)}
-    for name in toy.NAMES:
+    """Every distinct patch of the toy world and its image token: the cells of the ground first,
+    then parts of objects."""
+    codes = {}
+    for cell in range(GRID * GRID):
+        codes["ground", cell] = cell
+    for name in NAMES:
         for size in (2, 3):
-            for patch in _patches(toy.draw_scene([name], [(0, 0, size)])):
+            picture = draw_scene([name], [(0, 0, size)])
+            for patch in patches(picture):
                 codes.setdefault(patch, len(codes))
     return codes
 
 
 def image_codes(image: Image.Image) -> np.ndarray:
-    """The image tokens that a perfect encoder gives to a picture of `toy.draw_scene`: (GRID * GRID,) int64, row by
-    row."""
-    return np.array([codebook()[patch] for patch in _patches(image)])
+    """The image tokens that a perfect encoder gives to a picture of `draw_scene`:
+    (GRID * GRID,) int64, row by row."""
+    return np.array([codebook()[patch] for patch in patches(image)])
+
+
+# -------------------------------------------------------------------------------------------------
+# Picture tokenizer: its training
 
 
 def spread_on_sphere(n: int, dim: int) -> torch.Tensor:
@@ -136,24 +160,36 @@ def spread_on_sphere(n: int, dim: int) -> torch.Tensor:
     optimizer = torch.optim.Adam([points], lr=0.02)
     for _ in range(400):
         unit = F.normalize(points, dim=-1)
-        loss = (20 * (unit @ unit.T - 2 * torch.eye(n))).logsumexp(-1).mean()
+        cosines = unit @ unit.T - 2 * torch.eye(n)  # with itself -1, as if it were far away
+        loss = (20 * cosines).logsumexp(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return F.normalize(points.detach(), dim=-1)
 
 
-def train_vq(vq, steps: int, seed: int) -> None:
-    """Gives every distinct patch its own code, in place: the encoder learns to name the patch, the decoder to draw it.
+def example_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1]."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
-    Trained end to end in the usual way, attention leaks the whole picture into every code, the plain ground alone takes
-    up most of the codebook, and a language model cannot learn such codes. The result is an ordinary JanusVQVAE."""
+
+def train_vq(vq, steps: int, seed: int) -> None:
+    """Gives every distinct patch its own code, in place: the encoder learns to name the patch, the
+    decoder to draw it.
+
+    The usual end-to-end training fails here. Attention leaks the whole picture into every code, the
+    plain ground alone takes up most of the codebook, and a language model cannot learn such codes.
+    The result of this one is an ordinary JanusVQVAE."""
     for module in vq.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.reset_parameters()
     codes = spread_on_sphere(*vq.quantize.embedding.weight.shape)  # (K, 8)
     vq.quantize.embedding.weight.data.copy_(codes)
-    trained = [p for name, p in vq.named_parameters() if not name.startswith("quantize")]
+    trained = []
+    for name, parameter in vq.named_parameters():
+        if not name.startswith("quantize"):
+            trained.append(parameter)
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps, pct_start=0.1
@@ -162,19 +198,21 @@ def train_vq(vq, steps: int, seed: int) -> None:
     vq.train().requires_grad_(True)
     bar = tqdm(range(steps), desc="picture tokenizer")
     for _ in bar:
-        images = [toy.make_example(rng).image for _ in range(16)]
-        pixels = (
-            torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-            / 127.5
-            - 1
-        )
-        tokens = torch.from_numpy(
-            np.stack([image_codes(image) for image in images])
-        )  # (16, I); pixels (16, 3, H, W)
+        images = [make_example(rng).image for _ in range(16)]
+        pixels = example_pixels(images)  # (16, 3, H, W)
+        tokens = np.stack([image_codes(image) for image in images])
+        tokens = torch.from_numpy(tokens)  # (16, I)
+
+        # the encoder names the patch: its latent should point at the code of the patch
         latent = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)  # (16, 8, h, w)
         cosines = torch.einsum("bdhw,kd->bkhw", latent, codes).flatten(2)  # (16, K, I)
-        drawn = vq.decoder(vq.post_quant_conv(codes[tokens].transpose(1, 2).reshape_as(latent)))
-        naming, drawing = F.cross_entropy(15 * cosines, tokens), (drawn - pixels).abs().mean()
+        naming = F.cross_entropy(15 * cosines, tokens)
+
+        # the decoder draws the picture from the right codes
+        right_codes = codes[tokens].transpose(1, 2).reshape_as(latent)
+        drawn = vq.decoder(vq.post_quant_conv(right_codes))
+        drawing = (drawn - pixels).abs().mean()
+
         optimizer.zero_grad()
         (naming + 2 * drawing).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -185,56 +223,43 @@ def train_vq(vq, steps: int, seed: int) -> None:
     vq.eval().requires_grad_(False)
 
 
+# -------------------------------------------------------------------------------------------------
+# The model, and what it is trained on
+
+
 def new_model(vq_steps: int, seed: int):
     """(model, tokenizer): random language model, trained picture tokenizer."""
     tokenizer = build_tokenizer()
     model = JanusForConditionalGeneration(janus_config(len(tokenizer)))
-    # transformers' initial weights (std 0.02) make image embeddings of 1e-5, below the epsilon of the first RMSNorm: a
-    # small model needs hundreds of steps to grow out of that
-    for part in (
-        model.model.generation_embeddings,
-        model.model.generation_aligner,
-        model.model.generation_head,
-    ):
+    # transformers' initial weights (std 0.02) make image embeddings of 1e-5, below the epsilon of
+    # the first RMSNorm: a small model needs hundreds of steps to grow out of that
+    inner = model.model
+    for part in (inner.generation_embeddings, inner.generation_aligner, inner.generation_head):
         for module in part.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-    train_vq(model.model.vqmodel, vq_steps, seed)
+    train_vq(inner.vqmodel, vq_steps, seed)
     return model, tokenizer
 
 
 def save_new_model(folder: Path, vq_steps: int, seed: int) -> None:
-    """`new_model` as a folder, if it is not there yet; written beside and renamed."""
+    """`new_model` as a folder, if it is not there yet. It is written beside and renamed, so that
+    what has the name is whole."""
+    if folder.exists():
+        return
     beside = folder.with_name(folder.name + ".tmp")
-    if not folder.exists():
-        torch.manual_seed(seed)
-        for part in new_model(vq_steps, seed):
-            part.save_pretrained(beside)
-        beside.rename(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What it is trained on, and how well it does
+    torch.manual_seed(seed)
+    model, tokenizer = new_model(vq_steps, seed)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(folder)
 
 
 def training_rows(examples: int, seed: int) -> list[dict]:
     """The training set for train_sft.py, as records with the default field names."""
     rng = np.random.default_rng([seed, 2])
-    scenes = (toy.make_example(rng) for _ in tqdm(range(examples), desc="scenes"))
-    return [
-        {"prompt": scene.prompt, "chain": scene.chain, "image": scene.image} for scene in scenes
-    ]
-
-
-def look(model, tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
-    """Rewards of one sample for each prompt, judged exactly; and the share of chains with a readable box."""
-    sampled = rollout(model, tokenizer, prompts, seed=seed, max_chain=96)
-    images = decode_images(model, sampled.image_tokens)
-    rows = rewards.score(toy.ToyJudge(), toy.crispness, prompts, sampled.chains, images)
-    means = {
-        key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "judge_fail"
-    }
-    return {
-        "well_formed": float(np.mean([not chain_problems(chain) for chain in sampled.chains])),
-        **means,
-    }
+    rows = []
+    for _ in tqdm(range(examples), desc="scenes"):
+        example = make_example(rng)
+        rows.append({"prompt": example.prompt, "chain": example.chain, "image": example.image})
+    return rows

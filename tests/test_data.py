@@ -1,5 +1,5 @@
 """Reading GoT data and its cache, against toy scenes whose prompts, boxes and pictures are known.
-pytest tests/test_got_data.py"""
+pytest tests/test_data.py"""
 
 import copy
 import dataclasses
@@ -7,6 +7,9 @@ import inspect
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -28,18 +31,10 @@ from data.got import BadRecord, Source
 from render_boxes import Box, chain_problems, draw_boxes, format_chain, parse_chain
 from toy import world as toy
 
-CAUSES = {
-    "no text",
-    "special token",
-    "no box",
-    "broken box",
-    "box outside",
-    "box format",
-    "empty box",
-    "no name",
-}
-CAUSES |= {"chain too long", "broken image"}
-WRITTEN = re.compile(  # what a chain holds for one object; written here on its own, so that it can judge
+ROOT = Path(__file__).resolve().parent.parent
+CHAIN_CAUSES = {"no box", "broken box", "box outside", "box format", "empty box", "no name"}
+CAUSES = CHAIN_CAUSES | {"no text", "special token", "chain too long", "broken image"}
+WRITTEN = re.compile(  # one object of a chain; not taken from the code, so that it can judge it
     r"<\|obj_start\|>(.*?)<\|obj_end\|> <\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>"
 )
 SIDE = 250  # of the pictures in pixels: four grid units each
@@ -47,9 +42,8 @@ SIDE = 250  # of the pictures in pixels: four grid units each
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(
-        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets"
-    )
+    folder = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
 
 
 def make_examples(n: int, seed: int = 0) -> list[toy.Example]:
@@ -77,9 +71,8 @@ def apart(example: toy.Example, name: str) -> dict:
     coords = {}
 
     def take(found):
-        coords[f"<coord_{len(coords) + 1}>"] = [
-            int(edge) * SIDE / 1000 for edge in found.groups()[1:]
-        ]
+        edges = [int(edge) * SIDE / 1000 for edge in found.groups()[1:]]
+        coords[f"<coord_{len(coords) + 1}>"] = edges
         return f"{found[1]} <coord_{len(coords)}>"
 
     got = WRITTEN.sub(take, example.chain)
@@ -89,18 +82,12 @@ def apart(example: toy.Example, name: str) -> dict:
 def write_parquet(folder: Path, rows: list[dict]) -> Source:
     """Two files, so that order and counting cross them."""
     folder.mkdir()
-    schema = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "chain": datasets.Value("string"),
-            "image": datasets.Image(),
-        }
-    ).arrow_schema
-    for part in range(2):
-        half = rows[part * len(rows) // 2 : (part + 1) * len(rows) // 2]
-        pa.parquet.write_table(
-            pa.Table.from_pylist(half, schema=schema), folder / f"train-{part}.parquet"
-        )
+    words = datasets.Value("string")
+    features = datasets.Features({"prompt": words, "chain": words, "image": datasets.Image()})
+    middle = len(rows) // 2
+    for part, half in enumerate([rows[:middle], rows[middle:]]):
+        table = pa.Table.from_pylist(half, schema=features.arrow_schema)
+        pa.parquet.write_table(table, folder / f"train-{part}.parquet")
     return Source(str(folder), box_format="0..999")
 
 
@@ -114,13 +101,14 @@ def write_lines(folder: Path, examples: list[toy.Example]) -> tuple[Source, list
 
 def save_lines(folder: Path, rows: list[dict]) -> Source:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = {
-        "prompt_field": "caption",
-        "chain_field": "got",
-        "image_field": "file",
-        "coords_field": "coord",
-    }
-    return Source(str(folder / "data.jsonl"), **fields, box_format="pixels")
+    return Source(
+        str(folder / "data.jsonl"),
+        prompt_field="caption",
+        chain_field="got",
+        image_field="file",
+        coords_field="coord",
+        box_format="pixels",
+    )
 
 
 def write_tar(folder: Path, examples: list[toy.Example]) -> Source:
@@ -129,12 +117,17 @@ def write_tar(folder: Path, examples: list[toy.Example]) -> Source:
         for k, example in enumerate(examples):
             row = inline(example)
             text = json.dumps({"prompt": row["prompt"], "got": row["chain"]}).encode()
-            for name, content in ((f"{k:04d}.png", row["image"]["bytes"]), (f"{k:04d}.json", text)):
-                info = tarfile.TarInfo(name)
+            for suffix, content in (("png", row["image"]["bytes"]), ("json", text)):
+                info = tarfile.TarInfo(f"{k:04d}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    fields = {"prompt_field": "json.prompt", "chain_field": "json.got", "image_field": "png"}
-    return Source(str(folder), **fields, box_format="0..999")
+    return Source(
+        str(folder),
+        prompt_field="json.prompt",
+        chain_field="json.got",
+        image_field="png",
+        box_format="0..999",
+    )
 
 
 def in_memory(n: int, seed: int = 0) -> list[dict]:
@@ -144,28 +137,25 @@ def in_memory(n: int, seed: int = 0) -> list[dict]:
 MEMORY = Source("toy", box_format="0..999")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rows
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("style", ["parquet", "lines", "tar"])
-def test_every_style_gives_the_same_records(style, streaming, tmp_path, policy):
+def test_every_style_gives_the_same_records(style, streaming, tmp_path):
     examples = make_examples(12)
     if style == "parquet":
         source = write_parquet(tmp_path / "set", [inline(example) for example in examples])
+    elif style == "tar":
+        source = write_tar(tmp_path / "set", examples)
     else:
-        source = (
-            write_tar(tmp_path / "set", examples)
-            if style == "tar"
-            else write_lines(tmp_path / "set", examples)[0]
-        )
+        source, _ = write_lines(tmp_path / "set", examples)
     source.streaming = streaming
     rows = got_data.open_rows(source)
     assert hasattr(rows, "__len__") != streaming
-    records = [
-        got_data.read_record(get(), source, policy[1]) for _, get in got_data.numbered(rows, source)
-    ]
+    pairs = got_data.numbered(rows, source)
+    records = [got_data.read_record(get(), source) for _, get in pairs]
     assert [record.prompt for record in records] == [example.prompt for example in examples]
     assert [record.chain for record in records] == [example.chain for example in examples]
     for record, example in zip(records, examples, strict=True):
@@ -173,24 +163,20 @@ def test_every_style_gives_the_same_records(style, streaming, tmp_path, policy):
         assert (np.asarray(record.image) == want).all()
 
 
-def test_coordinates_may_be_a_dict_with_other_keys_in_each_row(tmp_path, policy):
+def test_coordinates_may_be_a_dict_with_other_keys_in_each_row(tmp_path):
     """JSON lines become columns: each row gets the keys of all rows."""
     examples = make_examples(8)
     _, rows = write_lines(tmp_path / "set", examples)
     for k, row in enumerate(rows):
         row["got"] = row["got"].replace("coord_", f"row{k}_")
-        row["coord"] = {
-            key.replace("coord_", f"row{k}_"): value
-            for key, value in json.loads(row["coord"]).items()
-        }
+        row["coord"] = json.loads(row["coord"].replace("coord_", f"row{k}_"))
     source = save_lines(tmp_path / "set", rows)
-    chains = [
-        got_data.read_record(row, source, policy[1]).chain for row in got_data.open_rows(source)
-    ]
+    rows = got_data.open_rows(source)
+    chains = [got_data.read_record(row, source).chain for row in rows]
     assert chains == [example.chain for example in examples]
 
 
-def test_image_folder_and_max_records(tmp_path, policy):
+def test_image_folder_and_max_records(tmp_path):
     source, _ = write_lines(tmp_path / "set", make_examples(6))
     (tmp_path / "set" / "pictures").rename(tmp_path / "pictures")
     source.image_folder, source.max_records = str(tmp_path), 4
@@ -198,10 +184,10 @@ def test_image_folder_and_max_records(tmp_path, policy):
         rows = got_data.open_rows(source)
         pairs = list(got_data.numbered(rows, source))
         assert [index for index, _ in pairs] == [0, 1, 2, 3]
-        got_data.read_record(pairs[3][1](), source, policy[1])
+        got_data.read_record(pairs[3][1](), source)
 
 
-def test_errors_are_one_line(tmp_path, policy, monkeypatch):
+def test_errors_are_one_line(tmp_path):
     source, rows = write_lines(tmp_path / "set", make_examples(3))
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.jsonl").write_text("")
@@ -225,9 +211,8 @@ def test_errors_are_one_line(tmp_path, policy, monkeypatch):
     for flag in ("prompt_field", "chain_field", "image_field", "coords_field"):
         wrong = copy.copy(source)
         setattr(wrong, flag, "nothere")
-        with pytest.raises(
-            ValueError, match=f"--{flag} nothere: .* there are caption, got, coord, file"
-        ):
+        said = f"--{flag} nothere: .* there are caption, got, coord, file"
+        with pytest.raises(ValueError, match=said):
             got_data.open_rows(wrong)
     source.box_format = ""
     with pytest.raises(ValueError, match="--box_format"):
@@ -236,10 +221,10 @@ def test_errors_are_one_line(tmp_path, policy, monkeypatch):
 
 def test_every_setting_is_explained():
     """The trailing comments are what --help shows."""
-    lines = [
-        line for line in inspect.getsource(Source).splitlines() if re.match(r"    \w+: ", line)
-    ]
-    assert len(lines) == len(dataclasses.fields(Source)) and all("  # " in line for line in lines)
+    source = inspect.getsource(Source).splitlines()
+    lines = [line for line in source if re.match(r"    \w+: ", line)]
+    assert len(lines) == len(dataclasses.fields(Source))
+    assert all("  # " in line for line in lines)
 
 
 def test_a_hub_id_is_passed_on(monkeypatch):
@@ -254,7 +239,23 @@ def test_a_hub_id_is_passed_on(monkeypatch):
     assert asked == [{"path": "owner/set", "name": "small", "split": "test", "streaming": True}]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_two_files_are_enough_to_read_annotations(tmp_path):
+    """got.py beside render_boxes.py, without the packages that training needs."""
+    shutil.copy(ROOT / "render_boxes.py", tmp_path)
+    shutil.copy(ROOT / "data" / "got.py", tmp_path)
+    program = """
+import sys
+import got
+print(got.normalize_chain("a dog (1,2),(30,40)", "0..999"))
+print(sorted({"torch", "numpy", "transformers", "datasets", "gotr1"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == chain("a", ("dog", 1, 2, 30, 40)) + "\n[]\n"
+
+
+# -------------------------------------------------------------------------------------------------
 # One record
 
 
@@ -333,67 +334,61 @@ def test_several_boxes_of_one_name():
 )
 def test_coordinates(text, box_format, result):
     if isinstance(result, tuple):
-        assert parse_chain(got_data.normalize_chain("A dog " + text, box_format, (200, 100))) == [
-            Box("dog", *result)
-        ]
+        written = got_data.normalize_chain("A dog " + text, box_format, (200, 100))
+        assert parse_chain(written) == [Box("dog", *result)]
     else:
         with pytest.raises(BadRecord) as caught:
             got_data.normalize_chain("A dog " + text, box_format, (200, 100))
         assert caught.value.cause == result
 
 
-BOXES = st.tuples(*[st.integers(0, 999)] * 4).map(
-    lambda b: (min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2]))
-)
-OBJECTS = st.lists(
-    st.tuples(st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True), BOXES), min_size=1
-)
+SPANS = st.lists(st.integers(0, 999), min_size=2, max_size=2, unique=True).map(sorted)
+BOXES = st.builds(lambda x, y: (x[0], y[0], x[1], y[1]), SPANS, SPANS)
+NAMES = st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True)
+OBJECTS = st.lists(st.tuples(NAMES, BOXES.filter(lambda box: max(box) > 1)), min_size=1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(OBJECTS, st.integers(1, 4000), st.integers(1, 4000))
 def test_any_layout_comes_back(objects, width, height):
-    objects = [
-        (name, box) for name, box in objects if box[0] < box[2] and box[1] < box[3] and max(box) > 1
-    ]
-    if not objects:
-        return
-    whole = chain(*sum([["the", (name, *box)] for name, box in objects], []))
+    parts = []  # of the chain
+    inline = []  # with shares of 1
+    marked = []  # with placeholders
+    coords = {}  # in pixels
+    for k, (name, box) in enumerate(objects):
+        parts += ["the", (name, *box)]
+        x1, y1, x2, y2 = (edge / 1000 for edge in box)
+        inline.append(f"the {name} ({x1},{y1}),({x2},{y2})")
+        marked.append(f"the <|obj_start|>{name}<|obj_end|> {{{k}}}")
+        coords[f"{{{k}}}"] = [x1 * width, y1 * height, x2 * width, y2 * height]
+    whole = chain(*parts)
     assert got_data.normalize_chain(whole, "0..999") == whole
-    plain = " ".join(
-        f"the {name} ({a / 1000},{b / 1000}),({c / 1000},{d / 1000})"
-        for name, (a, b, c, d) in objects
-    )
-    if not any(word in got_data.BREAKS.split("|") for name, _ in objects for word in name.split()):
-        assert got_data.normalize_chain(plain, "0..1") == whole
-    sides = np.array([width, height, width, height]) / 1000
-    coords = {f"{{{k}}}": list(np.array(box) * sides) for k, (_, box) in enumerate(objects)}
-    text = " ".join(
-        f"the <|obj_start|>{name}<|obj_end|> {{{k}}}" for k, (name, _) in enumerate(objects)
-    )
+    words = " ".join(name for name, _ in objects).split()
+    if not set(words) & set(got_data.BREAKS.split("|")):
+        assert got_data.normalize_chain(" ".join(inline), "0..1") == whole
     if all(max(box) > 1 for box in coords.values()):
-        filled = got_data.fill_placeholders(text, json.dumps(coords))
+        filled = got_data.fill_placeholders(" ".join(marked), json.dumps(coords))
         assert got_data.normalize_chain(filled, "pixels", (width, height)) == whole
 
 
-PIECES = st.sampled_from(
-    "<|obj_start|> <|obj_end|> <|box_start|> <|box_end|> ( ) [ ] , . : 1 20 999 0.5 -3 1e-2 of a dog red \n".split(
-        " "
-    )
-    + ["(1,2),(30,40)", "(0.1,0.2),(0.3,0.4)", " ", "<|", "١", "\ud800", "<begin_of_image>"]
-)
-TEXTS = st.one_of(
-    st.text(),
-    st.lists(PIECES, max_size=30).map("".join),
-    st.lists(PIECES, max_size=30).map(" ".join),
-)
-VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.binary()),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=5), st.dictionaries(st.text(max_size=6), inner, max_size=5)
-    ),
-    max_leaves=12,
-)
+PIECES = [
+    *"<|obj_start|> <|obj_end|> <|box_start|> <|box_end|> <begin_of_image> <|".split(),
+    *"( ) [ ] , . :".split(),
+    *"1 20 999 0.5 -3 1e-2 ١ (1,2),(30,40) (0.1,0.2),(0.3,0.4) of a dog red \ud800".split(),
+    " ",
+    "\n",
+]
+ROWS_OF_PIECES = st.lists(st.sampled_from(PIECES), max_size=30)
+TEXTS = st.one_of(st.text(), ROWS_OF_PIECES.map("".join), ROWS_OF_PIECES.map(" ".join))
+SIMPLE = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.binary())
+
+
+def nested(inner):
+    keys = st.text(max_size=6)
+    return st.one_of(st.lists(inner, max_size=5), st.dictionaries(keys, inner, max_size=5))
+
+
+VALUES = st.recursive(SIMPLE, nested, max_leaves=12)
 
 
 @settings(max_examples=300, deadline=None)
@@ -415,14 +410,14 @@ def test_any_row_is_survived(policy, prompt, text, image, coords):
     for coords_field in ("", "coords"):
         source = Source("x", coords_field=coords_field, box_format="pixels")
         with pytest.raises(BadRecord) as caught:  # none of these is a picture
-            got_data.read_record(row, source, policy[1])
+            got_data.read_record(row, source)
         assert caught.value.cause == "broken image"
         try:
-            read = got_data.read_text(row, source, policy[1], (9, 9))
+            said, written = token_cache.texts_that_fit(row, source, policy[1], (9, 9))
         except BadRecord as bad:
             assert bad.cause in CAUSES
         else:
-            assert read[0] and not chain_problems(read[1])
+            assert said and not chain_problems(written)
 
 
 def test_placeholders():
@@ -432,14 +427,8 @@ def test_placeholders():
     assert fill("a box_2", {"box_2": [[1, 2], [3, 4]], "box_3": None}) == "a (1,2),(3,4)"
     assert fill("a $x$", b'{"$x$": "(1,2),(3,4)"}') == "a (1,2),(3,4)"
     assert fill("a $x$", {"$x$": [[1, 2, 3, 4], [5, 6, 7, 8]]}) == "a (1,2),(3,4) (5,6),(7,8)"
-    for wrong in (
-        {"x": [1, 2, 3]},
-        {"x": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}},
-        '{"x": [NaN, 1, 2, 3]}',
-        "[]",
-        "{",
-        7,
-    ):
+    keyed = {"x": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}}
+    for wrong in ({"x": [1, 2, 3]}, keyed, '{"x": [NaN, 1, 2, 3]}', "[]", "{", 7):
         with pytest.raises(BadRecord, match="^broken box: coordinates"):
             fill("a x", wrong)
     for more in ({}, {"box_3": None}):
@@ -449,42 +438,47 @@ def test_placeholders():
 
 
 def test_words_that_would_break_the_sequence(policy):
-    row = {**in_memory(1)[0]}
+    row = in_memory(1)[0]
+
+    def read(**changes):
+        return token_cache.texts_that_fit({**row, **changes}, MEMORY, policy[1], (32, 32))
+
     for name in ("prompt", "chain"):
         for token in gotr1.SPECIAL_TOKENS.values():
             with pytest.raises(BadRecord, match="special token"):
-                got_data.read_record({**row, name: f"a {token} {row[name]}"}, MEMORY, policy[1])
-    closed = got_data.read_record(
-        {**row, "chain": row["chain"] + "<begin_of_image>"}, MEMORY, policy[1]
-    )
-    assert closed.chain == row["chain"]  # the end of a chain is no fault
-    half = got_data.read_record(
-        {**row, "prompt": "half a letter \ud800\n of\0it"}, MEMORY, policy[1]
-    )
-    assert half.prompt == "half a letter ? of\0it"  # JSON can say it, files and tokenizers cannot
+                read(**{name: f"a {token} {row[name]}"})
+    _, written = read(chain=row["chain"] + "<begin_of_image>")
+    assert written == row["chain"]  # the end of a chain is no fault
+    assert got_data.END_OF_CHAIN == gotr1.SPECIAL_TOKENS["boi_token"]
+    said, _ = read(prompt="half a letter \ud800\n of\0it")
+    assert said == "half a letter ? of\0it"  # JSON can say it, files and tokenizers cannot
+    # of two faults, the one in the words comes before the one in the boxes
+    with pytest.raises(BadRecord, match="special token"):
+        read(chain="no box, but <end_of_image>")
 
 
 def test_the_longest_chain(policy):
-    row, tokenizer = in_memory(1)[0], policy[1]
+    row = in_memory(1)[0]
+    tokenizer = policy[1]
+
+    def read(max_chain, **room):
+        source = Source("toy", box_format="0..999", max_chain=max_chain)
+        return token_cache.texts_that_fit(row, source, tokenizer, (32, 32), **room)
+
     tokens = len(gotr1.encode_chain(tokenizer, row["chain"]))
-    fits = Source("toy", box_format="0..999", max_chain=tokens)
-    assert got_data.read_record(row, fits, tokenizer).chain == row["chain"]
+    assert read(tokens)[1] == row["chain"]
     with pytest.raises(BadRecord, match=f"chain too long: {tokens} tokens"):
-        got_data.read_record(
-            row, Source("toy", box_format="0..999", max_chain=tokens - 1), tokenizer
-        )
+        read(tokens - 1)
     prompt = len(gotr1.encode_prompt(tokenizer, row["prompt"]))
-    got_data.read_record(row, fits, tokenizer, room=tokens + prompt)
+    read(tokens, room=tokens + prompt)
     with pytest.raises(BadRecord, match="chain too long"):
-        got_data.read_record(row, fits, tokenizer, room=tokens + prompt - 1)
+        read(tokens, room=tokens + prompt - 1)
 
 
 def test_pictures_as_people_see_them(tmp_path):
     """A phone's picture is turned upright, what is transparent is white."""
     picture = Image.new("RGB", (40, 20), "blue")
-    picture.paste(
-        "red", (0, 0, 10, 20)
-    )  # red at the left; turned by 90 degrees clockwise, at the top
+    picture.paste("red", (0, 0, 10, 20))  # at the left; turned by 90 degrees clockwise, at the top
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "phone.png", exif=exif)
@@ -493,40 +487,28 @@ def test_pictures_as_people_see_them(tmp_path):
     source = Source(str(tmp_path), box_format="pixels")
     image, size = got_data.read_image({"image": "phone.png"}, source)
     assert size == image.size == (20, 40) and image.getpixel((10, 3)) == (255, 0, 0)
-    assert got_data.read_image({"image": "clear.png"}, source)[0].getpixel((3, 3)) == (
-        255,
-        255,
-        255,
-    )
+    clear, _ = got_data.read_image({"image": "clear.png"}, source)
+    assert clear.getpixel((3, 3)) == (255, 255, 255)
     assert got_data.read_image({"image": "palette.png"}, source, side=4)[0].size == (4, 4)
-    for wrong in (
-        None,
-        "gone.png",
-        "https://example.org/a.png",
-        b"",
-        b"GIF89a",
-        {"bytes": None, "path": None},
-        3,
-    ):
+    paths = ["gone.png", "https://example.org/a.png"]
+    for wrong in (None, *paths, b"", b"GIF89a", {"bytes": None, "path": None}, 3):
         with pytest.raises(BadRecord, match="broken image"):
             got_data.read_image({"image": wrong}, source)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The cache
 
 
 def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]:
-    """Plants bad records in 100; returns what has to be counted: cause -> (how many, the first one)."""
+    """Plants bad records in 100; returns what is to be counted: cause -> (how many, first one)."""
     rows[3][text] = "a red ball and nothing else"
     rows[90][text] = "words"
     rows[7][text] = None
-    rows[20][image] = (
-        {"bytes": b"no picture", "path": None} if isinstance(rows[20][image], dict) else "gone.png"
-    )
-    rows[21][image] = (
-        {"bytes": rows[0][image]["bytes"][:90]} if isinstance(rows[21][image], dict) else "gone.png"
-    )
+    rows[20][image] = rows[21][image] = "gone.png"
+    if isinstance(rows[0][image], dict):
+        rows[20][image] = {"bytes": b"no picture", "path": None}
+        rows[21][image] = {"bytes": rows[0][image]["bytes"][:90]}
     rows[33][text] = "a ball (10,20),(3000,30)"
     rows[34][text] = "a ball (30,20),(10,30)"
     rows[35][text] = "(30,20),(40,30) a ball"
@@ -561,17 +543,14 @@ def test_planted_faults_are_counted_and_the_rest_is_prepared(
         planted = spoil(rows, "got", "file")
         source = save_lines(tmp_path / "set", rows)
     source.streaming, source.max_chain = streaming, 250
-    prepared = token_cache.prepare(
-        got_data.open_rows(source), *policy, source, tmp_path / "cache", batch=8
-    )
+    opened = got_data.open_rows(source)
+    prepared = token_cache.prepare(opened, *policy, source, tmp_path / "cache", batch=8)
     assert prepared.report.read == 100
-    assert {cause: number for cause, (number, _) in prepared.report.bad.items()} == {
-        cause: number for cause, (number, _) in planted.items()
-    }
+    assert prepared.report.bad.keys() == planted.keys()
     for cause, (number, first) in planted.items():
-        assert re.search(
-            rf"^ +{number} {cause} +first: record {first}: \S", str(prepared.report), re.M
-        )
+        assert prepared.report.bad[cause][0] == number
+        line = rf"^ +{number} {cause} +first: record {first}: \S"
+        assert re.search(line, str(prepared.report), re.M)
     assert str(prepared.report).startswith("10 of 100 records skipped (10.0%)\n")
     bad = {3, 90, 7, 20, 21, 33, 34, 35, 50, 51}
     good = [example for k, example in enumerate(examples) if k not in bad]
@@ -581,10 +560,8 @@ def test_planted_faults_are_counted_and_the_rest_is_prepared(
     assert prompts == [good[k].prompt for k in chosen]
     assert chains == [good[k].chain for k in chosen]
     pictures = [Image.open(io.BytesIO(png(good[k].image))) for k in chosen]
-    assert tokens.dtype == torch.int64
-    assert torch.equal(
-        tokens, torch.cat([gotr1.encode_images(policy[0], [picture]) for picture in pictures])
-    )
+    alone = [gotr1.encode_images(policy[0], [picture]) for picture in pictures]
+    assert tokens.dtype == torch.int64 and torch.equal(tokens, torch.cat(alone))
     for outside in (-1, 90):
         with pytest.raises(IndexError):
             prepared.batch([outside])
@@ -599,7 +576,8 @@ def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
     rows = in_memory(60)
     rows[11]["chain"] = "nothing"
     one = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "one", batch=4)
-    many, results = tmp_path / "three", {}
+    many = tmp_path / "three"
+    results = {}
 
     def work(rank):
         stream = rows if rank else iter(rows)  # rank 0 is given a stream: it has no length
@@ -621,7 +599,8 @@ def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(token_cache, "BLOCK", 8)
     rows, cache = in_memory(40), tmp_path / "cache"
     whole = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "whole", batch=4)
-    encode, seen = gotr1.encode_images, []
+    encode = gotr1.encode_images
+    seen = []
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -630,16 +609,14 @@ def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
         seen.append(len(images))
         return encode(model, images)
 
-    monkeypatch.setattr(
-        gotr1, "encode_images", lambda *how: killed() if sum(seen) >= 20 else count(*how)
-    )
+    def count_to_20(model, images):
+        return killed() if sum(seen) >= 20 else count(model, images)
+
+    monkeypatch.setattr(gotr1, "encode_images", count_to_20)
     with pytest.raises(KeyboardInterrupt):
         token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
-    assert sorted(files(cache)) == [
-        "cache.json",
-        "tokens_000000.safetensors",
-        "tokens_000001.safetensors",
-    ]
+    blocks = [f"tokens_{block:06d}.safetensors" for block in (0, 1)]
+    assert sorted(files(cache)) == ["cache.json", *blocks]
     # killed while writing, and a file that a full disk cut off
     monkeypatch.setattr(gotr1, "encode_images", count)
     with monkeypatch.context() as patch:
@@ -658,6 +635,7 @@ def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
 
 
 def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where a folder has the name of the toy world
     rows = in_memory(20)
     first = token_cache.prepare(lambda: rows, *policy, MEMORY, tmp_path)
 
@@ -667,11 +645,10 @@ def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(gotr1, "encode_images", never)
     monkeypatch.setattr(token_cache, "read_image", never)
     again = token_cache.prepare(never, *policy, MEMORY, tmp_path)
-    assert (
-        again.batch([19, 2])[:2]
-        == first.batch([19, 2])[:2]
-        == tuple([rows[k][name] for k in (19, 2)] for name in ("prompt", "chain"))
-    )
+    prompts, chains, _ = again.batch([19, 2])
+    assert [prompts, chains] == list(first.batch([19, 2])[:2])
+    assert prompts == [rows[19]["prompt"], rows[2]["prompt"]]
+    assert chains == [rows[19]["chain"], rows[2]["chain"]]
 
 
 def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
@@ -680,18 +657,17 @@ def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
     cache = tmp_path / "cache"
 
     def prepare(model=model, **changes):
-        changed = copy.copy(source)
-        for key, value in changes.items():
-            setattr(changed, key, value)
-        return token_cache.prepare(
-            lambda: got_data.open_rows(changed), model, tokenizer, changed, cache
-        )
+        changed = dataclasses.replace(source, **changes)
+
+        def opened():
+            return got_data.open_rows(changed)
+
+        return token_cache.prepare(opened, model, tokenizer, changed, cache)
 
     prepare()
     prepare(streaming=True)  # the way does not matter
-    with pytest.raises(
-        ValueError, match=r"was made with --box_format pixels \(now 0..999\): take another --cache"
-    ):
+    said = r"was made with --box_format pixels \(now 0..999\): take another --cache"
+    with pytest.raises(ValueError, match=said):
         prepare(box_format="0..999")
     with pytest.raises(ValueError, match="--max_chain 600 .now 500."):
         prepare(max_chain=500)
@@ -718,16 +694,12 @@ def test_too_many_bad_records_stop_the_run(tmp_path, policy):
             got.append(index)
             return super().__getitem__(index)
 
-    with pytest.raises(
-        ValueError,
-        match=r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50",
-    ):
+    said = r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50"
+    with pytest.raises(ValueError, match=said):
         token_cache.prepare(Rows(rows), *policy, MEMORY, tmp_path / "a")
     assert max(got) < 128 and not list((tmp_path / "a").glob("tokens_*"))
-    assert (
-        len(token_cache.prepare(rows[:50] * 3 + rows[50:80], *policy, MEMORY, tmp_path / "b"))
-        == 150
-    )  # 17 %
+    fewer = rows[:50] * 3 + rows[50:80]  # 17 % of them bad
+    assert len(token_cache.prepare(fewer, *policy, MEMORY, tmp_path / "b")) == 150
     few = rows[:15] + rows[50:55]  # twenty pictures: 25 % at the end, although fewer than 100
     with pytest.raises(ValueError, match="5 of 20 records"):
         token_cache.prepare(few, *policy, MEMORY, tmp_path / "c")
@@ -744,7 +716,7 @@ def test_no_file_stays_open(tmp_path, policy, monkeypatch):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Dry run
 
 
@@ -757,10 +729,8 @@ def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
     assert "1 of 9 records skipped" in said and "first: record 1" in said
     tokenizer = policy[1]
     for row in good:
-        prompt, written = (
-            gotr1.encode_prompt(tokenizer, row["prompt"]),
-            gotr1.encode_chain(tokenizer, row["chain"]),
-        )
+        prompt = gotr1.encode_prompt(tokenizer, row["prompt"])
+        written = gotr1.encode_chain(tokenizer, row["chain"])
         assert row["prompt"] in said and row["chain"] in said
         assert f"{len(prompt)} prompt + {len(written)} chain + 64 image tokens" in said
     sheet, side = Image.open(path), 384
@@ -772,7 +742,7 @@ def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
         boxes = parse_chain(row["chain"])
         assert (np.asarray(panels[0]) == np.asarray(large)).all()
         assert (np.asarray(panels[1]) == np.asarray(draw_boxes(boxes, image=large))).all()
-        # the toy's VQ is nearly perfect: what is drawn over it differs little, and the outlines not at all
+        # the toy's VQ is nearly perfect: what is drawn over it differs little
         difference = np.abs(np.asarray(panels[1], int) - np.asarray(panels[2], int))
         assert difference.mean() < 6
     with pytest.raises(ValueError, match="none of the first 1"):
@@ -781,12 +751,10 @@ def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
 
 def test_pictures_are_encoded_where_the_picture_tokenizer_is(policy, tmp_path):
     """Image understanding is never used and may lie elsewhere: here on no device at all."""
-    import copy
-
     model = copy.deepcopy(policy[0])
     model.model.vision_model.to("meta")
     assert model.device.type == "meta"
-    prepared = token_cache.prepare(in_memory(3), model, policy[1], MEMORY, tmp_path)
-    assert torch.equal(
-        prepared.batch([0, 1, 2])[2], gotr1.encode_images(model, [r["image"] for r in in_memory(3)])
-    )
+    rows = in_memory(3)
+    prepared = token_cache.prepare(rows, model, policy[1], MEMORY, tmp_path)
+    want = gotr1.encode_images(model, [row["image"] for row in rows])
+    assert torch.equal(prepared.batch([0, 1, 2])[2], want)
