@@ -510,10 +510,22 @@ QWEN_TOKENS = [
     *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 ]
-CHAT_TEMPLATE = """{{ '<|im_start|>system\nYou judge.<|im_end|>\n' }}\
-{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}\
+# Chat templates of the two kinds that the real judges have, written for these tests. The one that
+# the tokenizer of Qwen2.5-VL brings along is for text and tools only: it concatenates, and a list
+# of parts is a TypeError. Its processor's, and those of Qwen3-VL, take strings and lists.
+TEXT_TEMPLATE = """{% if tools %}{{ raise_exception('no tools here') }}{% endif %}\
+{{ '<|im_start|>system\nYou are a judge.<|im_end|>\n' }}\
+{% for message in messages %}\
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+PARTS_TEMPLATE = """{% for message in messages %}\
+{% if loop.first and message.role != 'system' %}\
+{{ '<|im_start|>system\nYou judge pictures.<|im_end|>\n' }}{% endif %}\
+{{ '<|im_start|>' + message.role + '\n' }}\
+{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}\
 {% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}\
-{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}\
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 SIZES = {  # width, layers, heads, key-value heads, MLP, vocabulary; vision width, layers, MLP
     "tiny": (32, 2, 4, 2, 64, None, 32, 2, 64),
@@ -542,7 +554,7 @@ def random_judge(size="tiny", family="qwen2_5_vl", device="cpu", dtype=torch.flo
         vocab=vocab,
         merges=[tuple(pair) for pair in state["merges"]],
         extra_special_tokens=QWEN_TOKENS,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=TEXT_TEMPLATE,
         padding_side="right",
     )
     ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(QWEN_TOKENS), strict=True))
