@@ -795,11 +795,11 @@ def draw_prompts(args: Args, prompts: list[str], chain: str | None, device) -> N
 
     import rewards
 
-    model, tokenizer = load_policy(args.model, device)
     judge = None
     if args.judge:
         flags = rewards.JudgeFlags(judge=args.judge, judge_model=args.judge_model, hps="")
         judge, _ = rewards.load_judge(flags, device)
+    model, tokenizer = load_policy(args.model, device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
