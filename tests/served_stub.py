@@ -83,7 +83,12 @@ class Stub:
                     self.send(404, {"error": {"message": told}})
                     return
                 time.sleep(stub.delay)
-                self.send(200, stub.completion(body, fault), half=fault == "half")
+                try:
+                    completion = stub.completion(body, fault)
+                except Exception as error:  # in a test's own function: shown, not repeated
+                    self.send(400, {"error": {"message": f"the stub failed: {error!r}"}})
+                    return
+                self.send(200, completion, half=fault == "half")
 
             def send(self, status, content, half=False):
                 data = json.dumps(content).encode()
@@ -97,6 +102,9 @@ class Stub:
         class Server(ThreadingHTTPServer):
             request_queue_size = 128  # connections that wait to be accepted; the default is 5
             daemon_threads = True
+
+            def handle_error(self, request, client_address):
+                pass  # the client has left
 
         self.http = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
@@ -168,7 +176,7 @@ def by_judge(judge):
     def answer(row):
         if not row.begun:
             return judge.write([row.question()])[0].text, None
-        inputs, _ = judge._inputs([row.question()])
+        inputs, _ = judge._inputs(judge._look([row.question()]))
         with torch.inference_mode():
             logps = judge.model(**inputs).logits[0, -1].double().log_softmax(0).tolist()
         return "", dict(zip(texts, logps, strict=True))

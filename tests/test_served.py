@@ -524,7 +524,7 @@ def vllm(tmp_path_factory):
             server.wait(30)
 
 
-def wait_for(address, server, log, seconds=180):
+def wait_for(address, server, log, seconds=300):
     deadline = time.time() + seconds
     while time.time() < deadline and server.poll() is None:
         try:
