@@ -840,9 +840,9 @@ def test_inputs_are_those_of_transformers_own_processor(family, template, monkey
     handed_over = {}
     look = parts[0].model.get_image_features
 
-    def looking(pixels, grids):
+    def looking(pixels, grids, **more):
         handed_over.update(pixel_values=pixels, image_grid_thw=grids)
-        return look(pixels, grids)
+        return look(pixels, grids, **more)
 
     monkeypatch.setattr(parts[0].model, "get_image_features", looking)
     rows = judge._look(questions(PROMPTS, images()))
