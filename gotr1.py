@@ -694,9 +694,9 @@ def encode_images(model, images) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_images(model, image_tokens, batch_size: int = 32) -> list:
+def decode_images(model, image_tokens, batch_size: int = 8) -> list:
     """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in
-    the official code."""
+    the official code. `batch_size` at a time: one of 384 x 384 takes a quarter of a gigabyte."""
     from PIL import Image
 
     # the picture tokenizer is not always where the language model is

@@ -190,6 +190,7 @@ class Decoder:
         self.used = 0  # columns written so far: the host's copy of `column`
         self.graphs = {}  # (step function, width) -> function that replays it
         self.pool = None  # memory that all graphs share
+        self.stream = None  # beside the usual one: what is recorded runs there once before
 
         self.cache = new_cache(model, rows, self.capacity)
         # The hidden state of each row's last token, and which columns hold a token of the row
@@ -269,7 +270,9 @@ def cuda_graph(step: Callable, decoder: Decoder) -> Callable:
     addresses, in one launch. The first run is on a side stream, as PyTorch's documentation asks
     for: it loads kernels and sets libraries up, which is not allowed during a capture. A capture
     itself computes nothing."""
-    side = torch.cuda.Stream()
+    if decoder.stream is None:  # one for all: each stream has a workspace of cuBLAS of its own
+        decoder.stream = torch.cuda.Stream()
+    side = decoder.stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
@@ -278,7 +281,7 @@ def cuda_graph(step: Callable, decoder: Decoder) -> Callable:
         decoder.pool = torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
     # thread_local: NCCL's watchdog thread may ask for events meanwhile
-    with torch.cuda.graph(graph, pool=decoder.pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=decoder.pool, stream=side, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
