@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from engine import run
+from engine import decode, run
 from render_boxes import MARKERS
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
@@ -252,6 +252,9 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     """(model, tokenizer) from `toy`, a folder, or a hub id: transformers' format, DeepSeek's, or a
     LoRA adapter of either. Without a `dtype`: bfloat16 on GPUs, float32 elsewhere.
 
+    An adapter is merged into its base in float32. In bfloat16 it stays beside the weights, in
+    float32: merged, most of a small change would be rounded away (`kept_by_bfloat16`).
+
     The model is in eval mode. Markers that the tokenizer lacks are added. Raises OSError or
     ValueError with a message of one line."""
     if dtype is None:
@@ -292,13 +295,59 @@ def find_folder(name_or_path: str) -> Path:
 
 
 def load_adapter(folder: Path, device, dtype: torch.dtype):
-    """(model, tokenizer): the adapter's base, with the adapter merged into it."""
+    """(model, tokenizer): the adapter on its base, merged in float32, apart in bfloat16."""
+    adapted, tokenizer = open_adapter(folder, device, dtype)
+    if dtype == torch.bfloat16:
+        model = keep_apart(adapted, folder)
+    else:
+        model = adapted.merge_and_unload()
+    return model.eval(), tokenizer
+
+
+def open_adapter(folder: Path, device, dtype: torch.dtype):
+    """(PeftModel, tokenizer): the adapter, in float32, on its base, in `dtype`."""
     from peft import PeftModel
 
     settings = json.loads((folder / "adapter_config.json").read_text())
     model, tokenizer = load_policy(settings["base_model_name_or_path"], device, dtype)
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    return adapted.merge_and_unload().eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True), tokenizer
+
+
+@torch.no_grad()
+def keep_apart(adapted, folder: Path):
+    """A PeftModel -> its model, in which plain layers hold base and adapter beside each other: what
+    is trained on top of it is an adapter of its own. Raises ValueError for adapters of a kind that
+    such layers cannot compute."""
+    model = adapted.base_model.model
+    for name, layer in list(model.named_modules()):
+        if not hasattr(layer, "lora_A"):
+            continue
+        adapters = decode.adapters_of(layer)
+        if not adapters:
+            expected = f"merge it first: python -m engine.checkpoints {folder} NEW_FOLDER"
+            raise ValueError(f"{folder} is no plain LoRA adapter of linear layers: {expected}")
+        down = torch.cat([down * scale for down, _, scale in adapters])
+        up = torch.cat([up for _, up, _ in adapters], dim=1)
+        base = layer.get_base_layer()
+        model.set_submodule(name, decode.AdaptedLinear(base, down, up))
+    return adapted.unload()
+
+
+@torch.no_grad()
+def kept_by_bfloat16(adapted) -> float:
+    """The share of an adapter's change that is left when the merged weights are rounded to
+    bfloat16: 1 keeps all of it (rounding errors that are not in its direction do not count)."""
+    kept = 0.0
+    whole = 0.0
+    for layer in adapted.modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        before = layer.get_base_layer().weight.float()
+        change = layer.get_delta_weight(layer.active_adapters[0]).float()
+        rounded = (before + change).bfloat16().double() - before.bfloat16().double()
+        kept += (rounded * change).sum().item()
+        whole += change.double().square().sum().item()
+    return kept / whole if whole else 1.0
 
 
 def load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
@@ -339,11 +388,24 @@ def add_markers(model, tokenizer, label: str) -> None:
 # Command line
 
 
+def merge(folder: Path, dtype: str):
+    """(model, tokenizer): an adapter merged into its base in float32, then rounded if `dtype` asks
+    for it; says on stderr what that loses."""
+    adapted, tokenizer = open_adapter(folder, "cpu", torch.float32)
+    kept = kept_by_bfloat16(adapted)
+    model = adapted.merge_and_unload().eval()
+    if dtype == "bfloat16":
+        advice = "--dtype float32, or the adapter itself as --model, keeps all of it"
+        print(f"bfloat16 keeps {kept:.0%} of what the adapter changed: {advice}", file=sys.stderr)
+        model.to(torch.bfloat16)
+    return model, tokenizer
+
+
 @dataclass
 class Args:
     source: str  # an adapter, a folder or a hub id: whatever `--model` takes
     out: str  # new folder for the whole model and its tokenizer, in transformers' format
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights that are written
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 with an adapter
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -351,7 +413,12 @@ def main(argv: list[str] | None = None) -> None:
     if Path(args.out).exists():
         run.fail(f"{args.out} exists: name a new folder")
     try:
-        model, tokenizer = load_policy(args.source, dtype=DTYPES[args.dtype])
+        folder = find_folder(args.source)
+        if (folder / "adapter_config.json").exists():
+            model, tokenizer = merge(folder, args.dtype)
+        else:
+            dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+            model, tokenizer = load_policy(args.source, dtype=DTYPES[dtype])
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
     except (OSError, ValueError) as problem:

@@ -140,9 +140,10 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        return PeftModel.from_pretrained(
+        wrapped = PeftModel.from_pretrained(
             model, str(adapter), is_trainable=True, autocast_adapter_dtype=True
         )
+        return round_once(wrapped)
     torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=LINEAR, lora_dropout=0.0, bias="none"
@@ -151,6 +152,14 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
     if base != "toy" and Path(base).is_dir():
         base = str(Path(base).resolve())
     wrapped.peft_config["default"].base_model_name_or_path = base
+    return round_once(wrapped)
+
+
+def round_once(wrapped):
+    """A PeftModel whose layers lose nothing of a small adapter, see engine/decode.py; in place."""
+    for layer in wrapped.modules():
+        if decode.adapters_of(layer) is not None and hasattr(layer, "lora_A"):
+            layer.forward = functools.partial(decode.adapted_forward, layer)
     return wrapped
 
 
