@@ -37,6 +37,12 @@ from render_boxes import MARKERS
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -201,19 +207,57 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All (name, tensor) of a folder, one file open at a time, nothing read before its turn."""
+    """All (name, tensor) of a folder, see `read_file`."""
     for file in weight_files(folder):
-        try:
-            if file.suffix == ".safetensors":
-                with safetensors.safe_open(file, "pt") as shard:
-                    for name in shard.keys():
-                        yield name, shard.get_tensor(name)
-            else:
-                shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                yield from shard.items()
-        except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
-            reason = str(problem).splitlines()[0]
-            raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
+        yield from read_file(file)
+
+
+def read_file(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All (name, tensor) of a file, which is mapped: what is not used is not read. Each tensor of a
+    safetensors file has its own mapping, so that what was read of it is forgotten with it."""
+    try:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, "pt") as opened:
+                names = list(opened.keys())
+            for name in names:
+                with safetensors.safe_open(file, "pt") as opened:
+                    value = opened.get_tensor(name)
+                yield name, value
+        else:
+            shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            yield from shard.items()
+    except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
+
+
+def safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The beginning of a safetensors file, after which the bytes of these tensors follow in this
+    order. safetensors' own functions want all tensors whole at once, in memory."""
+    entries = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, value in tensors.items():
+        begin = end
+        end += value.numel() * value.element_size()
+        entries[name] = {
+            "dtype": SAFETENSORS_DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def empty_model(config: JanusConfig, dtype: torch.dtype) -> JanusForConditionalGeneration:
+    """A model without weights: memory is reserved, but not written to. Its buffers are there."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            return JanusForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_deepseek(
@@ -221,13 +265,7 @@ def load_deepseek(
 ) -> JanusForConditionalGeneration:
     """A folder in DeepSeek's format -> the model. Raises ValueError naming what is missing, unknown
     or of another shape."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights():  # memory is reserved, but not written to
-            model = JanusForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    model = empty_model(config, dtype)
     empty = dict(model.named_parameters())
     for name, value in convert_tensors(read_tensors(folder)):
         parameter = empty.pop(name, None)
@@ -262,22 +300,67 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     folder = find_folder(name_or_path)
     if (folder / "adapter_config.json").exists():
         return load_adapter(folder, device, dtype)
+    config, is_deepseek = read_config(folder)
+    if is_deepseek:
+        model = load_deepseek(folder, config, dtype)
+    else:
+        model = load_transformers(folder, config, dtype)
+    # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    add_markers(model, tokenizer, name_or_path)
+    return model.to(device).eval(), tokenizer
+
+
+def read_config(folder: Path) -> tuple[JanusConfig, bool]:
+    """(config, whether the folder is in DeepSeek's format)."""
     try:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as problem:
         raise ValueError(f"{folder} is no checkpoint: {problem}") from problem
     kind = settings.get("model_type")
     if kind == "multi_modality":
-        model = load_deepseek(folder, config_from_deepseek(settings), dtype)
-    elif kind == "janus":
-        model = load_transformers(folder, dtype)
-    else:
+        return config_from_deepseek(settings), True
+    if kind != "janus":
         expected = "expected janus (transformers) or multi_modality (DeepSeek)"
         raise ValueError(f"{folder} holds a {kind} model: {expected}")
-    # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
+    config = JanusConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    config.text_config.tie_word_embeddings = False
+    return config, False
+
+
+def open_policy(name_or_path: str, dtype: torch.dtype):
+    """(model, tokenizer, tensors): as `load_policy`, but no weight is read. The model's parameters
+    have no memory (they are on the meta device); `tensors` gives (name, tensor) of all of them, as
+    they lie in mapped files, so that a process reads no more than it keeps.
+
+    None for what can only be loaded whole: an adapter, and a model that needs rows for markers; and
+    for what does not fit, about which `load_policy` says what is wrong."""
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        return None
+    config, is_deepseek = read_config(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    known = tokenizer.get_vocab()
+    missing = [marker for marker in MARKERS if marker not in known]
+    if len(tokenizer) + len(missing) > config.text_config.vocab_size:
+        return None
+
+    model = empty_model(config, dtype)
+    shapes = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shapes[f"{module_name}.{name}"] = parameter.shape
+            setattr(module, name, torch.nn.Parameter(parameter.to("meta")))
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        pairs = read_tensors(folder)
+        return convert_tensors(pairs) if is_deepseek else pairs
+
+    if {name: value.shape for name, value in tensors()} != shapes:
+        return None
     add_markers(model, tokenizer, name_or_path)
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer, tensors()
 
 
 def find_folder(name_or_path: str) -> Path:
@@ -350,12 +433,11 @@ def kept_by_bfloat16(adapted) -> float:
     return kept / whole if whole else 1.0
 
 
-def load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
+def load_transformers(
+    folder: Path, config: JanusConfig, dtype: torch.dtype
+) -> JanusForConditionalGeneration:
     """A folder in transformers' format -> the model. Raises ValueError where transformers only
     warns: at a tensor that is missing, unknown or of another shape."""
-    config = JanusConfig.from_pretrained(folder)
-    config.tie_word_embeddings = False
-    config.text_config.tie_word_embeddings = False
     model, report = JanusForConditionalGeneration.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True
     )
