@@ -379,9 +379,7 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
         judge, hps = rewards.load_judge(config, device)  # first: a judge that fails, fails here
         engine = trainer.load(config, device, gotr1.token_logps, config.model, saved)
         if config.kl and not config.lora:
-            dtype = trainer.DTYPES[config.dtype]
-            reference, _ = gotr1.load_policy(config.model, "cpu", dtype)
-            engine.keep_reference(reference)
+            trainer.load_reference(engine, config.model)
         longest = gotr1.encode_prompt(engine.tokenizer, max(prompts + held_out, key=len))
         gotr1.check_room(engine.model, [longest], config.max_chain + 1)
     except (OSError, ValueError) as problem:
@@ -548,21 +546,22 @@ def look(training: Training, label: str, step: int, count: int) -> None:
     """The first `count` held-out prompts: their mean rewards (when it is all of them), and a sheet
     of the first 12 with the boxes that the judge found."""
     config = training.config
-    with training.engine.gathered() as model:
-        rows = held_out_prompts.evaluate(
-            model,
-            training.engine.tokenizer,
-            lambda prompts, chains, images: score(training, prompts, chains, images),
-            training.held_out[:count],
-            seed=config.seed,
-            cfg=config.cfg,
-            temperature=config.temperature,
-            max_chain=config.max_chain,
-            rank=training.rank,
-            world=training.world,
-            label=label,
-            at_once=config.rollout_batch * config.group,
-        )
+    engine = training.engine
+    rows = held_out_prompts.evaluate(
+        engine.model,
+        engine.tokenizer,
+        lambda prompts, chains, images: score(training, prompts, chains, images),
+        training.held_out[:count],
+        seed=config.seed,
+        cfg=config.cfg,
+        temperature=config.temperature,
+        max_chain=config.max_chain,
+        rank=training.rank,
+        world=training.world,
+        label=label,
+        at_once=config.rollout_batch * config.group,
+        gathered=engine.gathered,  # judging needs the room that gathered weights take
+    )
     if training.rank > 0:
         return
     shown = rows[:12]

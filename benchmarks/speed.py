@@ -71,6 +71,7 @@ class Memory:
 
     samples: int = 16  # drawn at a time, with guidance
     micro_batch: int = 4  # samples that the update takes at a time
+    judge_batch: int = 16  # rows that the judge takes at a time
 
 
 # -------------------------------------------------------------------------------------------------
@@ -431,37 +432,60 @@ def pictures_per_second(network: Callable, images: list[Image.Image]) -> float:
 # Memory, computed from the published configurations
 
 HPS_PARAMETERS = 986_109_441  # HPS v2.1 is a CLIP ViT-H/14
+CONTEXT = 0.6 * 2**30  # of CUDA and its libraries on each GPU: assumed, not computed
+PROMPT, CHAIN, LONGEST_CHAIN, IMAGE = 60, 250, 600, 576  # tokens
 
 
 def memory(
-    size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch: int, kl: bool
+    size: str,
+    lora: int,
+    gpus: int,
+    samples: int,
+    cfg: bool,
+    micro_batch: int,
+    kl: bool,
+    judge_batch: int = 16,
 ) -> dict[str, float]:
     """Bytes on each GPU, by what they are for: bfloat16 training of a published size with gradient
     checkpointing. `lora` is the adapter's rank, 0 trains all weights.
 
     `samples` are drawn at a time on each GPU, each with 60 prompt, 250 chain and 576 image tokens;
-    the cache has room for chains of 600 tokens. "most" is the most that is held at one time."""
+    the cache has room for chains of 600 tokens. `judge_batch` rows are judged at a time. "most" is
+    the most that is held at one time."""
     with torch.device("meta"):  # shapes only
         model = JanusForConditionalGeneration(janus_pro_config(size))
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
         adapter = 0
+        shared = 0  # copies of the adapter's A, see engine/decode.py
         if lora:
             add_lora(model, lora, alpha=32.0, adapter=None, base="toy")
             adapter = sum(part.numel() for part in model.parameters() if part.requires_grad)
+            for name, part in model.named_parameters():
+                shared += part.numel() if "lora_A" in name else 0
     vq = count(model.model.vqmodel)
     parts = lora_bytes(trained, adapter, vq) if lora else full_bytes(trained, vq, gpus, kl)
-    parts["cache"] = cache_bytes(model.config.text_config, samples, cfg)
-    parts["activations"] = activation_bytes(model.config.text_config, micro_batch)
-    parts["judge"] = 2 * judge_parameters() + 2 * HPS_PARAMETERS  # bfloat16
+    config = model.config.text_config
+    parts["weights"] += 4 * shared
+    parts["cache"] = cache_bytes(config, samples, cfg)
+    parts["prefill"] = prefill_bytes(config, samples) if cfg else 0
+    parts["pictures"] = picture_bytes(model.config)
+    parts["activations"] = activation_bytes(config, micro_batch)
+    judge, judging = judge_bytes(judge_batch)
+    parts["judge"] = judge + 4 * HPS_PARAMETERS  # bfloat16; HPS is float32
+    parts["judging"] = judging
+    parts["context"] = CONTEXT
 
-    # rollout and update take turns: what was gathered is gone during the update, and so is the
+    # The phases of a step take turns: what was gathered is gone after the rollout, and so is the
     # cache, except under LoRA, which keeps it for the next rollout
-    rollout = parts["gathered"] + parts["cache"]
-    update = parts["activations"]
-    if lora:
-        update += parts["cache"]
-    always = sum(parts.values()) - parts["gathered"] - parts["cache"] - parts["activations"]
-    parts["most"] = always + max(rollout, update)
+    kept = parts["cache"] if lora else 0
+    phases = [
+        parts["gathered"] + parts["cache"] + parts["prefill"],
+        kept + parts["pictures"],
+        kept + parts["judging"],
+        kept + parts["activations"],
+    ]
+    always = ("weights", "gradients", "AdamW", "reference", "judge", "context")
+    parts["most"] = sum(parts[name] for name in always) + max(phases)
     return parts
 
 
@@ -487,24 +511,48 @@ def full_bytes(trained: int, vq: int, gpus: int, kl: bool) -> dict[str, float]:
     }
 
 
+def token_bytes(config) -> int:
+    """Keys and values of one token in bfloat16; `config` is a language model's."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+
+
 def cache_bytes(config, samples: int, cfg: bool) -> int:
-    """Keys and values in bfloat16, for a prompt of 60 tokens, a chain of 600 with its end, and a
-    picture, rounded up to columns of 128. `config` is the language model's."""
-    columns = -(-(60 + 601 + 576) // 128) * 128
+    """The cache for a prompt of 60 tokens, a chain of 600 with its end, and a picture, rounded up
+    to columns of 128."""
+    columns = -(-(PROMPT + LONGEST_CHAIN + 1 + IMAGE) // 128) * 128
     rows = 2 * samples if cfg else samples  # guidance: conditional and unconditional
-    return 2 * config.num_hidden_layers * rows * columns * config.hidden_size * 2
+    return rows * columns * token_bytes(config)
+
+
+def prefill_bytes(config, samples: int) -> int:
+    """Keys and values of the unconditional rows, before they are copied into the cache: when all
+    chains are of other lengths, and the longest has 600 tokens."""
+    return samples * (PROMPT + LONGEST_CHAIN) * token_bytes(config)
+
+
+def picture_bytes(config) -> int:
+    """Pictures that are decoded at a time (see `gotr1.decode_images`): in the last block three
+    float32 tensors of all pixels and `base_channels` are there at once."""
+    pixels = config.vision_config.image_size**2
+    at_once = 8
+    return at_once * 3 * pixels * config.vq_config.base_channels * 4
 
 
 def activation_bytes(config, micro_batch: int) -> int:
     """What gradient checkpointing keeps, one bfloat16 vector (D,) per token and layer; and the
     float32 logits of a chunk of 1024 tokens three times."""
-    tokens = 60 + 250 + 576
+    tokens = PROMPT + CHAIN + IMAGE
     kept = micro_batch * tokens * config.hidden_size * config.num_hidden_layers * 2
     return kept + 3 * 1024 * config.vocab_size * 4
 
 
-def judge_parameters() -> int:
-    """Of Qwen2.5-VL-7B-Instruct, from the numbers of its config.json."""
+def judge_bytes(rows: int) -> tuple[int, int]:
+    """(weights, what `rows` rows take while they are judged) of Qwen2.5-VL-7B-Instruct in bfloat16,
+    from the numbers of its config.json.
+
+    A row has about 500 tokens of question and picture and writes 200. It needs keys and values of
+    all, and three times the widest activation of the question: gate, up and their product."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
@@ -524,7 +572,11 @@ def judge_parameters() -> int:
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     with torch.device("meta"):
-        return count(Qwen2_5_VLForConditionalGeneration(config))
+        weights = 2 * count(Qwen2_5_VLForConditionalGeneration(config))
+    question, reply = 500, 200
+    cache = rows * (question + reply) * token_bytes(config.text_config)
+    activations = 3 * rows * question * config.text_config.intermediate_size * 2
+    return weights, cache + activations
 
 
 def count(module: torch.nn.Module) -> int:
@@ -553,12 +605,13 @@ def print_memory(settings: Memory) -> None:
             cfg=True,
             micro_batch=settings.micro_batch,
             kl=True,
+            judge_batch=settings.judge_batch,
         )
         if k == 0:
-            titles = "".join(f"{name:>13}" for name in parts)
+            titles = "".join(f"{name:>12}" for name in parts)
             print(f"{'size':5}{'trained':9}{'GPUs':>4} {titles}")
         mode = f"LoRA {lora}" if lora else "full"
-        cells = "".join(f"{value / 2**30:13.1f}" for value in parts.values())
+        cells = "".join(f"{value / 2**30:12.1f}" for value in parts.values())
         print(f"{size:5}{mode:9}{gpus:4} {cells}")
 
 
@@ -591,7 +644,7 @@ def main(argv: list[str] | None = None) -> None:
         elif isinstance(settings, Networks):
             time_networks(settings, run.start_processes()[2])
         else:
-            run.check_ranges(settings, at_least_one="samples micro_batch")
+            run.check_ranges(settings, at_least_one="samples micro_batch judge_batch")
             print_memory(settings)
     except (OSError, ValueError, RuntimeError) as problem:
         run.fail(" ".join(str(problem).split()))

@@ -167,18 +167,31 @@ def test_memory_counts_the_published_models():
     trained = blocks + language_heads + image_in + image_out
     assert full["AdamW"] == 8 * trained == 8 * shared["AdamW"]
     assert full["cache"] == 2 * 30 * 32 * 1280 * 4096 * 2  # keys and values, 32 rows, two bytes
-    assert full["judge"] == 2 * (8_292_166_656 + 986_109_441)  # Qwen2.5-VL-7B's published count
+    # Qwen2.5-VL-7B's published count in bfloat16, HPS in float32
+    assert full["judge"] == 2 * 8_292_166_656 + 4 * 986_109_441
+    # 16 rows of 700 tokens with 4 heads of 128; and of 500 tokens gate, up and their product
+    assert full["judging"] == 16 * (700 * 2 * 28 * 4 * 128 * 2 + 500 * 3 * 18944 * 2)
+    assert full["prefill"] == 2 * 30 * 16 * 660 * 4096 * 2  # 16 rows, the longest chain
+    assert full["pictures"] == 8 * 3 * 384 * 384 * 128 * 4  # 227 MB each
     assert full["reference"] > 0
     assert speed.memory("7b", 0, 1, kl=False, **table)["reference"] == 0
-    # the update needs less than the rollout here
+    # every other phase needs less than the rollout here
     parts = sum(full.values()) - full["most"]
-    assert full["most"] == parts - full["activations"]
+    others = full["activations"] + full["pictures"] + full["judging"]
+    assert full["most"] == pytest.approx(parts - others)
 
     lora = speed.memory("7b", 32, 1, kl=True, **table)
     adapter = 30 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert lora["AdamW"] == 8 * adapter and lora["reference"] == 0
-    # the cache stays for the next rollout
-    assert lora["most"] == sum(lora.values()) - lora["most"]
+    copies = 30 * 32 * (6 * 4096 + 11008)  # of A, for the decoding step
+    assert lora["weights"] - copies * 4 - adapter * 4 == 2 * trained + (
+        full["weights"] - 4 * trained
+    )
+    # the cache stays for the next rollout, so that the larger of prefill and update counts
+    more = speed.memory("7b", 32, 1, kl=True, **{**table, "micro_batch": 16})
+    assert more["activations"] > more["prefill"]
+    others = more["prefill"] + more["pictures"] + more["judging"]
+    assert more["most"] == pytest.approx(sum(more.values()) - more["most"] - others)
 
 
 def test_memory_table_shows_every_size(capsys):
@@ -186,5 +199,11 @@ def test_memory_table_shows_every_size(capsys):
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert "16 samples at a time" in title and head.split()[:3] == ["size", "trained", "GPUs"]
     assert len(rows) == 7
-    assert rows[0].split() == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.5 17.3 56.6".split()
-    assert rows[6].split() == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 2.0 17.3 64.1".split()
+    assert (
+        rows[0].split()
+        == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.9 1.7 1.5 19.1 1.4 0.6 61.0".split()
+    )
+    assert (
+        rows[6].split()
+        == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 4.8 1.7 2.0 19.1 1.4 0.6 71.3".split()
+    )
