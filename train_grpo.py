@@ -31,10 +31,11 @@ The way of a prompt to its gradient: `main` below; rollout and token_logps in go
 the rollout fast: engine/decode.py); score in rewards.py; Engine in engine/trainer.py.
 """
 
+import io
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -199,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     stopped = run.watch_signals(device)
     if engine.first_step == 0:
         look(training, "before", step=0, count=len(training.held_out))
+    else:
+        check_resumed(training)
 
     skipped = 0  # gradients in a row that were not finite
     bar = tqdm(
@@ -251,12 +254,14 @@ def main(argv: list[str] | None = None) -> None:
         for first in range(0, len(sampled), config.group):
             if advantages[first : first + config.group].any():
                 kept += range(first, first + config.group)
+        n_images = sampled.image_tokens.shape[1]  # per sample
         n_tokens = run.all_sum(sampled.mask[kept].sum()).clamp(min=1)
         n_samples = run.all_sum(torch.tensor(float(len(kept)), device=device)).clamp(min=1)
 
         # 5) Loss and gradient: micro-batches and ranks add up to one mean over all tokens
         micro_batches = split_evenly(kept, config.micro_batch)
         old_logps, ref_logps = [], []
+        drifts = Drifts(device)
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
         for update in range(config.updates):
             loss_sums = torch.zeros(3, device=device)  # over tokens: ratio, clip, kl
@@ -268,9 +273,10 @@ def main(argv: list[str] | None = None) -> None:
                 if update == 0:
                     old_logps.append(mb_logp.detach())
                     ref_logps.append(engine.score_reference(mb)[0] if config.kl else None)
+                    drifts.add(old_logps[k], mb.logp, ref_logps[k], mb_mask, n_images)
                     if step == 0:
                         exact = config.dtype == "float32"
-                        self_test(mb_logp.detach(), mb.logp, ref_logps[k], mb_mask, exact)
+                        self_test(old_logps[k], mb.logp, ref_logps[k], mb_mask, exact)
                 loss, sums = grpo_loss(
                     mb_logp,
                     old_logps[k],
@@ -285,6 +291,12 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 engine.backward(loss)
                 loss_sums += torch.stack([sums["ratio"], sums["clip"], sums["kl"]])
+
+            if update == 0:
+                drift_text, drift_image = drifts.means()
+                check_drift(drift_text, drift_image, *drift_limits(config))
+                if config.kl and engine.optimizer.state:  # AdamW has none before its first step
+                    check_reference(drifts)
 
             # 6) Step: the gradient is summed over ranks, then clipped; none if it is not finite
             norm = engine.step(lr, config.clip_grad)
@@ -302,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         # 7) Log: means over all samples and tokens of all ranks
         row = {"step": step}
         row.update(mean_row(run.gather_list(sample_rows(sampled, scores, config.group))))
+        row["drift_text"], row["drift_image"] = drift_text, drift_image
         row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
         row.update({"grad_norm": norm, "skipped": skipped, "lr": lr})
         row.update(times(clock, world, device))
@@ -324,6 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         stopping = stopped()
         if stopping or is_due(done, config.save_every) or done == config.steps:
             engine.save(folder, done, config.keep)
+            save_probe(training, done, sampled)
             log.plot(CURVES)
         if stopping:
             run.say(f"stopped after step {done} of {config.steps}")
@@ -468,14 +482,10 @@ def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
     """At step 0 the policy that is trained is the one that sampled, and it is the reference.
     Anything else is a bug, and stops the run. All (N, S).
 
-    exact: float32. In bfloat16 sampling and scoring round differently; then the mean over tokens
-    counts."""
-    gap = ((logp - recorded) * mask).abs()
-    if exact:
-        gap, allowed = gap.max(), 1e-3
-    else:
-        gap, allowed = gap.sum() / mask.sum().clamp(min=1), 0.2
-    if not gap < allowed:  # nan is not
+    exact: float32, where each token must agree. In bfloat16 sampling and scoring round
+    differently; there only the means count, see `check_drift`."""
+    gap = ((logp - recorded) * mask).abs().max()
+    if exact and not gap < 1e-3:  # nan is not
         raise RuntimeError(
             f"self-test: log-probabilities differ by {gap:.2g} between rollout and training"
         )
@@ -534,6 +544,103 @@ def summarise_run(training: Training) -> None:
     for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl"):
         print(f"  {folder / name}")
     print(f"  {folder / f'step_{training.config.steps:06d}'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Drift: what the sampler recorded against what the training pass says of the same tokens. Between
+# them stand a cache, hand-written layers, graphs and adapters: each may silently be another policy
+
+
+# Largest healthy mean of |logp - recorded|, in nats per token at temperature 1. In float32 only the
+# order of sums differs. bfloat16 has 8 bits: a logit near 16 is off by up to 0.06, in either pass.
+DRIFT_LIMITS = {"float32": 1e-3, "bfloat16": 0.2}
+
+
+class Drifts:
+    """Sums over the tokens that are trained in a step: how far apart log-probabilities are that
+    should be equal, policy and sampler, and that should not be, policy and reference."""
+
+    def __init__(self, device: torch.device):
+        self.gaps = torch.zeros(2, device=device)  # of text, of image
+        self.tokens = torch.zeros(2, device=device)
+        self.reference = torch.zeros(1, device=device)
+
+    def add(self, logp, recorded, logp_ref, mask, n_images: int) -> None:
+        """A micro-batch: all (N, S), the image's `n_images` last; `logp_ref` may be None."""
+        gap = ((logp - recorded) * mask).abs()
+        self.gaps += torch.stack([gap[:, :-n_images].sum(), gap[:, -n_images:].sum()])
+        self.tokens += torch.stack([mask[:, :-n_images].sum(), mask[:, -n_images:].sum()])
+        if logp_ref is not None:
+            self.reference += ((logp - logp_ref) * mask).abs().sum()
+
+    def means(self) -> list[float]:
+        """[text, image]: mean |logp - recorded| per token over all ranks; 0 without tokens."""
+        return (run.all_sum(self.gaps) / run.all_sum(self.tokens).clamp(min=1)).tolist()
+
+
+def drift_limits(config: Config) -> tuple[float, float]:
+    """(text, image): the largest healthy drift, in nats per token.
+
+    Guided logits are u + cfg * (c - u) = cfg * c - (cfg - 1) * u. When c and u have independent
+    rounding errors of one size, the error of the guided logit is sqrt(cfg^2 + (cfg - 1)^2) times as
+    large (6.4 times at cfg 5), and so is the limit. Dividing logits by the temperature divides
+    their errors, too."""
+    limit = DRIFT_LIMITS[config.dtype] * max(1.0, 1 / config.temperature)
+    guidance = 1.0
+    if config.logp == "guided" and config.dtype != "float32":
+        guidance = max(1.0, math.hypot(config.cfg, config.cfg - 1))
+    return limit, limit * guidance
+
+
+def check_drift(text: float, image: float, text_limit: float, image_limit: float) -> None:
+    """Stops the run when the policy is not the one whose log-probabilities were recorded."""
+    for kind, drift, limit in (("text", text, text_limit), ("image", image, image_limit)):
+        if not drift <= limit:  # nan is not
+            raise RuntimeError(
+                f"drift: the policy is not the one that was recorded: log-probabilities of {kind} "
+                f"tokens differ by {drift:.2g} on average (at most {limit:.2g} is rounding)"
+            )
+
+
+def check_reference(drifts: Drifts) -> None:
+    """Stops the run when policy and reference agree to the last bit although the policy has moved.
+    Every rank has to call it, after `means`."""
+    gap = run.all_sum(drifts.reference).item()
+    if gap == 0 and drifts.tokens.sum() > 0:
+        raise RuntimeError(
+            "drift: the reference is the policy itself, although that has been trained: "
+            "is the adapter on in both?"
+        )
+
+
+def save_probe(training: Training, step: int, sampled: gotr1.Rollout) -> None:
+    """Into the checkpoint of this step: two samples, and what its policy says of them. Every rank
+    has to call it; rank 0 writes."""
+    probe = sampled.select([0, 1])
+    with torch.no_grad():
+        logp, _ = training.engine.score(probe)
+    content = io.BytesIO()
+    torch.save(vars(replace(probe, logp=logp)), content)
+    if training.rank == 0:
+        run.write_whole(training.folder / f"step_{step:06d}" / "probe.pt", content.getvalue())
+
+
+def check_resumed(training: Training) -> None:
+    """Stops the run when the weights that were loaded say something else of the probe than those
+    that were saved."""
+    saved = run.latest_checkpoint(training.folder)
+    if not (saved / "probe.pt").exists():  # killed between checkpoint and probe
+        return
+    device = training.engine.device
+    probe = gotr1.Rollout(**torch.load(saved / "probe.pt", device, weights_only=True))
+    with torch.no_grad():
+        logp, mask = training.engine.score(probe)
+    drifts = Drifts(device)
+    drifts.add(logp, probe.logp, None, mask, probe.image_tokens.shape[1])
+    try:
+        check_drift(*drifts.means(), *drift_limits(training.config))
+    except RuntimeError as problem:
+        raise RuntimeError(f"{saved} was not loaded as it was saved; {problem}") from problem
 
 
 # ------------------------------------------------------------------------------------------------
