@@ -60,7 +60,7 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     preset: Literal["toy", "paper"] = "toy"  # defaults of all flags: the toy's, or the paper's
     # Model and data
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
-    prompts: str = "toy"  # `toy`, or a text file with one prompt per line
+    prompts: tuple[str, ...] = ("toy",)  # `toy`; text files, one prompt per line; x.parquet:column
     eval_file: str = "toy"  # held-out prompts: `toy`, or a text file with one prompt per line
     out: str = "out/grpo"  # folder of this run; the same flags again continue where it stopped
     # Rollout
@@ -374,7 +374,7 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
     """Everything that the flags name. Bad input ends the program here, in one line, and leaves
     nothing behind."""
     check(config, world)
-    prompts = read_prompts(config.prompts, held_out=False, count=2000)
+    prompts = join_prompts(config.prompts)
     held_out = read_prompts(config.eval_file, held_out=True, count=config.eval_prompts)
     check_toy_judge(config, prompts + held_out)
     saved = run.latest_checkpoint(Path(config.out))
@@ -387,8 +387,9 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
             reference, _ = gotr1.load_policy(config.model, "cpu", dtype)
             engine.keep_reference(reference)
         judge, hps = rewards.load_judge(config, device)
-        longest = gotr1.encode_prompt(engine.tokenizer, max(prompts + held_out, key=len))
+        longest = gotr1.encode_prompt(engine.tokenizer, max(held_out, key=len))
         gotr1.check_room(engine.model, [longest], config.max_chain + 1)
+        prompts = drop_too_long(prompts, engine.model, engine.tokenizer, config.max_chain)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
     folder = run.open_run(config.out, config)
@@ -432,19 +433,71 @@ def check_toy_judge(config: Config, prompts: list[str]) -> None:
             )
 
 
+def join_prompts(sources: tuple[str, ...]) -> list[str]:
+    """The prompts of all sources in their order, each once; says how many of each there are."""
+    if sources == ("toy",):
+        return read_prompts("toy", held_out=False, count=2000)
+    prompts = {}  # as keys, which keep their order and are there once
+    for source in sources:
+        found = read_prompts(source, held_out=False, count=2000)
+        before = len(prompts)
+        prompts.update(dict.fromkeys(found))
+        again = len(found) - (len(prompts) - before)
+        run.say(f"{source}: {len(found)} prompts" + (f", {again} of them again" if again else ""))
+    return list(prompts)
+
+
+def drop_too_long(prompts: list[str], model, tokenizer, max_chain: int) -> list[str]:
+    """The prompts that leave room for a chain and the image; says how many do not. Raises
+    ValueError when none does."""
+    context = model.config.text_config.max_position_embeddings
+    room = context - (max_chain + 1) - gotr1.image_token_count(model)
+    kept = []
+    for prompt in prompts:
+        # a token is a byte or more: most prompts need not be encoded to see that they fit
+        surely = len(gotr1.format_prompt(prompt).encode()) < room
+        if surely or len(gotr1.encode_prompt(tokenizer, prompt)) <= room:
+            kept.append(prompt)
+    if not kept:
+        gotr1.check_room(model, [gotr1.encode_prompt(tokenizer, prompts[0])], max_chain + 1)
+    if len(kept) < len(prompts):
+        run.say(f"{len(prompts) - len(kept)} prompts of more than {room} tokens are left out")
+    return kept
+
+
 def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
-    """The toy's prompts, or the non-empty lines of a text file (of held-out ones the first
-    `count`)."""
+    """The prompts of one source, of held-out ones the first `count`: `toy`, the non-empty lines of
+    a text file, or a column of a parquet file (`captions.parquet:TEXT`)."""
     if source == "toy":
         return toy_prompts(count, seed=7, held_out=held_out)
+    path, parquet, column = source.rpartition(".parquet")
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
+        if parquet:
+            lines = read_column(path + parquet, column.removeprefix(":"))
+        else:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as problem:  # a UnicodeDecodeError is a ValueError
         run.fail(f"cannot read prompts from {source}: {problem}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         run.fail(f"{source} holds no prompt: expected one per line")
     return prompts[:count] if held_out else prompts
+
+
+def read_column(path: str, column: str) -> list[str]:
+    """The texts of a column of a parquet file, each in one line; empty where there is none. Raises
+    OSError or ValueError."""
+    from pyarrow import parquet, types  # which `datasets` brings
+
+    file = parquet.ParquetFile(path)
+    texts = []
+    for field in file.schema_arrow:
+        if types.is_string(field.type) or types.is_large_string(field.type):
+            texts.append(field.name)
+    if column not in texts:
+        raise ValueError(f"name a column of texts behind a colon, one of {', '.join(texts)}")
+    values = file.read(columns=[column])[column].to_pylist()
+    return [" ".join((value or "").split()) for value in values]
 
 
 # ------------------------------------------------------------------------------------------------

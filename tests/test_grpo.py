@@ -5,12 +5,15 @@ import copy
 import doctest
 import math
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
 import gotr1
 import train_grpo
 from engine.trainer import trainable_parameters
+from toy.world import toy_prompts
 from train_grpo import group_advantages, grpo_loss
 
 PROMPTS = [
@@ -191,3 +194,48 @@ def test_no_kl_needs_no_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Engine, "keep_reference", None)
     flags = "--steps 1 --batch_size 1 --group 4 --eval_prompts 2 --kl 0".split()
     train_grpo.main([*flags, "--out", str(tmp_path)])
+
+
+# The prompts
+
+
+def test_prompts_of_several_files_are_counted_and_each_is_there_once(tmp_path, capsys):
+    color, caption = tmp_path / "color_train.txt", tmp_path / "laion.parquet"
+    color.write_text("a green bench and a blue bowl\n\na red ball\n a red ball \n")
+    texts = ["two\nlines", None, "a red ball", "  "]
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4], "TEXT": texts}), caption)
+    prompts = train_grpo.join_prompts((str(color), f"{caption}:TEXT"))
+    assert prompts == ["a green bench and a blue bowl", "a red ball", "two lines"]
+    told = capsys.readouterr().out
+    assert f"{color}: 3 prompts, 1 of them again\n" in told
+    assert f"{caption}:TEXT: 2 prompts, 1 of them again\n" in told
+    for column in ("", ":id", ":text"):
+        with pytest.raises(SystemExit) as stop:
+            train_grpo.join_prompts((f"{caption}{column}",))
+        assert stop.value.code == 2
+        assert "behind a colon, one of TEXT" in capsys.readouterr().err
+
+
+def test_the_toys_prompts_are_as_they_were():
+    assert train_grpo.join_prompts(("toy",)) == toy_prompts(2000, seed=7, held_out=False)
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_counted(policy, capsys):
+    room = 512 - 97 - 64  # of the toy's context
+    around = len(gotr1.encode_prompt(policy[1], "")) - 1
+    word = policy[1].encode(" ball", add_special_tokens=False)
+    fits = "a" + " ball" * ((room - around - 2) // len(word))
+    long = "a" + " ball" * room
+    assert len(gotr1.encode_prompt(policy[1], fits)) <= room
+    assert len(gotr1.encode_prompt(policy[1], fits + " ball" * 3)) > room
+    prompts = ["a red ball", long, fits, fits + " ball" * 3]
+    assert train_grpo.drop_too_long(prompts, *policy, max_chain=96) == ["a red ball", fits]
+    assert f"2 prompts of more than {room} tokens are left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="shorten the prompt or lower max_chain"):
+        train_grpo.drop_too_long([long], *policy, max_chain=96)
+
+
+def test_several_files_on_the_command_line():
+    flags = ["--prompts", "a.txt", "b.parquet:TEXT", "--steps", "3"]
+    config = train_grpo.run.parse_args(train_grpo.Config, "", flags, train_grpo.PRESETS)
+    assert config.prompts == ("a.txt", "b.parquet:TEXT") and config.steps == 3
