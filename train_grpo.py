@@ -46,7 +46,7 @@ from tqdm import tqdm
 import gotr1
 import rewards
 from benchmarks import held_out as held_out_prompts
-from benchmarks import stats
+from benchmarks import speed, stats
 from engine import run, trainer
 from render_boxes import parse_chain
 from toy.world import read_text, toy_prompts
@@ -70,7 +70,7 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     temperature: float = 1.0  # of chain and image tokens (paper: 1)
     cfg: float = 1.0  # guidance in the rollout; 1 is none: the toy's unconditional half is weak
     max_chain: int = 96  # most chain tokens that are sampled (official code, for Janus-Pro: 600)
-    rollout_batch: int = 8  # prompts that a rank draws at a time; fewer need a smaller cache
+    rollout_batch: int = 8  # prompts that a rank draws at a time; 0: what fits into the GPU
     # Loss
     updates: int = 1  # optimizer steps per rollout, each over all of it
     clip_low: float = 0.2  # the ratio policy / policy that sampled is clipped to 1 - clip_low
@@ -104,7 +104,7 @@ PRESETS = {
         "cfg": 5.0,
         "logp": "cond",
         "max_chain": 600,
-        "rollout_batch": 1,
+        "rollout_batch": 0,
         "kl": 0.01,
         "lr": 1e-5,
         "lr_floor": 0.0,
@@ -113,7 +113,8 @@ PRESETS = {
         "lora_alpha": 32.0,
         "dtype": "bfloat16",
         "gradient_checkpointing": True,
-        "micro_batch": 4,
+        "micro_batch": 0,
+        "judge_batch": 0,
     },
 }
 
@@ -193,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv, PRESETS)
     rank, world, device = run.start_processes()
     training = load(config, rank, world, device)
+    config = training.config  # with the sizes that fit into the GPU
     engine, prompts, folder = training.engine, training.prompts, training.folder
     share = config.batch_size // world  # prompts per rank and step
     run.explain_crashes(folder)
@@ -386,24 +388,25 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
             dtype = trainer.DTYPES[config.dtype]
             reference, _ = gotr1.load_policy(config.model, "cpu", dtype)
             engine.keep_reference(reference)
-        judge, hps = rewards.load_judge(config, device)
+        sized = with_sizes(config, engine.model, world, device)
+        judge, hps = rewards.load_judge(sized, device)
         longest = gotr1.encode_prompt(engine.tokenizer, max(held_out, key=len))
         gotr1.check_room(engine.model, [longest], config.max_chain + 1)
         prompts = drop_too_long(prompts, engine.model, engine.tokenizer, config.max_chain)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
     folder = run.open_run(config.out, config)
-    return Training(config, engine, judge, hps, prompts, held_out, folder, rank, world)
+    return Training(sized, engine, judge, hps, prompts, held_out, folder, rank, world)
 
 
 def check(config: Config, world: int) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
     run.check_ranges(
         config,
-        at_least_one="steps batch_size rollout_batch micro_batch updates max_chain judge_batch "
-        "eval_prompts save_every keep",
+        at_least_one="steps batch_size updates max_chain eval_prompts save_every keep",
         above_zero="temperature lr clip_grad lora_alpha",
-        not_negative="kl warmup lr_floor clip_low clip_high lora eval_every sheet_every seed cfg",
+        not_negative="rollout_batch micro_batch judge_batch kl warmup lr_floor clip_low clip_high "
+        "lora eval_every sheet_every seed cfg",
     )
     if config.group < 2:
         run.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
@@ -419,6 +422,38 @@ def check(config: Config, world: int) -> None:
             f"--judge_device {config.judge_device} would hold the judges of all {world} processes"
         )
     trainer.check(config)
+
+
+def with_sizes(config: Config, model, world: int, device: torch.device) -> Config:
+    """The flags with every size that is 0 chosen for the memory of the GPU, by the table of
+    benchmarks/speed.py; printed. These sizes change the speed and nothing else, so a run may be
+    continued on another GPU."""
+    sizes = {name: getattr(config, name) for name in speed.USUAL_SIZES}
+    if all(sizes.values()):
+        return config
+    published = speed.size_of(model)
+    total = speed.gpu_bytes(device)
+    if published and total:
+        sizes, planned = speed.choose_sizes(
+            size=published,
+            lora=config.lora,
+            gpus=world,
+            group=config.group,
+            prompts=config.batch_size // world,
+            judge_here=config.judge != "toy" and config.judge_device in ("", str(device)),
+            total=total,
+            given=sizes,
+        )
+        estimate = f"{planned / 2**30:.0f} of {total / 2**30:.0f} GiB by the table of memory"
+        if planned > total:
+            estimate += ", which is too much: see docs/gpu.md"
+    else:
+        for name, number in speed.USUAL_SIZES.items():
+            sizes[name] = sizes[name] or number
+        estimate = "not by memory, for want of a GPU or of a model of a published size"
+    flags = " ".join(f"--{name} {number}" for name, number in sizes.items())
+    run.say(f"{flags}: {estimate}")
+    return replace(config, **sizes)
 
 
 def check_toy_judge(config: Config, prompts: list[str]) -> None:

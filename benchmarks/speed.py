@@ -8,6 +8,7 @@
 The rollout is timed with random weights: how long a step takes does not depend on their values.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -472,6 +473,84 @@ def print_memory(settings: Memory) -> None:
         mode = f"LoRA {lora}" if lora else "full"
         cells = "".join(f"{value / 2**30:13.1f}" for value in parts.values())
         print(f"{size:5}{mode:9}{gpus:4} {cells}")
+
+
+# -------------------------------------------------------------------------------------------------
+# What fits into a GPU: how much is taken at a time, by the table above
+
+JUDGE_ROW_BYTES = 1100 * 2 * 28 * 4 * 128 * 2  # keys and values of 1100 tokens, Qwen2.5-VL-7B
+HEADROOM = 0.9  # share of a GPU that is planned: fragmentation, libraries
+
+
+# What is taken at a time when there is no table to ask: prompts, samples, rows
+USUAL_SIZES = {"rollout_batch": 1, "micro_batch": 4, "judge_batch": 16}
+
+
+@functools.cache
+def most_bytes(size: str, lora: int, gpus: int, samples: int, micro_batch: int) -> dict:
+    return memory(size, lora, gpus, samples, cfg=True, micro_batch=micro_batch, kl=True)
+
+
+def size_of(model) -> str:
+    """ "1b" or "7b" for a model of a published shape, else ""."""
+    for size in ("1b", "7b"):
+        published = janus_pro_config(size).text_config
+        config = model.config.text_config
+        if (config.hidden_size, config.num_hidden_layers) == (
+            published.hidden_size,
+            published.num_hidden_layers,
+        ):
+            return size
+    return ""
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU; 0 for anything else."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def choose_sizes(
+    size: str,
+    lora: int,
+    gpus: int,
+    group: int,
+    prompts: int,
+    judge_here: bool,
+    total: float,
+    given: dict[str, int],
+) -> tuple[dict[str, int], float]:
+    """The largest sizes that the table allows on GPUs of `total` bytes, and the bytes that they
+    take. `prompts` prompts of `group` samples are drawn per step and GPU; the names in `given` are
+    those of USUAL_SIZES, and what is not 0 there stays.
+
+    Decoding is paid per token, not per sample, so prompts at a time come first; then rows of the
+    judge, then samples of the update. When nothing fits, sizes are 1, and the bytes are more than
+    `total`."""
+
+    def planned(sizes: dict[str, int]) -> float:
+        samples = sizes["rollout_batch"] * group
+        parts = most_bytes(size, lora, gpus, samples, sizes["micro_batch"])
+        if not judge_here:
+            return parts["most"] - parts["judge"]
+        # the judge's rows come when the rollout is over, but its cache may still be there
+        return parts["most"] + sizes["judge_batch"] * JUDGE_ROW_BYTES
+
+    ladders = {
+        "rollout_batch": [number for number in (8, 4, 2) if number <= prompts],
+        "judge_batch": [64, 32, 16, 8, 4, 2],
+        "micro_batch": [16, 8, 4, 2],
+    }
+    chosen = {name: number or 1 for name, number in given.items()}
+    for name, ladder in ladders.items():
+        if given[name]:
+            continue
+        for number in ladder:
+            if planned(chosen | {name: number}) <= HEADROOM * total:
+                chosen[name] = number
+                break
+    return chosen, planned(chosen)
 
 
 # -------------------------------------------------------------------------------------------------

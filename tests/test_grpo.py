@@ -239,3 +239,40 @@ def test_several_files_on_the_command_line():
     flags = ["--prompts", "a.txt", "b.parquet:TEXT", "--steps", "3"]
     config = train_grpo.run.parse_args(train_grpo.Config, "", flags, train_grpo.PRESETS)
     assert config.prompts == ("a.txt", "b.parquet:TEXT") and config.steps == 3
+
+
+# Sizes that fit
+
+
+def test_the_paper_preset_takes_what_fits_and_flags_win(policy, monkeypatch, capsys):
+    gpu = torch.device("cuda", 0)  # only its name is used
+    monkeypatch.setattr(train_grpo.speed, "gpu_bytes", lambda device: 80 * 2**30)
+    monkeypatch.setattr(train_grpo.speed, "size_of", lambda model: "7b")
+    parts = {"most": 50 * 2**30, "judge": 17 * 2**30}  # whatever is asked
+    monkeypatch.setattr(train_grpo.speed, "most_bytes", lambda *asked: parts)
+    config = train_grpo.run.parse_args(
+        train_grpo.Config,
+        "",
+        ["--preset", "paper", "--judge", "some/judge", "--micro_batch", "3"],
+        train_grpo.PRESETS,
+    )
+    assert (config.rollout_batch, config.micro_batch, config.judge_batch) == (0, 3, 0)
+    sized = train_grpo.with_sizes(config, None, 1, gpu)
+    assert (sized.rollout_batch, sized.micro_batch, sized.judge_batch) == (8, 3, 64)
+    told = capsys.readouterr().out
+    assert f"--rollout_batch {sized.rollout_batch} --micro_batch 3 --judge_batch" in told
+    assert "of 80 GiB by the table of memory" in told
+    assert config.rollout_batch == 0, "what config.json says is what was asked for"
+    monkeypatch.setattr(train_grpo.speed, "gpu_bytes", lambda device: 24 * 2**30)
+    train_grpo.with_sizes(config, None, 1, gpu)
+    assert "which is too much" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_usual_sizes_are_taken_and_given_ones_are_left_alone(policy, capsys):
+    config = train_grpo.Config(rollout_batch=0, micro_batch=0, judge_batch=7)
+    sized = train_grpo.with_sizes(config, policy[0], 1, torch.device("cpu"))
+    assert (sized.rollout_batch, sized.micro_batch, sized.judge_batch) == (1, 4, 7)
+    assert "not by memory" in capsys.readouterr().out
+    config = train_grpo.Config()
+    assert train_grpo.with_sizes(config, policy[0], 1, torch.device("cpu")) is config
+    assert not capsys.readouterr().out

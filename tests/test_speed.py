@@ -174,3 +174,77 @@ def test_memory_table_shows_every_size(capsys):
     assert len(rows) == 7
     assert rows[0].split() == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.5 17.3 56.6".split()
     assert rows[6].split() == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 2.0 17.3 64.1".split()
+
+
+# What fits
+
+
+def made_up(size: str, lora: int, gpus: int, samples: int, micro_batch: int) -> dict[str, float]:
+    """About what the table says of LoRA; the table itself takes a second per row."""
+    weights, cache, activations = {"1b": (4, 0.5, 0.3), "7b": (15, 1.2, 0.4)}[size]
+    most = 17 + weights + samples * cache + micro_batch * activations
+    return {"most": most * 2**30, "judge": 17 * 2**30}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(speed, "most_bytes", made_up)
+
+
+def test_what_fits_is_asked_of_the_table():
+    parts = speed.most_bytes("1b", 32, 1, 32, 2)
+    settings = {"samples": 32, "cfg": True, "micro_batch": 2, "kl": True}
+    assert parts == speed.memory("1b", 32, 1, **settings)
+
+
+def sizes_for(size: str, gib: int, lora: int = 32, gpus: int = 1, judge_here=True, **given):
+    asked = {"rollout_batch": 0, "micro_batch": 0, "judge_batch": 0} | given
+    return speed.choose_sizes(
+        size=size,
+        lora=lora,
+        gpus=gpus,
+        group=16,
+        prompts=8 // gpus,
+        judge_here=judge_here,
+        total=gib * 2**30,
+        given=asked,
+    )
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_sizes_fit_and_grow_with_the_gpu(size, table):
+    before = (0, 0, 0)
+    for gib in (24, 48, 80, 141):
+        chosen, planned = sizes_for(size, gib)
+        one, least = sizes_for(size, 0)
+        assert one == {"rollout_batch": 1, "micro_batch": 1, "judge_batch": 1}
+        if least > 0.9 * gib * 2**30:  # nothing fits, and the number says so
+            assert (chosen, planned) == (one, least)
+            continue
+        assert planned <= 0.9 * gib * 2**30
+        now = (chosen["rollout_batch"], chosen["judge_batch"], chosen["micro_batch"])
+        assert now >= before, "in order of importance"
+        before = now
+        more = sizes_for(size, 0, **(chosen | {"rollout_batch": 2 * chosen["rollout_batch"]}))
+        assert more[1] > 0.9 * gib * 2**30 or chosen["rollout_batch"] == 8
+    assert before[0] >= 4 and before[1:] == (64, 16), "141 GiB are plenty"
+
+
+def test_flags_win_over_what_fits_and_a_judge_elsewhere_leaves_room(table):
+    chosen, planned = sizes_for("7b", 80, micro_batch=3, judge_batch=5)
+    assert (chosen["micro_batch"], chosen["judge_batch"]) == (3, 5)
+    # 2 prompts of 16: 17 + 15 + 32 * 1.2 + 3 * 0.4 GiB is just below 72, the judge's rows included
+    assert chosen["rollout_batch"] == 2
+    assert planned == pytest.approx(71.6 * 2**30 + 5 * speed.JUDGE_ROW_BYTES)
+    elsewhere, less = sizes_for("7b", 96, judge_here=False, micro_batch=3, judge_batch=5)
+    assert elsewhere["rollout_batch"] == 2 and less == pytest.approx(54.6 * 2**30)
+    assert sizes_for("7b", 110, judge_here=False)[0]["rollout_batch"] == 4
+    assert sizes_for("7b", 110, judge_here=True)[0]["rollout_batch"] == 2
+    assert sizes_for("1b", 141, gpus=8)[0]["rollout_batch"] == 1, "a rank has one prompt per step"
+
+
+def test_published_sizes_are_recognised(policy):
+    assert speed.size_of(policy[0]) == ""
+    for size in ("1b", "7b"):
+        with torch.device("meta"):
+            assert speed.size_of(JanusForConditionalGeneration(janus_pro_config(size))) == size
