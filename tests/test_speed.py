@@ -60,6 +60,81 @@ def test_floor_of_the_published_sizes(capsys, size, seconds, weights):
     assert weights in capsys.readouterr().out
 
 
+# A whole step
+
+
+@pytest.fixture
+def short_replies(monkeypatch):
+    for name, call in list(speed.JUDGE_CALLS.items()):
+        monkeypatch.setitem(speed.JUDGE_CALLS, name, call._replace(reply=2))
+
+
+TINY = "step --size tiny --samples 2 --micro_batch 1 --judge_batch 4".split()
+
+
+def table_of(printed: str) -> dict[str, list[float]]:
+    """Phase -> its numbers."""
+    rows = {}
+    lines = printed.split("peak GiB\n")[1].splitlines()
+    for line in lines[: lines.index(next(line for line in lines if "table" in line))]:
+        phase, *numbers = line.split()
+        rows[phase] = [float(number) for number in numbers]
+    return rows
+
+
+def test_a_step_prints_time_memory_and_floor_of_each_phase(short_replies, capsys):
+    speed.main([*TINY, "--lora", "4"])
+    printed = capsys.readouterr().out
+    rows = table_of(printed)
+    assert list(rows) == ["rollout", "decode", "judge", "update", "step"]
+    phases = [rows[name][0] for name in ("rollout", "decode", "judge", "update")]
+    assert min(phases) > 0 and rows["step"][0] == pytest.approx(sum(phases), abs=0.03)
+    for name in ("rollout", "judge", "update", "step"):
+        seconds, floor, gib = rows[name]
+        assert 0 < floor and 0.05 < gib < 50
+    assert "each 8 + 1 chain and 64 image tokens, cfg 5.0" in printed and "ratio" in printed
+
+
+def test_a_step_without_a_judge_and_adapter_trains_all_weights(capsys, monkeypatch):
+    engines = []
+    make = speed.random_engine
+
+    def kept(*args):
+        engines.append(make(*args))
+        return engines[0]
+
+    monkeypatch.setattr(speed, "random_engine", kept)
+    speed.main([*TINY, "--lora", "0", "--judge", "none", "--no_plain"])
+    printed = capsys.readouterr().out
+    assert list(table_of(printed)) == ["rollout", "decode", "update", "step"]
+    assert "ratio" not in printed and "5 passes" in printed
+    assert engines[0].optimizer.state, "a step was taken"
+    assert engines[0].reference is not None
+
+
+def test_the_judge_is_asked_as_often_and_about_as_much_as_by_a_step_with_three_boxes():
+    batches = speed.judge_batches(samples=16, judge_batch=16, scoring="reply")
+    assert [rows for rows, _, _ in batches] == [16] * 6
+    expected = speed.judge_batches(samples=16, judge_batch=64, scoring="expected")
+    assert [(rows, writes) for rows, _, writes in expected] == [
+        (16, False),
+        (16, False),
+        (16, False),
+        (48, True),
+    ]
+    call = speed.JUDGE_CALLS["alignment"]
+    config = speed.random_judge("tiny", torch.device("meta")).config
+    inputs = speed.judge_inputs(config, 2, call, torch.device("cpu"))
+    assert inputs["image_grid_thw"].tolist() == [[1, 28, 28]] * 2  # 384 pixels
+    assert int((inputs["input_ids"] == config.image_token_id).sum()) == 2 * 14 * 14
+    assert inputs["pixel_values"].shape == (2 * 28 * 28, 1176)
+
+
+def test_judges_have_the_published_sizes():
+    for size, parameters in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):
+        assert speed.count(speed.random_judge(size, torch.device("meta"))) == parameters
+
+
 # Judge
 
 
