@@ -476,6 +476,7 @@ def random_judge(size: str, device: torch.device):
     )
     with device, no_init_weights():
         judge = Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+    judge.tie_weights()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name, parameter in judge.named_parameters():
         values = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
