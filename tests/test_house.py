@@ -27,7 +27,7 @@ LAYERS = [
     ["engine.run"],
     ["rewards"],
     ["benchmarks.stats", "data.got", "toy.world"],
-    ["render_boxes"],
+    ["render_boxes", "engine.served"],
 ]
 
 

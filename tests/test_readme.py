@@ -39,6 +39,7 @@ COMMANDS = {
     "render_boxes.py": render_boxes.Config,
     "-m engine.checkpoints": checkpoints.Args,
     "-m benchmarks.speed rollout": speed.Rollout,
+    "-m benchmarks.speed step": speed.Step,
     "-m benchmarks.speed judge": speed.Judge,
     "-m benchmarks.speed networks": speed.Networks,
     "-m benchmarks.speed memory": speed.Memory,
