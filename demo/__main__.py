@@ -9,6 +9,7 @@ functions up to `build_page` do the work and know nothing about the page: they n
 """
 
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -28,6 +29,7 @@ from gotr1 import decode_images, image_token_count, load_policy, rollout
 from render_boxes import COLOURS, Box, chain_problems, draw_boxes, format_chain, parse_chain
 from toy.world import COLORS, GRID, NAMES, RELATIONS, SHAPES
 
+PACKAGES = "gradio==6.31.0 gradio_image_annotation==0.5.6"
 SIDE = 1000  # pixels of the canvas: those of a box are then the numbers of the chain
 CELL = 125  # a cell of the toy's grid, in the same numbers
 MOST = 8  # plans, and pictures, at a time
@@ -114,9 +116,11 @@ def load_studio(config: Config, device, out: Path = Path("out")) -> Studio:
 # What is asked for; what is wrong with it is a ValueError of one sentence
 
 
-def check_prompt(studio: Studio, prompt: str) -> None:
+def check_request(studio: Studio, prompt: str, seed: int | None) -> None:
     if not prompt.strip():
         raise ValueError("The prompt is empty: say what the picture should show.")
+    if seed is None:
+        raise ValueError("The seed is empty: give a whole number, 0 or more.")
     if studio.is_toy:
         known = {"a", "and", *COLORS, *SHAPES, *" ".join(RELATIONS).split()}
         unknown = [word for word in prompt.lower().split() if word not in known]
@@ -139,7 +143,7 @@ def check_chain(studio: Studio, chain: str) -> None:
 
 def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, progress=None):
     """(chains, their scores, place of the best): plans by the policy of that name."""
-    check_prompt(studio, prompt)
+    check_request(studio, prompt, seed)
     model, tokenizer = studio.policies[name]
     with studio.lock:
         chains = rollout(
@@ -165,7 +169,7 @@ def draw_plan(
 ):
     """(pictures, the same with boxes, their scores): exactly that plan, by the policy of that
     name."""
-    check_prompt(studio, prompt)
+    check_request(studio, prompt, seed)
     check_chain(studio, chain)
     model, tokenizer = studio.policies[name]
     boxes = parse_chain(chain)
@@ -453,11 +457,9 @@ CSS = """
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
     run.check_ranges(config, at_least_one="max_chain port", not_negative="cfg")
-    try:
-        import gradio
-        import gradio_image_annotation  # noqa: F401
-    except ImportError as problem:
-        run.fail(f"{problem}: pip install gradio==6.31.0 gradio_image_annotation==0.5.6")
+    for package in ("gradio", "gradio_image_annotation"):
+        if not importlib.util.find_spec(package):
+            run.fail(f"{package} is missing: pip install {PACKAGES}")
     _, _, device = run.start_processes()
     with tempfile.TemporaryDirectory() as downloads:
         try:
@@ -468,7 +470,6 @@ def main(argv: list[str] | None = None) -> None:
                 share=config.share,
                 css=CSS,
                 footer_links=[],
-                allowed_paths=[downloads],
                 max_file_size=1,  # byte: nobody uploads anything
             )
         except (OSError, ValueError) as problem:
