@@ -198,8 +198,8 @@ def draw_plan(
 
 
 def score_text(scores: dict[str, float]) -> str:
-    parts = [f"{part} {value:.2f}" for part, value in scores.items() if part != "judge_fail"]
-    return "  ".join(parts)
+    shown = [part for part in ("total", *rewards.PARTS) if part in scores]
+    return "  ".join(f"{part} {scores[part]:.2f}" for part in shown)
 
 
 def pack(path: Path, prompt: str, chain: str, pictures: list[tuple[str, Image.Image]]) -> None:
@@ -448,7 +448,9 @@ def build_page(studio: Studio, downloads: Path):
 
 
 CSS = """
-#message { position: sticky; top: 0; z-index: 50; border: 2px solid #d62839; }
+#message {  /* over the page: if it moved the canvas, a box would be drawn askew */
+  position: fixed; top: 8px; left: 5%; width: 90%; z-index: 50; border: 2px solid #d62839;
+}
 #plans .fixed-height { min-height: 0; }
 #canvas button[aria-label^=Rotate] { display: none; }
 """
