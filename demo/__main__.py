@@ -59,9 +59,7 @@ TOY_WORDS = (
 @dataclass
 class Config:
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
-    compare: str = (
-        ""  # a second one to draw with; beside the toy: by default the newest run in out/
-    )
+    compare: str = ""  # a second one to draw with; beside the toy: the newest run in out/
     judge: str = ""  # scores plans and pictures: a folder or hub id of a VLM; the toy has its own
     cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
