@@ -14,8 +14,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import gotr1
+import train_grpo
 from engine import checkpoints
 from engine import trainer as engines
+from toy.world import ToyJudge, crispness, toy_prompts
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red ball left of a blue cube", "a green cone and a yellow ball"]
@@ -244,6 +246,54 @@ def test_checkpoints_are_pruned_and_a_later_one_from_before_a_kill_is_not_taken_
     engine.save(tmp_path, 20, keep=1)
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_000020"]
     assert (tmp_path / "latest").read_text() == "step_000020"
+
+
+def test_weights_that_are_read_by_their_owner_are_those_of_a_whole_model():
+    """For the policy and, rounded, for the reference."""
+    flags = engines.TrainerFlags(shard="yes", dtype="bfloat16")
+    engine = engines.load(flags, torch.device("cpu"), gotr1.token_logps, "toy", None)
+    engines.load_reference(engine, "toy")
+    assert all(isinstance(parameter, DTensor) for parameter in engine.parameters)
+    want = gotr1.load_policy("toy")[0].state_dict()
+    assert largest_gap(whole(engine), dict(want)) == 0
+    for name, value in engine.reference.model.state_dict().items():
+        rounded = want[name].float() if "vqmodel" in name else want[name].bfloat16()
+        assert torch.equal(engines.full(value), rounded), name
+    buffers = dict(gotr1.load_policy("toy")[0].named_buffers())
+    for name, value in engine.model.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+
+
+def test_a_checkpoint_whose_optimizer_is_in_one_file_still_resumes(sampled, tmp_path):
+    engine = make({})
+    train(engine, sampled, 2)
+    engine.save(tmp_path, 2)
+    saved = tmp_path / "step_000002"
+    torch.save({"step": 2, "optimizer": engine.optimizer.state_dict()}, saved / "trainer.pt")
+    (saved / "optimizer.safetensors").unlink()
+    older = make({}, saved)
+    assert older.first_step == 2
+    train(engine, sampled, 1)
+    train(older, sampled, 1)
+    assert largest_gap(whole(engine), whole(older)) == 0
+
+
+def test_held_out_prompts_are_judged_without_gathered_weights(tmp_path):
+    engine = make(MODES["shards"])
+    seen = []
+
+    class Judge(ToyJudge):
+        def semantic(self, prompts, chains):
+            seen.append(isinstance(engine.model.lm_head.weight, DTensor))
+            return super().semantic(prompts, chains)
+
+    config = train_grpo.Config(rollout_batch=1, group=2)
+    held_out = toy_prompts(3, seed=7, held_out=True)
+    training = train_grpo.Training(
+        config, engine, Judge(), crispness, [], held_out, tmp_path, rank=0, world=1
+    )
+    train_grpo.look(training, "before", step=0, count=3)
+    assert seen == [True, True], "two rollouts of at most two prompts, both judged in shards"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
