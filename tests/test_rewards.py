@@ -1614,7 +1614,7 @@ def test_script_with_the_toy_judge(tmp_path, monkeypatch, capsys):
         ({"--hps": "missing.pt"}, "HPS_v2.1_compressed.pt"),
         ({"--prompt": " "}, "--prompt is empty"),
         ({"--judge": "nowhere"}, "load the files"),
-        ({"--judge_batch": "0"}, "--judge_batch is 0: expected 1 or more"),
+        ({"--judge_batch": "-1"}, "--judge_batch is -1: expected 0 or more"),
     ],
 )
 def test_script_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, wrong, message):

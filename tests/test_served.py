@@ -556,7 +556,9 @@ def wait_for(address, server, log, seconds=300):
 def test_vllm_gives_the_rewards_of_the_same_weights_here(vllm, scoring, spatial_as, monkeypatch):
     monkeypatch.undo()  # whole replies
     url, folder = vllm
-    settings = {"scoring": scoring, "spatial_as": spatial_as, "semantic_as": "one"}
+    # what it writes is one mark; its four expected marks are read off four begun replies
+    semantic_as = "one" if scoring == "reply" else "four"
+    settings = {"scoring": scoring, "spatial_as": spatial_as, "semantic_as": semantic_as}
     local = QwenJudge(str(folder), dtype=torch.float32, batch_size=1, **settings)
     judge = ServedJudge(url, frame="pixels", **settings)
     wanted, wanted_words = ask_all(local, range(5))
