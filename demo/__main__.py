@@ -76,7 +76,7 @@ class Studio:
     is_toy: bool = True
     cfg: float = 1.0
     max_chain: int = 96
-    # a model has one set of buffers to sample with: one visitor at a time
+    # on a GPU a model has one set of buffers to sample with: one visitor at a time
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

@@ -73,17 +73,23 @@ def test_without_a_judge_plans_and_pictures_come_without_scores(policy):
     assert demo.score_text(rows[0]) == ""
 
 
-def test_two_visitors_at_once_do_not_mix(studio):
-    """A model has one set of buffers to sample with: without the lock these pictures differ."""
-    chains = [CHAIN, format_chain(["A", CONE])]
+def test_one_visitor_draws_at_a_time(studio, monkeypatch):
+    """On a GPU a model has one set of buffers to sample with: two rollouts at once would mix."""
+    busy = []
 
-    def draw(k: int):
-        pictures, _, _ = demo.draw_plan(studio, "toy", PROMPT, chains[k], 2, 0)
-        return [picture.tobytes() for picture in pictures]
+    def watched(*inputs, **settings):
+        assert not busy
+        busy.append(True)
+        sampled = rollout(*inputs, **settings)
+        busy.clear()
+        return sampled
 
-    alone = [draw(0), draw(1)]
+    monkeypatch.setattr(demo, "rollout", watched)
     with ThreadPoolExecutor(2) as visitors:
-        assert list(visitors.map(draw, [0, 1])) == alone
+        tasks = [
+            visitors.submit(demo.draw_plan, studio, "toy", PROMPT, CHAIN, 2, 0) for _ in range(2)
+        ]
+    assert tasks[0].result()[2] == tasks[1].result()[2]
 
 
 LONG = "red " * 600
