@@ -22,6 +22,7 @@ Not stated in the paper, decided here:
     python rewards.py … --judge Qwen/Qwen2.5-VL-7B-Instruct --hps HPS_v2.1_compressed.pt
 """
 
+import functools
 import math
 import operator
 import re
@@ -574,7 +575,10 @@ class QwenJudge:
         inputs, frames = self._inputs(whole_texts, images)
         given = inputs["input_ids"].shape[1]
         with torch.inference_mode():
-            ids = self.model.generate(**inputs, max_new_tokens=task.max_tokens)
+            check = [functools.partial(check_finite, texts)]  # called with the logits of each step
+            ids = self.model.generate(
+                **inputs, max_new_tokens=task.max_tokens, logits_processor=check
+            )
         ids = ids[:, given:]  # (rows, new tokens)
         ends = torch.tensor(self.ends, device=ids.device)
         has_ended = torch.isin(ids, ends).any(dim=1).tolist()
@@ -601,6 +605,7 @@ class QwenJudge:
         inputs, _ = self._inputs(whole_texts, images, begun=PREFIX + "1")
         with torch.inference_mode():
             logits = self.model(**inputs, logits_to_keep=2, use_cache=False).logits
+            check_finite(texts, None, logits[:, -1])
             digits = logits.float().softmax(dim=-1)[..., self.digits]  # (rows, 2, 10)
             means, masses = expected_marks(first=digits[:, 0], after_one=digits[:, 1])
         rows = []
@@ -608,6 +613,18 @@ class QwenJudge:
             said = f"{mean:.2f} on average ({mass:.0%} on digits)"
             rows.append((said, mean / 10 if mass >= DIGIT_MASS else None))
         return rows
+
+
+def check_finite(questions, ids, logits, network="the judge"):
+    """The logits (rows, V) as they are. Raises ValueError with the question whose row holds nan or
+    inf: greedy decoding would make words of it. `ids` is what `generate` hands over besides."""
+    import torch
+
+    broken = (~torch.isfinite(logits)).any(dim=-1).nonzero().flatten().tolist()
+    if broken:
+        message = f"{network}'s answer about row {broken[0] + 1} of its batch is not finite"
+        raise ValueError(f"{message} (nan or inf): {questions[broken[0]]!r}")
+    return logits
 
 
 def expected_marks(first, after_one):
@@ -724,7 +741,9 @@ class HPS:
             text = self.model.get_text_features(**tokens).pooler_output  # (unique prompts, D)
             image = self.model.get_image_features(pixels).pooler_output  # (rows, D)
         text = text[[unique.index(prompt) for prompt in prompts]]  # (rows, D)
-        return torch.cosine_similarity(image.float(), text.float()).tolist()
+        cosines = torch.cosine_similarity(image.float(), text.float())
+        check_finite(prompts, None, cosines[:, None], network="HPS")
+        return cosines.tolist()
 
     def pixels(self, image):
         """(3, 224, 224) network input of one picture, prepared as HPS was trained.
