@@ -178,7 +178,9 @@ class CompBenchRunner:
         return parts
 
     def asked(self, picture: Picture) -> dict:
-        return {"prompt": picture.prompt, "parse": self.parses.get(picture.prompt)}
+        if picture.group == "non_spatial":
+            return {"prompt": picture.prompt}
+        return {"prompt": picture.prompt, "parse": self.parses[picture.prompt]}
 
     def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
         prompts = [picture.prompt for picture in pictures]
