@@ -430,7 +430,11 @@ def score_pictures(
         count = f"{len(broken)} of {len(pictures)} pictures"
         raise ValueError(f"{count} cannot be read, draw or delete them: {broken[0]}")
     cache = ScoreCache(out, rank)
-    made_from = {group: bench.made_from(group) for group in {one.group for one in pictures}}
+    made_from = {}
+    if rank == 0:
+        made_from = {group: bench.made_from(group) for group in {one.group for one in pictures}}
+    # one answer for all: on two machines the same file may have been written at two times
+    made_from = run.gather_list([made_from])[0]
     keys = [score_key(bench, one, folder, made_from[one.group]) for one in pictures]
     stale = [key for key in keys if key not in cache.rows and key[:2] in cache.seen]
     if rank == 0:
