@@ -269,7 +269,7 @@ def compare_files(paths: tuple[str, ...], overall: tuple[str, ...] = ()) -> str:
     compared = {row["name"] for row in rows}
     left_out = sorted((a["summary"].keys() | b["summary"].keys()) - compared)
     if left_out:
-        lines.append(f"not compared, since only one of them has all of it: {', '.join(left_out)}")
+        lines.append(f"not compared, since not both have all of it: {', '.join(left_out)}")
     for part in ("generation", "scoring", "versions"):
         for key in {**a[part], **b[part]}:
             value_a = a[part].get(key)

@@ -22,6 +22,7 @@ import eval as evaluation
 import gotr1
 import rewards
 from benchmarks import compbench, geneval, held_out, networks
+from engine import run as engine_run
 from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +219,18 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     # the same pictures, as if another model had made them
     run(*flags, "--images", images, "--out", folder / "again", "--model", "someone's")
     assert read_results(folder / "again")["summary"] == summary
-    assert "overall" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"^overall .* of 3 of 6 tags$", shown, re.M)
+
+    # a folder with one prompt less: it pairs by prompt, and there is no overall to compare
+    shutil.copytree(images, folder / "less")
+    shutil.rmtree(folder / "less" / "00000")
+    run(*flags, "--images", folder / "less", "--out", folder / "of less")
+    capsys.readouterr()
+    run("--compare", folder / "run" / "results.json", folder / "of less" / "results.json")
+    shown = capsys.readouterr().out
+    assert re.search(r"^colors .*   1 of    1  may be chance$", shown, re.M)
+    assert "not both have all of it: overall, single_object" in shown
 
 
 def watched(seen, most=None):
@@ -282,6 +294,49 @@ def test_scoring_goes_on_where_it_was(geneval_run, weights, tmp_path, monkeypatc
     monkeypatch.setattr(geneval.Mask2Former, "__call__", watched(seen))
     run(*command)
     assert len(seen) == 6  # of three batches two were scored before the interruption
+
+
+def test_stamps_of_files(tmp_path, monkeypatch):
+    """Size and time of a file; of the hub's cache the hash of its content, of a hub id the
+    commit. Folders of one name, as a base and its adapter may have, are not mixed up."""
+    files = []
+    for parent in ("sft", "grpo"):
+        folder = tmp_path / parent / "step_000100"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        files.append(folder / "config.json")
+    before = engine_run.file_stamps(files)
+    assert len(before) == 2 and json.loads(json.dumps(before)) == before
+    assert engine_run.changed_files(before, engine_run.file_stamps(reversed(files))) == []
+    for file in files:
+        seen = engine_run.file_stamps(files)
+        file.touch()
+        now = engine_run.file_stamps(files)
+        assert engine_run.changed_files(seen, now) == ["step_000100/config.json"]
+    assert engine_run.changed_files(now, now[:1]) == ["step_000100/config.json"]
+    shutil.copytree(tmp_path / "sft", tmp_path / "moved")  # with its times
+    moved = engine_run.file_stamps([tmp_path / "moved" / "step_000100" / "config.json"])
+    assert engine_run.changed_files(moved, engine_run.file_stamps(files[:1])) == []
+
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123abcd").write_text("weights")
+    link = tmp_path / "snapshots" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "blobs" / "0123abcd")
+    downloaded = engine_run.file_stamps([link])
+    (tmp_path / "blobs" / "0123abcd").touch()  # downloaded again
+    assert engine_run.file_stamps([link]) == downloaded
+
+    def of_commit(name, file):
+        return str(tmp_path / "snapshots" / commit / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", of_commit)
+    commit = "aaaa"
+    first = networks.network_stamps("openai/clip-vit-large-patch14", "clip")
+    commit = "bbbb"
+    second = networks.network_stamps("openai/clip-vit-large-patch14", "clip")
+    changed = engine_run.changed_files(first, second)
+    assert changed == ["openai/clip-vit-large-patch14"]
 
 
 def test_pictures_of_other_weights_are_refused(weights, tmp_path, capsys, monkeypatch):
