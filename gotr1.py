@@ -237,7 +237,7 @@ def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
 def at_least_float32(values):
     """bfloat16 becomes float32, in which tokens are sampled and scored; float64 stays (tests use
     it)."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def sample_token(logits, u, temperature: float):
@@ -694,13 +694,15 @@ def encode_images(model, images) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_images(model, image_tokens, batch_size: int = 32) -> list:
+def decode_images(model, image_tokens, tokens_at_once: int = 8 * 576) -> list:
     """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in
-    the official code."""
+    the official code. Few at a time, at most 32: one of 576 tokens, 384 x 384, takes a quarter of a
+    gigabyte."""
     from PIL import Image
 
     # the picture tokenizer is not always where the language model is
     device = model.model.vqmodel.quantize.embedding.weight.device
+    batch_size = min(32, max(1, tokens_at_once // image_tokens.shape[1]))
     pictures = []
     for part in image_tokens.to(device).split(batch_size):
         pixels = model.decode_image_tokens(part).float()  # (n, H, W, 3) in [-1, 1]
@@ -740,7 +742,8 @@ class Args:
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
     chain: str = ""  # a text file with a chain that is drawn: edit a plan, then draw it
     plans: int = 1  # write so many plans per picture and draw the one that the judge likes best
-    judge: str = ""  # scores plans and pictures: `toy`, or a folder or hub id of a VLM
+    judge: str = ""  # scores plans and pictures: `toy`, folder or hub id of a VLM, or http://…/v1
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     batch_size: int = 64  # sequences at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
 
@@ -794,10 +797,11 @@ def draw_prompts(args: Args, prompts: list[str], chain: str | None, device) -> N
 
     import rewards
 
-    model, tokenizer = load_policy(args.model, device)
     judge = None
     if args.judge:
-        judge, _ = rewards.load_judge(rewards.JudgeFlags(judge=args.judge, hps=""), device)
+        flags = rewards.JudgeFlags(judge=args.judge, judge_model=args.judge_model, hps="")
+        judge, _ = rewards.load_judge(flags, device)
+    model, tokenizer = load_policy(args.model, device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -855,7 +859,8 @@ def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
         draw_boxes(boxes).save(f"{path}_plan.png")
         draw_boxes(boxes, image=large).save(f"{path}_boxes.png")
         Path(f"{path}.txt").write_text(chain, encoding="utf-8")
-        note = "  ".join(f"{part} {value:.2f}" for part, value in scores[k].items()) or path.name
+        shown = [part for part in scores[k] if not part.startswith("sem_")]  # short enough for it
+        note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in shown) or path.name
         sheet.append({"prompt": prompt, "note": note, "chain": chain, "image": picture})
     draw_plans(sheet[:24], out / "sheet.png", columns=2)
 

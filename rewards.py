@@ -8,8 +8,9 @@
     R_RI    chain -> picture    is each planned object where the plan has it?
     R_HPS   prompt -> picture   would people like it? (HPS v2.1)
 
-The judge is a vision-language model. R_sem, R_spa and R_PI are its marks out of ten, divided by 10.
-For R_RI it looks for each planned name in the picture; the reward is the mean IoU of planned and
+The judge is a vision-language model. R_sem, R_spa and R_PI are its marks out of ten, divided by 10;
+R_sem is the mean of four marks, for completeness, faithfulness, consistency and clarity. For R_RI
+the judge looks for each planned name in the picture; the reward is the mean IoU of planned and
 found boxes. R_HPS is a cosine, near 0.3.
 
 Not stated in the paper, decided here:
@@ -20,18 +21,20 @@ Not stated in the paper, decided here:
 
     python rewards.py --prompt "a red ball above a blue cube" --chain chain.txt --image picture.png
     python rewards.py … --judge Qwen/Qwen2.5-VL-7B-Instruct --hps HPS_v2.1_compressed.pt
+    python rewards.py … --judge http://localhost:8000/v1    # the same judge on a server
 """
 
-import functools
+import json
 import math
 import operator
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from render_boxes import Box, draw_boxes, iou, parse_chain, strip_boxes
 
@@ -45,6 +48,7 @@ PARTS = ("sem", "spa", "ri", "pi", "hps")
 #   ground(images, names)        -> lists of Box  where that name is in that picture; [] if nowhere
 # Scores are in [0, 1], boxes on the 0..1000 grid. None stands for a reply that cannot be read.
 # Optional: `words`, a dict: part -> the judge's literal replies to its last call, one per row.
+# Optional: `marks`, a dict: "sem" -> name -> one mark per row, where R_sem is a mean of marks.
 
 
 def total_reward(parts: dict[str, float], combine: str = "product") -> float:
@@ -85,47 +89,97 @@ def score(
 ) -> list[dict[str, float]]:
     """All rewards of a batch: one dict per sample with the parts, `judge_fail` and `total`.
 
+    Where the judge gives four marks for R_sem they are there too: `sem_completeness`, …
     `judge_fail` counts the sample's replies that could not be read. `hps` is a callable
     (prompts, images) -> floats, or None. A part that is left out is not asked for, and is neither
     in the dict nor in the total.
     Raises ValueError for an unknown part and for a score outside [0, 1]; RuntimeError when most
     replies cannot be read (see stop_if_unreadable).
     """
+    asked = ask(judge, prompts, chains, images, parts)
+    return add_up(asked, hps, parts, combine)
+
+
+@dataclass
+class Asked:
+    """Samples, and what a judge answered about them."""
+
+    prompts: list[str]
+    images: list[Image.Image]
+    layouts: list[list[Box]]  # the planned boxes
+    answers: dict[str, list]  # part -> the judge's answers, one per row that it was asked
+    found: list[dict[str, list[Box] | None]]  # see ground_plans; [] if that was not asked
+    words: dict[str, list[str]]  # part -> its literal replies, one per row that it was asked
+    marks: dict[str, list[float | None]]  # name of a mark of R_sem -> one per sample
+
+    @classmethod
+    def join(cls, several: list["Asked"]) -> "Asked":
+        """What was asked in several calls, as if it had been one."""
+        joined = cls([], [], [], {}, [], {}, {})
+        for one in several:
+            joined.prompts += one.prompts
+            joined.images += one.images
+            joined.layouts += one.layouts
+            joined.found += one.found
+            for name in ("answers", "words", "marks"):
+                for key, values in getattr(one, name).items():
+                    getattr(joined, name).setdefault(key, []).extend(values)
+        return joined
+
+
+def ask(judge, prompts, chains, images, parts=PARTS) -> Asked:
+    """The first half of `score`: all that needs the judge."""
     if not set(parts) <= set(PARTS):
         expected = f"expected some of {' '.join(PARTS)}"
         raise ValueError(f"unknown rewards in {' '.join(parts)}: {expected}")
-    parts = [part for part in PARTS if part in parts and (part != "hps" or hps)]
-    rows = []
-    for _ in prompts:
-        row = dict.fromkeys(parts, 0.0)
-        row["judge_fail"] = 0
-        rows.append(row)
-
     layouts = [parse_chain(chain) for chain in chains]
-    all_samples = range(len(rows))
-    planned = [i for i in all_samples if layouts[i]]  # the others keep spa = ri = 0
-    answers = {}  # part -> the judge's answers, one per row that it was asked
+    answers = {}
+    found = []
+    marks = {}
     if "sem" in parts:
         answers["sem"] = judge.semantic(prompts, [strip_boxes(chain) for chain in chains])
-        _enter_scores(rows, "sem", all_samples, answers["sem"])
+        marks = dict(getattr(judge, "marks", {}).get("sem", {}))
+    planned = [i for i, layout in enumerate(layouts) if layout]
     if "spa" in parts and planned:
         planned_prompts = [prompts[i] for i in planned]
         planned_layouts = [layouts[i] for i in planned]
         answers["spa"] = judge.spatial(planned_prompts, planned_layouts)
-        _enter_scores(rows, "spa", planned, answers["spa"])
     if "pi" in parts:
         answers["pi"] = judge.alignment(prompts, images)
-        _enter_scores(rows, "pi", all_samples, answers["pi"])
     if "ri" in parts:
         found, answers["ri"] = ground_plans(judge, layouts, images)
+    said = getattr(judge, "words", {})
+    words = {part: list(said[part]) for part in answers if part in said}
+    return Asked(list(prompts), list(images), layouts, answers, found, words, marks)
+
+
+def add_up(asked: Asked, hps, parts=PARTS, combine="product") -> list[dict[str, float]]:
+    """The second half of `score`: from the judge's answers, and hps, to rewards."""
+    parts = [part for part in PARTS if part in parts and (part != "hps" or hps)]
+    rows = []
+    for _ in asked.prompts:
+        row = dict.fromkeys(parts, 0.0)
+        row["judge_fail"] = 0
+        rows.append(row)
+    all_samples = range(len(rows))
+    planned = [i for i in all_samples if asked.layouts[i]]  # the others keep spa = ri = 0
+    for part in ("sem", "spa", "pi"):
+        if part in asked.answers:
+            samples = planned if part == "spa" else all_samples
+            _enter_scores(rows, part, samples, asked.answers[part])
+    for name, marks in asked.marks.items():
+        for row, mark in zip(rows, marks, strict=True):
+            row[f"sem_{name}"] = mark or 0.0  # None: the reply could not be read
+    if "ri" in parts:
         for i in planned:
-            overlaps = [overlap for overlap, _ in match_boxes(layouts[i], found[i])]
+            found = asked.found[i]
+            overlaps = [overlap for overlap, _ in match_boxes(asked.layouts[i], found)]
             rows[i]["ri"] = sum(overlaps) / len(overlaps)
-            rows[i]["judge_fail"] += list(found[i].values()).count(None)
-    stop_if_unreadable(answers, getattr(judge, "words", {}))
+            rows[i]["judge_fail"] += list(found.values()).count(None)
+    stop_if_unreadable(asked.answers, asked.words)
 
     if "hps" in parts:
-        for row, cosine in zip(rows, hps(prompts, images), strict=True):
+        for row, cosine in zip(rows, hps(asked.prompts, asked.images), strict=True):
             row["hps"] = float(cosine)
     for row in rows:
         row["total"] = total_reward(row, combine)
@@ -227,38 +281,112 @@ def stop_if_unreadable(answers: dict[str, list], words: dict[str, list[str]]) ->
 # Reading what a judge wrote. Any text goes in; None comes out unless it holds one clear answer:
 # never a guess, never an exception. All repetitions are bounded: linear time on any input.
 
-SCORE = re.compile(
-    r"""score["'*\\]{0,3}\s{0,9}[:=][\s"'*\\]{0,9}"""  # "score": or **Score:** or score =
-    r"""((?:[^,}\]\n"'*\\]|,(?=[0-9])){0,40})""",  # then all up to a comma, quote, star or bracket
-    re.IGNORECASE,
+# what a mark is written behind, with %s for its name: "score": or **Score:** or score =
+NAMED = (
+    r"""%s["'*\\]{0,3}\s{0,9}[:=][\s"'*\\]{0,9}"""
+    r"""((?:[^,}\]\n"'*\\]|,(?=[0-9])){0,40})"""  # then all up to a comma, quote, star or bracket
 )
 # 8, 8.5, 8/10, 8 out of 10, with or without a sentence behind it
 MARK = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,2})?)(?: ?(?:/|out of) ?10)?(?:\.(?: [^0-9].*)?)?")
 
 
-def parse_score(reply: str) -> float | None:
-    """A mark out of ten, as mark / 10; None unless the reply holds exactly one.
+def parse_score(reply: str, name: str = "score") -> float | None:
+    """A mark out of ten, as mark / 10; None unless the reply holds exactly one of that name.
 
-    Reads plain and fenced JSON, single quotes, trailing commas, prose around it, "8/10", 8.5,
-    Score: 8. Not readable: marks that differ, 7-8, 80/100, 11, -3, 0.8 (of ten, or of one?), and a
-    number where the JSON was cut off (1, or the beginning of 10?).
+    Where the reply holds JSON, the outermost object that has the key decides, whatever is written
+    in its sentences. Also reads fences, single quotes, trailing commas, prose around it, "8/10",
+    8.5, Score: 8. Not readable: marks that differ, 7-8, 80/100, 11, -3, 0.8 (of ten, or of one?),
+    and a number where the JSON was cut off (1, or the beginning of 10?).
 
     >>> fenced = '```json {"reasoning": "both are there", "score": "8/10",} ```'
     >>> parse_score(fenced), parse_score('{"score": 1')
     (0.8, None)
+    >>> parse_score('{"reasoning": "score: unclear", "score": 2}')
+    0.2
     """
-    reply = reply.strip()
-    is_cut_off = reply.count("{") > reply.count("}")
-    marks = set()
-    for found in SCORE.finditer(reply):
-        mark = MARK.fullmatch(found[1].strip())
-        if not mark or (is_cut_off and found.end() == len(reply)):
-            return None
-        marks.add(float(mark[1]))
-    if len(marks) != 1:
+    values, rest = _split_json(reply.strip(), name)
+    is_cut_off = rest.count("{") > rest.count("}")
+    marks = _marks_behind(name, rest, is_cut_off)
+    for value in values:
+        # numbers come as they are written; null, true, lists and objects are no marks
+        marks += _marks_behind(name, f"{name}: {value}") if isinstance(value, str) else [None]
+    if None in marks or len(set(marks)) != 1:
         return None
-    mark = marks.pop()
+    mark = marks[0]
     return mark / 10 if mark == 0 or 1 <= mark <= 10 else None
+
+
+def _marks_behind(name: str, text: str, is_cut_off: bool = False) -> list[float | None]:
+    """What stands wherever a mark of this name is given, None where that is no mark."""
+    marks = []
+    for found in re.finditer(NAMED % name, text, re.IGNORECASE):
+        mark = MARK.fullmatch(found[1].strip())
+        if not mark or (is_cut_off and found.end() == len(text)):
+            marks.append(None)
+        else:
+            marks.append(float(mark[1]))
+    return marks
+
+
+def _split_json(text: str, key: str) -> tuple[list, str]:
+    """The values under a key in the JSON objects of a text, and the text without these objects."""
+    values = []
+    rest = ""
+    end = 0  # of the last object that has the key
+    for start, stop in _braces(text):
+        found = []
+        if key in text[start:stop].lower():
+            try:
+                # numbers stay text; an object becomes a tuple of (key, value), a list is a list
+                decoded = json.loads(
+                    text[start:stop], object_pairs_hook=tuple, parse_int=str, parse_float=str
+                )
+                found = _values_under(key, decoded)
+            except (ValueError, RecursionError):
+                pass  # not JSON: stays in the text
+        if found:
+            values += found
+            rest += text[end:start]
+            end = stop
+    return values, rest + text[end:]
+
+
+def _braces(text: str) -> list[tuple[int, int]]:
+    """Where the outermost { } of a text begin and end; braces in strings within them count not."""
+    spans = []
+    depth = 0
+    in_string = False
+    for found in re.finditer(r'\\.|["{}]', text, re.DOTALL):
+        character = found[0]
+        if character == '"' and depth:
+            in_string = not in_string
+        elif character == "{" and not in_string:
+            if depth == 0:
+                start = found.start()
+            depth += 1
+        elif character == "}" and depth and not in_string:
+            depth -= 1
+            if depth == 0:
+                spans.append((start, found.end()))
+    return spans
+
+
+def _values_under(key: str, decoded) -> list:
+    """The values under a key in the outermost objects that have it."""
+    level = [decoded]
+    while level:
+        values = []
+        below = []
+        for item in level:
+            if isinstance(item, tuple):
+                values += [value for name, value in item if name.strip().lower() == key]
+                below += [value for _, value in item]
+            elif isinstance(item, list):
+                below += item
+        if values:
+            return values
+        level = below
+    return []
 
 
 NUMBER = r"""["']?(-?[0-9]{1,5}(?:\.[0-9]{1,6})?)["']?\s{0,9}"""
@@ -314,9 +442,24 @@ class Task(NamedTuple):
     question: str
     answer: str  # what is inside the braces of the JSON to answer with; reasons before the mark
     max_tokens: int  # most tokens of a reply
+    marks: tuple[str, ...] = ("score",)  # the keys of the marks in it; the score is their mean
 
+
+# What a plan is marked for, one mark each (paper, appendix, figure 8)
+CRITERIA = ("completeness", "faithfulness", "consistency", "clarity")
 
 SEMANTIC = """\
+You check the plan for a picture against the request. The plan is text; nothing is drawn yet.
+Request: {prompt}
+Plan: {chain}
+There are four criteria, each with a mark from 0 to 10. completeness: everything requested is in the
+plan, each thing with its own colour, number and other properties. faithfulness: nothing in the plan
+contradicts the request, and what it adds suits the request. consistency: no part of the plan
+contradicts another. clarity: it is one clear, well-formed scene. 9-10: nothing is wrong. 7-8: a
+slip in a detail. 5-6: clear gaps. 3-4: much is wrong. 1-2: hardly anything is right. 0: no
+meaningful text."""
+
+SEMANTIC_ONE = """\
 You check the plan for a picture against the request. The plan is text; nothing is drawn yet.
 Request: {prompt}
 Plan: {chain}
@@ -347,7 +490,13 @@ GROUND = """\
 Find each "{name}" in the picture. The answer is a list of them, [] if there is none."""
 
 TASKS = {
-    "sem": Task(SEMANTIC, answer='"score": mark', max_tokens=32),
+    "sem": Task(
+        SEMANTIC,
+        answer=", ".join(f'"{name}": mark' for name in CRITERIA),
+        max_tokens=80,
+        marks=CRITERIA,
+    ),
+    "sem_one": Task(SEMANTIC_ONE, answer='"score": mark', max_tokens=32),
     "spa": Task(SPATIAL, answer='"reasoning": "two sentences", "score": mark', max_tokens=200),
     "pi": Task(
         ALIGNMENT,
@@ -355,7 +504,12 @@ TASKS = {
         '"reasoning": "one sentence", "score": mark',
         max_tokens=200,
     ),
-    "ri": Task(GROUND, answer='"bbox_2d": [x1, y1, x2, y2], "label": "name"', max_tokens=200),
+    "ri": Task(
+        GROUND,
+        answer='"bbox_2d": [x1, y1, x2, y2], "label": "name"',
+        max_tokens=128,  # a box is about 30: what is cut off behind three boxes costs no box
+        marks=(),
+    ),
 }
 ANSWER = "\nAnswer with JSON like this and nothing else: {%s}"
 LAYOUT_DRAWN = "drawn with its name at a corner."
@@ -363,33 +517,260 @@ LAYOUT_TOLD = "given by its left, top, right and bottom edge, 0 to 1000, y downw
 
 
 # -------------------------------------------------------------------------------------------------
-# The judge of the paper
+# A vision-language model as the judge: what is asked and how replies are read, wherever it runs
+
+
+class Question(NamedTuple):
+    """One row of a call: what the judge is asked at one time."""
+
+    text: str  # all that it reads, after the picture
+    image: Image.Image | None
+    max_tokens: int  # most tokens of its reply
+    begun: str = ""  # how its reply begins: written for it
+
+
+class Reply(NamedTuple):
+    text: str  # ends in "…" if it was cut off: half a number must not pass for a number
+    frame: tuple[float, float] = (1000, 1000)  # (width, height) that the boxes in it count in
+
+
+# With scoring="expected" the judge's reply is begun, {"score": , and we look at the digit to come.
+BEGUN = '{"%s": '
+DIGIT_MASS = (
+    0.5  # least probability of a digit there; below it the judge was not about to give a mark
+)
+# What separates the turns of a chat, in Qwen's notation
+CHAT_MARKERS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?(?:tool_call|tool_response|think)>")
+
+
+class VlmJudge:
+    """The judge's contract, met by a vision-language model; a class that inherits runs the model.
+
+    scoring="reply"     (the paper's) The judge writes its reasons, then a mark: up to 200 tokens.
+    scoring="expected"  Nothing is written. The reply is begun for it, {"score": , and the reward is
+                        the mean of the marks 0 to 10 under its probabilities of what comes next.
+                        It marks without having reasoned. In return rewards are smooth: fewer
+                        groups have equal rewards only, which teach nothing.
+    spatial_as="boxes"  (the paper's) R_spa sees the boxes drawn.
+    spatial_as="text"   It reads their coordinates (the paper's table 6).
+    semantic_as="four"  R_sem is the mean of four marks, one for each of CRITERIA.
+    semantic_as="one"   (the paper's figure 8) One mark, with the four as considerations.
+    """
+
+    markers = CHAT_MARKERS
+
+    def __init__(self, scoring="reply", spatial_as="boxes", semantic_as="four"):
+        if scoring not in ("reply", "expected") or spatial_as not in ("boxes", "text"):
+            expected = "scoring is reply or expected, spatial_as boxes or text"
+            raise ValueError(f"{expected}: got {scoring} and {spatial_as}")
+        if semantic_as not in ("four", "one"):
+            raise ValueError(f"semantic_as is four or one: got {semantic_as}")
+        self.scoring = scoring
+        self.spatial_as = spatial_as
+        self.semantic_as = semantic_as
+        self.most_tokens = None  # a limit for all replies, where it is below that of the task
+        self.words = {}  # part -> the replies of the last call
+        self.marks = {}  # part -> name of a mark -> that mark / 10 per row, None if unreadable
+
+    # What runs the model. A call hands over all its rows at once, in order.
+
+    def write(self, questions: list[Question]) -> list[Reply]:
+        """What the judge replies to each question, decoded greedily."""
+        raise NotImplementedError
+
+    def digits(self, questions: list[Question]) -> list[tuple[list[float], list[float]]]:
+        """Per question (first, after_one), ten probabilities each: that the begun reply goes on
+        with this digit; and, were a 1 written there, that it goes on with this digit after it."""
+        raise NotImplementedError
+
+    # The four calls of the contract
+
+    def semantic(self, prompts, chains):
+        task = TASKS["sem"] if self.semantic_as == "four" else TASKS["sem_one"]
+        texts = []
+        for prompt, chain in zip(prompts, chains, strict=True):
+            texts.append(self._question(task, prompt=prompt, chain=chain))
+        return self._score("sem", task, texts)
+
+    def spatial(self, prompts, layouts):
+        texts = []
+        for prompt, layout in zip(prompts, layouts, strict=True):
+            told = LAYOUT_DRAWN
+            if self.spatial_as == "text":
+                told = LAYOUT_TOLD
+                for name, x1, y1, x2, y2 in layout:
+                    told += f"\n{name}: {x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}"
+            texts.append(self._question(TASKS["spa"], prompt=prompt, layout=told))
+        if self.spatial_as == "text":
+            return self._score("spa", TASKS["spa"], texts)
+        sketches = [draw_boxes(layout, size=448) for layout in layouts]
+        return self._score("spa", TASKS["spa"], texts, sketches)
+
+    def alignment(self, prompts, images):
+        texts = [self._question(TASKS["pi"], prompt=prompt) for prompt in prompts]
+        return self._score("pi", TASKS["pi"], texts, images)
+
+    def ground(self, images, names):
+        task = TASKS["ri"]
+        texts = [self._question(task, name=name) for name in names]
+        replies = self.write(self._rows(task, task.answer, texts, images))
+        self.words["ri"] = [reply.text for reply in replies]
+        answers = []
+        for reply, name in zip(replies, names, strict=True):
+            boxes = parse_bboxes(reply.text, *reply.frame)
+            if boxes is not None:
+                boxes = [box._replace(name=name) for box in boxes]
+            answers.append(boxes)
+        return answers
+
+    def try_out(self):
+        """Asks one made-up row per call, of which a few tokens are answered.
+
+        Raises ValueError, in one line, when the judge cannot be asked: most likely its chat
+        template does not take what we hand over."""
+        box = Box("red ball", 100, 100, 500, 500)
+        picture = draw_boxes([box], size=112)
+        rows = {
+            "semantic": ("a red ball", "A red ball."),
+            "spatial": ("a red ball", [box]),
+            "alignment": ("a red ball", picture),
+            "ground": (picture, "red ball"),
+        }
+        self.most_tokens = 4
+        for call, (first, second) in rows.items():
+            try:
+                getattr(self, call)([first], [second])
+            except Exception as error:  # templates raise whatever they like
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ValueError(
+                    f"this judge cannot be asked; its call {call} ended in {reason}"
+                ) from error
+        self.most_tokens = None
+        self.words.clear()
+        self.marks.clear()
+
+    # From questions to answers
+
+    def _question(self, task, **fields):
+        """The question of one row.
+
+        The policy wrote some of the fields. With chat markers of its own it could end the question
+        there and answer in the judge's name, so markers are taken out.
+        """
+        clean = {}
+        for name, text in fields.items():
+            clean[name] = self.markers.sub(" ", text)
+        return task.question.format(**clean)
+
+    def _rows(self, task, answer, texts, images, begun=""):
+        """Questions with this form of answer; `images` is None for a call without pictures."""
+        limit = min(task.max_tokens, self.most_tokens or task.max_tokens)
+        rows = []
+        for text, image in zip(texts, images or [None] * len(texts), strict=True):
+            rows.append(Question(text + ANSWER % answer, image, limit, begun))
+        return rows
+
+    def _score(self, part, task, texts, images=None):
+        """Scores in [0, 1], the mean of the marks / 10; None where one of them is missing."""
+        if self.scoring == "expected":
+            words, marks = self._expected_marks(task, texts, images)
+        else:
+            words, marks = self._written_marks(task, texts, images)
+        self.words[part] = words
+        scores = []
+        for row_marks in zip(*marks.values(), strict=True):
+            scores.append(None if None in row_marks else sum(row_marks) / len(row_marks))
+        self.marks[part] = {}
+        if len(marks) > 1:
+            for name, column in marks.items():
+                kept = zip(column, scores, strict=True)
+                self.marks[part][name] = [None if score is None else mark for mark, score in kept]
+        return scores
+
+    def _written_marks(self, task, texts, images):
+        """scoring="reply": (words per row, {name of a mark: mark / 10 or None per row})."""
+        replies = self.write(self._rows(task, task.answer, texts, images))
+        words = [reply.text for reply in replies]
+        marks = {}
+        for name in task.marks:
+            marks[name] = [parse_score(reply, name) for reply in words]
+        return words, marks
+
+    def _expected_marks(self, task, texts, images):
+        """scoring="expected": the same. Each mark has a question and a begun reply of its own."""
+        rows = []
+        for name in task.marks:
+            rows += self._rows(task, f'"{name}": mark', texts, images, BEGUN % name)
+        digits = self.digits(rows)
+        words = [[] for _ in texts]
+        marks = {}
+        for k, name in enumerate(task.marks):
+            marks[name] = []
+            for i in range(len(texts)):
+                mean, mass = expected_mark(*digits[k * len(texts) + i])
+                marks[name].append(mean / 10 if mass >= DIGIT_MASS else None)
+                label = f"{name} " if len(task.marks) > 1 else ""
+                words[i].append(f"{label}{mean:.2f} on average ({mass:.0%} on digits)")
+        return [", ".join(said) for said in words], marks
+
+
+def expected_mark(first: list[float], after_one: list[float]) -> tuple[float, float]:
+    """The mean of the marks 0 to 10, and the probability that a mark comes at all.
+
+    first      ten probabilities: of each digit where the mark begins
+    after_one  ten probabilities: of each digit where a 1 has just been written
+    """
+    marks = [*first, first[1] * after_one[0]]  # marks[n]: the probability of the mark n
+    marks[1] = first[1] * (1 - after_one[0])
+    mass = sum(marks)
+    mean = sum(n * chance for n, chance in enumerate(marks)) / max(mass, 1e-30)
+    return mean, mass
+
+
+# -------------------------------------------------------------------------------------------------
+# The judge of the paper, in this process
 
 FRAMES = {  # what the boxes of a judge count in: pixels of the resized picture, or the 0..1000 grid
     "qwen2_5_vl": "pixels",
     "qwen3_vl": "grid",
     "qwen3_vl_moe": "grid",
 }
-# With scoring="expected" the judge's reply begins with PREFIX, and we look at the digit to come.
-PREFIX = '{"score": '
-DIGIT_MASS = (
-    0.5  # least probability of a digit there; below it the judge was not about to give a mark
-)
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # where a picture stands in a message
 
 
-class QwenJudge:
-    """The judge's contract, met by Qwen2.5-VL (the paper's: 7B) or Qwen3-VL, decoding greedily.
+class Seen(NamedTuple):
+    """One picture after the vision tower: tensors on the model's device."""
+
+    grid: tuple[int, int, int]  # frames (1), height and width, in patches
+    features: object  # (image tokens, D)
+    deep: list  # of Qwen3-VL: more of that shape, which its first layers add; else empty
+
+
+class Row(NamedTuple):
+    question: Question
+    seen: Seen | None  # its picture
+
+
+def check_finite(questions: list[str], logits, network: str = "the judge") -> None:
+    """Raises ValueError with the first question whose row of the logits (rows, V) holds nan or inf:
+    greedy decoding would make words of it."""
+    import torch
+
+    broken = (~torch.isfinite(logits)).any(dim=-1).nonzero().flatten().tolist()
+    if broken:
+        message = f"{network}'s answer about row {broken[0] + 1} of its batch is not finite"
+        raise ValueError(f"{message} (nan or inf): {questions[broken[0]]!r}")
+
+
+class QwenJudge(VlmJudge):
+    """A VlmJudge by Qwen2.5-VL (the paper's: 7B) or Qwen3-VL, loaded here.
 
     name_or_path        folder or hub id; or a loaded (model, tokenizer, image processor)
     batch_size          rows at a time; halved, with a message, when memory runs out. Replies do not
                         depend on it, except for near ties in bfloat16.
-    scoring="reply"     (the paper's) The judge writes its reasons, then a mark: up to 200 tokens.
-    scoring="expected"  One forward pass, no decoding. The reply is begun for it, {"score": , and
-                        the reward is the mean of the marks 0 to 10 under its probabilities of
-                        what comes next. It marks without having reasoned. In return rewards are
-                        smooth: fewer groups have equal rewards only, which teach nothing.
-    spatial_as="boxes"  (the paper's) R_spa sees the boxes drawn.
-    spatial_as="text"   It reads their coordinates (the paper's table 6).
+    scoring, spatial_as, semantic_as: see VlmJudge
+
+    Each distinct picture goes through the vision tower once for all that is asked about it.
     """
 
     def __init__(
@@ -400,12 +781,9 @@ class QwenJudge:
         batch_size=16,
         scoring="reply",
         spatial_as="boxes",
+        semantic_as="four",
     ):
-        from transformers import GenerationConfig
-
-        if scoring not in ("reply", "expected") or spatial_as not in ("boxes", "text"):
-            expected = "scoring is reply or expected, spatial_as boxes or text"
-            raise ValueError(f"{expected}: got {scoring} and {spatial_as}")
+        super().__init__(scoring, spatial_as, semantic_as)
         loaded = name_or_path
         if isinstance(name_or_path, str | Path):
             loaded = self._load(name_or_path, dtype)
@@ -415,26 +793,20 @@ class QwenJudge:
         if kind not in FRAMES:
             raise ValueError(f"no judge of type {kind}: expected one of {', '.join(FRAMES)}")
         self.batch_size = batch_size
-        self.scoring = scoring
-        self.spatial_as = spatial_as
-        self.words = {}  # part -> the replies of the last call
+        self.seen = {}  # the pictures of the last call: pixels -> Seen
 
-        # Qwen ships "right": generation would go on after the padding (transformers#36100)
+        # Qwen ships "right": what it writes would come after the padding (transformers#36100)
         self.tokenizer.padding_side = "left"
         chat_markers = map(re.escape, self.tokenizer.get_added_vocab())
-        self.markers = re.compile("|".join(chat_markers))
+        self.markers = re.compile("|".join([CHAT_MARKERS.pattern, *chat_markers]))
         self.image_marker = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        self.digits = self.tokenizer.convert_tokens_to_ids(list("0123456789"))
-        prefix_ids = self.tokenizer(PREFIX).input_ids
-        if self.tokenizer(PREFIX + "1").input_ids != [*prefix_ids, self.digits[1]]:
+        self.digit_ids = self.tokenizer.convert_tokens_to_ids(list("0123456789"))
+        begun = BEGUN % "score"
+        begun_ids = self.tokenizer(begun).input_ids
+        if self.tokenizer(begun + "1").input_ids != [*begun_ids, self.digit_ids[1]]:
             raise ValueError("this judge's tokenizer does not write numbers digit by digit")
-        self.ends = self.model.generation_config.eos_token_id
-        # in place of what the checkpoint ships: its repetition penalty would bend digits of boxes
-        self.model.generation_config = GenerationConfig(
-            do_sample=False,
-            eos_token_id=self.ends,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        ends = self.model.generation_config.eos_token_id
+        self.ends = ends if isinstance(ends, list) else [ends]
 
     @staticmethod
     def _load(name_or_path, dtype):
@@ -444,84 +816,79 @@ class QwenJudge:
             AutoTokenizer,
             Qwen2VLImageProcessorPil,
         )
+        from transformers.utils import cached_file
 
         # Not AutoProcessor, which wants torchvision. It would hold the same tokenizer and the same
         # image processor, for Qwen2.5-VL and for Qwen3-VL.
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path)
+        # Of Qwen2.5-VL's two templates the one in this file was made for pictures; it is the
+        # processor's, and a server's. The other, the tokenizer's, differs in the system's message.
+        template = cached_file(
+            name_or_path, "chat_template.json", _raise_exceptions_for_missing_entries=False
+        )
+        if template:
+            tokenizer.chat_template = json.loads(Path(template).read_text("utf-8"))["chat_template"]
         return model, tokenizer, image_processor
 
-    # The four calls of the contract
+    def write(self, questions):
+        return self._answer(self._write_batch, questions)
 
-    def semantic(self, prompts, chains):
-        texts = []
-        for prompt, chain in zip(prompts, chains, strict=True):
-            texts.append(self._question("sem", prompt=prompt, chain=chain))
-        return self._ask("sem", texts)
+    def digits(self, questions):
+        return self._answer(self._digits_batch, questions)
 
-    def spatial(self, prompts, layouts):
-        texts = []
-        for prompt, layout in zip(prompts, layouts, strict=True):
-            told = LAYOUT_DRAWN
-            if self.spatial_as == "text":
-                told = LAYOUT_TOLD
-                for name, x1, y1, x2, y2 in layout:
-                    told += f"\n{name}: {x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}"
-            texts.append(self._question("spa", prompt=prompt, layout=told))
-        if self.spatial_as == "text":
-            return self._ask("spa", texts)
-        sketches = [draw_boxes(layout, size=448) for layout in layouts]
-        return self._ask("spa", texts, sketches)
+    def _answer(self, answer_batch, questions):
+        """The answers to the questions of a call, rows of about one length together."""
+        rows = self._look(questions)
 
-    def alignment(self, prompts, images):
-        texts = [self._question("pi", prompt=prompt) for prompt in prompts]
-        return self._ask("pi", texts, images)
+        def length(i):  # in characters, of which a token has about four
+            question, seen = rows[i]
+            return len(question.text) + 4 * (len(seen.features) if seen else 0)
 
-    def ground(self, images, names):
-        texts = [self._question("ri", name=name) for name in names]
-        answers = []
-        for boxes, name in zip(self._ask("ri", texts, images), names, strict=True):
-            if boxes is not None:
-                boxes = [box._replace(name=name) for box in boxes]
-            answers.append(boxes)
-        return answers
+        # the longest first: when memory is short, that shows at once
+        order = sorted(range(len(rows)), key=length, reverse=True)
+        in_order = self._in_batches(answer_batch, [rows[i] for i in order])
+        answer_to = dict(zip(order, in_order, strict=True))
+        return [answer_to[i] for i in range(len(rows))]
 
-    # From questions to answers
+    def _look(self, questions):
+        """The rows of a call. Each distinct picture goes through the vision tower, unless the last
+        call saw it too: alignment and grounding follow each other and ask about the same ones."""
+        keys = {}  # id of a picture -> its pixels
+        pictures = {}
+        for question in questions:
+            image = question.image
+            if image is not None and id(image) not in keys:
+                keys[id(image)] = (image.mode, image.size, image.tobytes())
+                pictures[keys[id(image)]] = image
+        new = [key for key in pictures if key not in self.seen]
+        seen = self._in_batches(self._see_batch, [pictures[key] for key in new])
+        known = {key: self.seen[key] for key in pictures if key in self.seen}
+        self.seen = known | dict(zip(new, seen, strict=True))
+        rows = []
+        for question in questions:
+            has_picture = question.image is not None
+            rows.append(Row(question, self.seen[keys[id(question.image)]] if has_picture else None))
+        return rows
 
-    def _question(self, part, **fields):
-        """The question of one row.
-
-        The policy wrote some of the fields. With chat markers of its own it could end the question
-        there and answer in the judge's name, so markers are taken out.
-        """
-        clean = {}
-        for name, text in fields.items():
-            clean[name] = self.markers.sub(" ", text)
-        return TASKS[part].question.format(**clean)
-
-    def _ask(self, part, texts, images=None):
-        """The answers to the questions, `batch_size` at a time; `words` keeps what was said."""
+    def _in_batches(self, work, items):
+        """What `work` makes of all items, `batch_size` at a time."""
         import torch
 
-        answer_batch = self._reply
-        if self.scoring == "expected" and part != "ri":
-            answer_batch = self._expect
-        rows = []  # (what the judge said, what was read in it)
-        while len(rows) < len(texts):
-            batch = slice(len(rows), len(rows) + self.batch_size)
-            batch_images = images[batch] if images else None
+        results = []
+        while len(results) < len(items):
+            batch = items[len(results) : len(results) + self.batch_size]
             out_of_memory = False
             try:
-                rows += answer_batch(part, texts[batch], batch_images)
+                results += work(batch)
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
                 out_of_memory = True
             if out_of_memory:  # not inside `except`: there the error holds the tensors that failed
                 self._halve_batch()
-        self.words[part] = [said for said, _ in rows]
-        return [answer for _, answer in rows]
+        return results
 
     def _halve_batch(self):
         import torch
@@ -531,118 +898,296 @@ class QwenJudge:
         message = f"judge: out of memory, going on with {self.batch_size} rows at a time"
         print(message, file=sys.stderr)
 
-    def _inputs(self, texts, images, begun=""):
+    def _see_batch(self, images):
+        """Pictures, of any sizes, through the vision tower."""
+        import torch
+
+        rgb = [image.convert("RGB") for image in images]
+        inputs = self.image_processor(rgb, return_tensors="pt").to(self.model.device)
+        grids = inputs["image_grid_thw"]
+        with torch.inference_mode():
+            tower = self.model.model.get_image_features(
+                inputs["pixel_values"], grids, return_dict=True
+            )
+        batch = []
+        for i, grid in enumerate(grids.tolist()):
+            deep = [layer[i].clone() for layer in getattr(tower, "deepstack_features", [])]
+            # a copy: a slice would keep the features of the whole batch alive
+            batch.append(Seen(tuple(grid), tower.pooler_output[i].clone(), deep))
+        return batch
+
+    def _inputs(self, rows, written=""):
         """Left-padded model inputs of one batch; and per row the frame that its boxes count in.
 
-        A frame is (width, height). `begun` is how the judge's reply begins.
+        Either all rows have a picture, or none. `written` follows what the reply begins with.
         """
+        import torch
+
         chats = []
-        for text in texts:
-            content = [{"type": "text", "text": text}]
-            if images:
-                content.insert(0, {"type": "image"})
-            chats.append([{"role": "user", "content": content}])
+        for question, seen in rows:
+            # A string, not a list of parts: the template of Qwen2.5-VL's tokenizer takes no lists,
+            # and those that do take a string just as well.
+            marker = PICTURE if seen else ""
+            chats.append([{"role": "user", "content": marker + question.text}])
         chats = self.tokenizer.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True
         )
-        inputs = {}
-        frames = [(1000, 1000)] * len(texts)
-        if images:
-            rgb = [image.convert("RGB") for image in images]
-            inputs.update(self.image_processor(rgb, return_tensors="pt"))
-            patch = self.image_processor.patch_size  # side of a patch in pixels
-            patches_per_token = self.image_processor.merge_size**2
-            for i, (_, high, wide) in enumerate(inputs["image_grid_thw"].tolist()):  # in patches
-                if FRAMES[self.model.config.model_type] == "pixels":
-                    frames[i] = (wide * patch, high * patch)
-                # the template writes one marker per picture, the model wants one per image token
-                markers = self.image_marker * (high * wide // patches_per_token)
+        patch = self.image_processor.patch_size  # side of a patch in pixels
+        frames = [(1000, 1000)] * len(rows)
+        for i, (question, seen) in enumerate(rows):
+            if seen:
+                # the message has one marker per picture, the model wants one per image token
+                markers = self.image_marker * len(seen.features)
                 chats[i] = chats[i].replace(self.image_marker, markers)
-        begun_chats = [chat + begun for chat in chats]
-        inputs.update(self.tokenizer(begun_chats, padding=True, return_tensors="pt"))
-        is_image = inputs["input_ids"] == self.model.config.image_token_id
-        inputs["mm_token_type_ids"] = is_image.int()
+                if FRAMES[self.model.config.model_type] == "pixels":
+                    frames[i] = (seen.grid[2] * patch, seen.grid[1] * patch)
+            chats[i] += question.begun + written
+        encoded = self.tokenizer(chats, padding=True, return_tensors="pt")
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        pictures = [seen for _, seen in rows if seen]
+        if pictures:
+            is_image = inputs["input_ids"] == self.model.config.image_token_id
+            inputs["position_ids"], _ = self.model.model.get_rope_index(
+                inputs["input_ids"],
+                is_image.int(),
+                image_grid_thw=torch.tensor([seen.grid for seen in pictures]),
+                attention_mask=inputs["attention_mask"],
+            )
+        else:
+            counted = inputs["attention_mask"].cumsum(dim=1) - 1
+            inputs["position_ids"] = counted.clamp(min=0).expand(3, -1, -1)
         for name, tensor in inputs.items():
             inputs[name] = tensor.to(self.model.device)
+        if pictures:
+            deep = list(zip(*[seen.deep for seen in pictures], strict=True))
+            tower = SimpleNamespace(
+                pooler_output=[seen.features for seen in pictures], deepstack_features=deep
+            )
+            inputs["mm_encoder_outputs"] = {"image": tower}
         return inputs, frames
 
-    def _reply(self, part, texts, images):
-        """scoring="reply": per row (reply, score or boxes)."""
+    def _write_batch(self, rows):
+        """Greedy decoding. Rows that have ended leave the batch.
+
+        Not `generate`, which sees each row to the end of the longest, and which does what the
+        checkpoint asks for: Qwen's repetition penalty would bend the digits of boxes."""
         import torch
 
-        task = TASKS[part]
-        whole_texts = [text + ANSWER % task.answer for text in texts]
-        inputs, frames = self._inputs(whole_texts, images)
-        given = inputs["input_ids"].shape[1]
+        inputs, frames = self._inputs(rows)
+        limit = rows[0].question.max_tokens
+        tokens = [[] for _ in rows]  # of each reply
+        going = list(range(len(rows)))  # the rows that are still in the batch
+        mask = inputs["attention_mask"]
+        position = inputs["position_ids"].amax(dim=(0, 2)) + 1  # of the next token
         with torch.inference_mode():
-            check = [functools.partial(check_finite, texts)]  # called with the logits of each step
-            ids = self.model.generate(
-                **inputs, max_new_tokens=task.max_tokens, logits_processor=check
-            )
-        ids = ids[:, given:]  # (rows, new tokens)
-        ends = torch.tensor(self.ends, device=ids.device)
-        has_ended = torch.isin(ids, ends).any(dim=1).tolist()
-        replies = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rows = []
-        for reply, ended, (width, height) in zip(replies, has_ended, frames, strict=True):
-            if not ended:
-                reply += "…"  # cut at the limit: half a number must not pass for a number
-            if part == "ri":
-                rows.append((reply, parse_bboxes(reply, width, height)))
-            else:
-                rows.append((reply, parse_score(reply)))
-        return rows
+            output = self.model(**inputs, logits_to_keep=1, use_cache=True)
+            cache = output.past_key_values
+            while True:
+                check_finite([rows[k].question.text for k in going], output.logits[:, -1])
+                next_tokens = output.logits[:, -1].argmax(dim=-1)
+                stays = []  # places in the batch
+                for k, token in enumerate(next_tokens.tolist()):
+                    reply = tokens[going[k]]
+                    reply.append(token)
+                    if token not in self.ends and len(reply) < limit:
+                        stays.append(k)
+                if not stays:
+                    break
+                if len(stays) < len(going):
+                    going = [going[k] for k in stays]
+                    places = torch.tensor(stays, device=mask.device)
+                    cache.batch_select_indices(places)
+                    mask = mask[places]
+                    position = position[places]
+                    next_tokens = next_tokens[places]
+                mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+                output = self.model(
+                    input_ids=next_tokens[:, None],
+                    attention_mask=mask,
+                    position_ids=position.expand(3, -1)[..., None],
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                )
+                position = position + 1
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        replies = []
+        for text, reply, frame in zip(texts, tokens, frames, strict=True):
+            replies.append(Reply(text if reply[-1] in self.ends else text + "…", frame))
+        return replies
 
-    def _expect(self, part, texts, images):
-        """scoring="expected": per row (words for the log, expected mark / 10 or None).
-
-        The mark 10 is two tokens, so rows are fed with a 1 already written. One pass then gives the
-        probabilities of the first digit (position -2) and of a digit after a 1 (position -1).
+    def _digits_batch(self, rows):
+        """The mark 10 is two tokens, so rows are fed with a 1 already written. One pass then gives
+        the probabilities of the first digit (position -2) and of a digit after a 1 (position -1).
         """
         import torch
 
-        whole_texts = [text + ANSWER % '"score": mark' for text in texts]
-        inputs, _ = self._inputs(whole_texts, images, begun=PREFIX + "1")
+        inputs, _ = self._inputs(rows, written="1")
         with torch.inference_mode():
             logits = self.model(**inputs, logits_to_keep=2, use_cache=False).logits
-            check_finite(texts, None, logits[:, -1])
-            digits = logits.float().softmax(dim=-1)[..., self.digits]  # (rows, 2, 10)
-            means, masses = expected_marks(first=digits[:, 0], after_one=digits[:, 1])
+            check_finite([row.question.text for row in rows], logits[:, -1])
+            digits = logits.float().softmax(dim=-1)[..., self.digit_ids]  # (rows, 2, 10)
+        return [(first, after_one) for first, after_one in digits.tolist()]
+
+
+# -------------------------------------------------------------------------------------------------
+# The judge of the paper, on a server
+
+GRIDS = {  # what boxes count in -> (a side of a picture is a multiple of this, fewest pixels)
+    "pixels": (28, 56 * 56),  # Qwen2.5-VL: tokens of 28 x 28 pixels
+    "grid": (32, 256 * 256),  # Qwen3-VL: of 32 x 32
+}
+SHOWN = Box("red square", 500, 125, 875, 500)  # by which a served judge shows what boxes count in
+
+
+class ServedJudge(VlmJudge):
+    """A VlmJudge on a server of the chat-completions protocol: vLLM or SGLang, see docs/gpu.md.
+
+    url        of the API: http://host:8000/v1
+    model      its name there; "": the only one that there is
+    in_flight  most rows at a time
+    frame      what its boxes count in: "pixels" of the resized picture (Qwen2.5-VL), or the 0..1000
+               "grid" (Qwen3-VL). "ask": it is asked for a square that is drawn for it
+    scoring, spatial_as, semantic_as: see VlmJudge. "expected" needs a server that continues a begun
+        reply (continue_final_message) and gives log-probabilities (top_logprobs). A digit that is
+        not among the 20 likeliest tokens counts as impossible.
+
+    Raises ValueError when the server cannot do what is needed, and what Server raises.
+    """
+
+    def __init__(
+        self,
+        url,
+        model="",
+        in_flight=64,
+        frame="ask",
+        scoring="reply",
+        spatial_as="boxes",
+        semantic_as="four",
+    ):
+        from engine.served import Server
+
+        super().__init__(scoring, spatial_as, semantic_as)
+        self.server = Server(url, model, in_flight)
+        self.frame = frame if frame != "ask" else self._ask_for_frame()
+        if scoring == "expected":
+            self._check_begun_replies()
+
+    def write(self, questions):
+        requests = []
+        frames = []
+        for question in questions:
+            picture = self._resized(question.image)
+            request = self._request(question.text, picture)
+            requests.append({**request, "max_tokens": question.max_tokens})
+            frames.append(picture.size if picture and self.frame == "pixels" else (1000, 1000))
+        replies = []
+        for answer, frame in zip(self.server.complete(requests), frames, strict=True):
+            replies.append(Reply(answer.text + "…" * answer.is_cut, frame))
+        return replies
+
+    def digits(self, questions):
+        first = self._digits_behind(questions, "")
+        # The mark 10 is two tokens. Only where 1 is likely at all is it asked what follows it.
+        may_be_ten = [k for k, chances in enumerate(first) if chances[1] > 0]
+        after_one = [[0.0] * 10 for _ in questions]
+        asked = self._digits_behind([questions[k] for k in may_be_ten], "1")
+        for k, chances in zip(may_be_ten, asked, strict=True):
+            after_one[k] = chances
+        return list(zip(first, after_one, strict=True))
+
+    def _digits_behind(self, questions, written):
+        """Per question, the probability of each digit behind the begun reply and `written`."""
+        requests = []
+        for question in questions:
+            picture = self._resized(question.image)
+            requests.append(self._request(question.text, picture, question.begun + written))
         rows = []
-        for mean, mass in zip(means.tolist(), masses.tolist(), strict=True):
-            said = f"{mean:.2f} on average ({mass:.0%} on digits)"
-            rows.append((said, mean / 10 if mass >= DIGIT_MASS else None))
+        for answer in self.server.complete(requests):
+            if not answer.likeliest:
+                raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
+            logps = answer.likeliest[0]
+            rows.append([math.exp(logps.get(digit, -math.inf)) for digit in "0123456789"])
         return rows
 
+    def _request(self, text, picture, begun=""):
+        """What is sent for one row. With `begun`, the reply is begun so, and one token is asked."""
+        from engine.served import data_url
 
-def check_finite(questions, ids, logits, network="the judge"):
-    """The logits (rows, V) as they are. Raises ValueError with the question whose row holds nan or
-    inf: greedy decoding would make words of it. `ids` is what `generate` hands over besides."""
-    import torch
+        content = text
+        if picture:
+            shown = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+            content = [shown, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        if not begun:
+            return {"messages": messages}
+        messages.append({"role": "assistant", "content": begun})
+        return {
+            "messages": messages,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 20,  # the most that servers give
+            # else the server closes this turn and begins another one, without a word
+            "extra_body": {"continue_final_message": True, "add_generation_prompt": False},
+        }
 
-    broken = (~torch.isfinite(logits)).any(dim=-1).nonzero().flatten().tolist()
-    if broken:
-        message = f"{network}'s answer about row {broken[0] + 1} of its batch is not finite"
-        raise ValueError(f"{message} (nan or inf): {questions[broken[0]]!r}")
-    return logits
+    def _resized(self, image):
+        """The picture in the size that the judge sees: the server then has nothing to resize.
 
+        As the processors of Qwen-VL resize: both sides to the nearest multiple of a token's, and
+        more when that is too small; with the same filter. Theirs also shrink what is above 12
+        million pixels; our pictures are far from it."""
+        if image is None:
+            return None
+        side, fewest = GRIDS[self.frame]
+        wide = round(image.width / side) * side
+        high = round(image.height / side) * side
+        if wide * high < fewest:
+            scale = math.sqrt(fewest / (image.width * image.height))
+            wide = math.ceil(image.width * scale / side) * side
+            high = math.ceil(image.height * scale / side) * side
+        return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
 
-def expected_marks(first, after_one):
-    """The mean of the marks 0 to 10 (rows,), and the probability (rows,) that a mark comes at all.
+    # What a server has to show before it is believed
 
-    first      (rows, 10)  probability of each digit where the mark begins
-    after_one  (rows, 10)  probability of each digit where a 1 has just been written
-    """
-    import torch
+    def _ask_for_frame(self):
+        """What the boxes of this judge count in, found out by a square that is drawn for it."""
+        side = 448  # a multiple of 28 and of 32: no judge resizes it
+        corners = [edge * side / 1000 for edge in SHOWN[1:]]
+        picture = Image.new("RGB", (side, side), "white")
+        ImageDraw.Draw(picture).rectangle(corners, fill="red")
+        task = TASKS["ri"]
+        text = self._question(task, name=SHOWN.name) + ANSWER % task.answer
+        request = {**self._request(text, picture), "max_tokens": task.max_tokens}
+        reply = self.server.complete([request])[0].text
+        for frame, size in {"pixels": (side, side), "grid": (1000, 1000)}.items():
+            boxes = parse_bboxes(reply, *size) or []
+            if len(boxes) == 1 and iou(boxes[0], SHOWN) > 0.7:
+                return frame
+        pixels = [round(edge) for edge in corners]
+        raise ValueError(
+            f"the judge at {self.server.url} does not find a red square at {pixels} of {side} x "
+            f"{side} pixels, {[*map(round, SHOWN[1:])]} of 1000: it replies {reply[:200]!r}. "
+            "Expected a Qwen2.5-VL or Qwen3-VL (or say with --judge_frame what its boxes count in)"
+        )
 
-    zero_follows = after_one[:, 0]
-    marks = first.new_zeros(len(first), 11)  # marks[:, n]: the probability of the mark n
-    marks[:, :10] = first
-    marks[:, 1] = first[:, 1] * (1 - zero_follows)
-    marks[:, 10] = first[:, 1] * zero_follows
-    mass = marks.sum(dim=1)
-    mean = marks @ torch.arange(11.0, device=marks.device) / mass
-    return mean, mass
+    def _check_begun_replies(self):
+        """That the server continues a begun reply and gives log-probabilities."""
+        plain = self._request("Hi", None)
+        begun = self._request("Hi", None, begun="1")
+        try:
+            open_turn, answer = self.server.complete([{**plain, "max_tokens": 1}, begun])
+        except ValueError as error:
+            raise ValueError(self._cannot_expect(f"does not take a begun reply: {error}")) from None
+        if not answer.likeliest:
+            raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
+        # "1" is one token. A turn that is closed and opened anew has several more.
+        if answer.prompt_tokens is None or answer.prompt_tokens != open_turn.prompt_tokens + 1:
+            raise ValueError(
+                self._cannot_expect("closes a begun reply (it needs continue_final_message)")
+            )
+
+    def _cannot_expect(self, what):
+        return f"the server at {self.server.url} {what}: use --scoring reply"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -696,7 +1241,8 @@ class HPS:
                 package has it, published tables seem to be without (HPSv2 issue 43).
     base        the CLIP that HPS was trained from; only its sizes and its tokenizer are taken
 
-    Raises FileNotFoundError when there is no such checkpoint.
+    Raises FileNotFoundError when there is no such checkpoint, ValueError when it cannot be read as
+    weights alone: nothing is ever unpickled.
     """
 
     FILE = "HPS_v2.1_compressed.pt"
@@ -706,13 +1252,12 @@ class HPS:
         import torch
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-        path = self._find(path_or_id)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = self._read(self._find(path_or_id))
         config = CLIPConfig.from_pretrained(base)
         with torch.device(device):
             self.model = CLIPModel(config).to(dtype).eval().requires_grad_(False)
         # strict: every weight is there, and no other
-        self.model.load_state_dict(clip_from_open_clip(checkpoint["state_dict"]))
+        self.model.load_state_dict(clip_from_open_clip(weights))
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.antialias = antialias
 
@@ -729,6 +1274,23 @@ class HPS:
                 f"no HPS v2.1 checkpoint at {path_or_id}: {source}, or leave hps out of --rewards"
             ) from error
 
+    def _read(self, path):
+        """The checkpoint's weights, by open_clip's names."""
+        import pickle
+
+        import torch
+
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return checkpoint["state_dict"]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            source = f"fetch {self.FILE} anew from huggingface.co/xswu/HPSv2"
+            alone = "torch.save({'state_dict': weights}, file)"
+            raise ValueError(
+                f"{path} is cut off or holds more than weights, which would run as code: "
+                f"{source}, or where you trust it save its weights alone, {alone}"
+            ) from error
+
     def __call__(self, prompts, images):
         import torch
 
@@ -742,7 +1304,7 @@ class HPS:
             image = self.model.get_image_features(pixels).pooler_output  # (rows, D)
         text = text[[unique.index(prompt) for prompt in prompts]]  # (rows, D)
         cosines = torch.cosine_similarity(image.float(), text.float())
-        check_finite(prompts, None, cosines[:, None], network="HPS")
+        check_finite(prompts, cosines[:, None], network="HPS")
         return cosines.tolist()
 
     def pixels(self, image):
@@ -777,31 +1339,49 @@ class HPS:
 class JudgeFlags:
     """The flags of everything that asks for rewards: the configurations inherit them."""
 
-    judge: str = "toy"  # `toy` (exact), or a folder or hub id of a Qwen2.5-VL or Qwen3-VL
+    judge: str = "toy"  # `toy` (exact), folder or hub id of a Qwen2.5-VL or 3-VL, or http://…/v1
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
+    judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served judge's boxes count in
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank
     scoring: Literal["reply", "expected"] = "reply"  # marks are written; or read off probabilities
+    semantic: Literal["four", "one"] = "four"  # R_sem is the mean of four marks; or one (figure 8)
     spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa sees the boxes drawn; or reads numbers
-    judge_batch: int = 16  # rows that the judge takes at a time; halved when memory runs out
+    judge_batch: int = 0  # rows that the judge takes at a time; 0: 16, or 64 on a server
     hps: str = "toy"  # `toy` (stand-in), or file or hub id of HPS v2.1
     rewards: tuple[str, ...] = PARTS  # the parts that take part
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
 
 
 def load_judge(flags: JudgeFlags, device):
-    """(judge, hps) that the flags name; hps is None when it has no part in the reward."""
+    """(judge, hps) that the flags name; hps is None when it has no part in the reward.
+
+    Raises OSError or ValueError when there is no such judge, or when it cannot be asked."""
     where = flags.judge_device or device
     if flags.judge == "toy":
         from toy.world import ToyJudge
 
         judge = ToyJudge()
+    elif flags.judge.startswith(("http://", "https://")):
+        judge = ServedJudge(
+            flags.judge,
+            model=flags.judge_model,
+            in_flight=flags.judge_batch or 64,
+            frame=flags.judge_frame,
+            scoring=flags.scoring,
+            spatial_as=flags.spatial_as,
+            semantic_as=flags.semantic,
+        )
     else:
         judge = QwenJudge(
             flags.judge,
             device=where,
-            batch_size=flags.judge_batch,
+            batch_size=flags.judge_batch or 16,
             scoring=flags.scoring,
             spatial_as=flags.spatial_as,
+            semantic_as=flags.semantic,
         )
+    if isinstance(judge, VlmJudge):
+        judge.try_out()
     if not flags.hps or "hps" not in flags.rewards:
         hps = None
     elif flags.hps == "toy":
@@ -840,7 +1420,7 @@ def main(argv: list[str] | None = None) -> None:
     from engine import run
 
     args = run.parse_args(Settings, __doc__, argv)
-    run.check_ranges(args, at_least_one="judge_batch")
+    run.check_ranges(args, not_negative="judge_batch")
     if not args.prompt.strip():
         run.fail("--prompt is empty: say what the picture should show")
     try:
@@ -860,9 +1440,10 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         run.fail(" ".join(str(error).split()))  # in one line
     words = getattr(judge, "words", {})
+    width = max(10, *map(len, row))
     for part, value in row.items():
         said = " ".join(words.get(part, [])).split()
-        print(f"{part:10} {value:6.3f}", *said)
+        print(f"{part:{width}} {value:6.3f}", *said)
     print(f"wrote {args.out}: planned and found boxes over the picture")
 
 

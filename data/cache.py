@@ -33,6 +33,7 @@ from data.got import (
     read_image,
     read_prompt_and_chain,
     read_words,
+    stream_files,
 )
 from engine import run
 from render_boxes import draw_boxes, parse_chain
@@ -145,9 +146,9 @@ def short_hash(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def claim(cache: Path, recipe: dict) -> int:
-    """Makes the folder and its `cache.json`, or checks it. Returns the number of records when the
-    cache has once been complete, else 0.
+def claim(cache: Path, recipe: dict) -> dict:
+    """Makes the folder and its `cache.json`, or checks it. Returns what is in it: the recipe, and
+    once they are known `files` (see `files_apart`) and `records` (see `block_paths`).
 
     Raises ValueError when the blocks in it were made with another recipe."""
     path = cache / "cache.json"
@@ -162,21 +163,32 @@ def claim(cache: Path, recipe: dict) -> int:
         raise ValueError(f"{made}: take another --cache, or delete it")
     if changed:
         write_json(path, recipe)
-    return found.get("records", 0)
+        return recipe
+    return found
 
 
 def write_json(path: Path, content: dict) -> None:
     run.write_whole(path, json.dumps(content, indent=2))
 
 
-def block_paths(cache: Path, records: int) -> list[Path]:
-    """The files of a cache with this many records."""
+def block_paths(cache: Path, records: int | list[int]) -> list[Path]:
+    """The files of a cache with this many records; or with this many of each file of the set, where
+    these were read apart."""
+    if isinstance(records, list):
+        paths = []
+        for file, number in enumerate(records):
+            blocks = -(-number // BLOCK)
+            paths += [block_path(cache, block, file) for block in range(blocks)]
+        return paths
     blocks = -(-records // BLOCK)  # rounded up
     return [block_path(cache, block) for block in range(blocks)]
 
 
-def block_path(cache: Path, block: int) -> Path:
-    return cache / f"tokens_{block:06d}.safetensors"
+def block_path(cache: Path, block: int, file: int | None = None) -> Path:
+    """`file`: which file of the set the block is of, where files are read apart."""
+    if file is None:
+        return cache / f"tokens_{block:06d}.safetensors"
+    return cache / f"tokens_{file:05d}_{block:06d}.safetensors"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -273,22 +285,94 @@ def pack_block(image_tokens: np.ndarray, texts: list[bytes], codes: int, report:
     return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(report))})
 
 
+def files_apart(rows, source: Source, cache: Path, found: dict, world: int) -> int:
+    """How many files of the set are read apart, each by one rank, so that every record is read
+    once; 0 where all ranks read one stream, or jump to their blocks, and share the blocks.
+
+    A cache goes on as it began, on any number of ranks: blocks are cut inside a file, or across
+    files. `found` is the content of `cache.json`. Raises ValueError when `rows` cannot be read that
+    way any more."""
+    there = stream_files(rows)
+    if "files" in found:
+        if found["files"] not in (0, there):
+            began = f"{cache} was begun with --streaming from {found['files']} files (now {there})"
+            raise ValueError(f"{began}: give them again, or take another --cache")
+        return found["files"]
+    began_across = any(cache.glob("tokens_??????.safetensors"))
+    if began_across or source.max_records or not 1 < world <= there:
+        return 0
+    return there
+
+
+def encode_files(
+    rows, files: int, model, tokenizer, source: Source, cache: Path, rank: int, world: int, batch
+) -> list[int]:
+    """Reads the files rank, rank + world, ... of a stream and writes what is missing of their
+    blocks; waits for the other ranks. Returns the number of records in each file."""
+    ends = [cache / f"file_{file:05d}.json" for file in range(files)]  # written when it was read
+    for file in range(rank, files, world):
+        if file_records(cache, ends[file], file) is not None:
+            continue
+        records = encode_blocks(
+            rows.shard(num_shards=files, index=file),
+            model,
+            tokenizer,
+            source,
+            cache,
+            rank=0,
+            world=1,
+            batch=batch,
+            file=file,
+            quiet=rank > 0,
+        )
+        write_json(ends[file], {"records": records})
+    counts = []
+    for file, end in enumerate(ends):
+        while (records := file_records(cache, end, file)) is None:
+            time.sleep(1)
+        counts.append(records)
+    return counts
+
+
+def file_records(cache: Path, end: Path, file: int) -> int | None:
+    """Records of a file of the set; None before it was read to its end and all blocks are there."""
+    if not end.exists():
+        return None
+    records = json.loads(end.read_text())["records"]
+    blocks = -(-records // BLOCK)
+    whole = all_whole([block_path(cache, block, file) for block in range(blocks)])
+    return records if whole else None
+
+
 def encode_blocks(
-    rows, model, tokenizer, source: Source, cache: Path, rank: int, world: int, batch: int
+    rows,
+    model,
+    tokenizer,
+    source: Source,
+    cache: Path,
+    rank: int,
+    world: int,
+    batch: int,
+    file: int | None = None,
+    quiet: bool = False,
 ) -> int:
     """Writes what is missing of the blocks rank, rank + world, ... Returns the number of records of
-    all ranks."""
+    all ranks. `file`: which file of the set the rows are, where files are read apart."""
     length = None
     if hasattr(rows, "__len__"):
         length = min(len(rows), source.max_records or len(rows))
     total = Report()  # on what is encoded here
     records = 0
     began = time.time()
-    with tqdm(total=length, desc="pictures to tokens", unit=" records", disable=rank > 0) as bar:
+    with tqdm(
+        total=length, desc="pictures to tokens", unit=" records", disable=rank > 0 or quiet
+    ) as bar:
         for block, pairs in itertools.groupby(
             numbered(rows, source), lambda pair: pair[0] // BLOCK
         ):
-            path = block_path(cache, block)
+            path = block_path(cache, block, file)
+            if file is not None:  # what a report calls the first bad record
+                pairs = ((f"{index} of file {file}", get) for index, get in pairs)
             if block % world == rank and not block_report(path):
                 content = encode_block(
                     pairs,
@@ -305,7 +389,7 @@ def encode_blocks(
                 passed = sum(1 for _ in pairs)
                 records += passed
                 bar.update(passed)
-    if total.read and rank == 0:
+    if total.read and rank == 0 and not quiet:
         speed = total.read / (time.time() - began)
         print(f"records per second: {speed:.0f} from pictures")
     return records
@@ -320,16 +404,24 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
     with other settings, or too many records are bad."""
     cache = Path(cache).expanduser()
     recipe = cache_recipe(model, tokenizer, source)
-    records = claim(cache, recipe)
+    found = claim(cache, recipe)
+    records = found.get("records")  # once the cache has been complete
     if not records or not all_whole(block_paths(cache, records)):
         if callable(rows):
             rows = rows()
-        records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
-        while not all_whole(block_paths(cache, records)):
-            time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
+        files = files_apart(rows, source, cache, found, world)
+        if files:
+            if "files" not in found:
+                write_json(cache / "cache.json", recipe | {"files": files})
+            records = encode_files(rows, files, model, tokenizer, source, cache, rank, world, batch)
+        else:
+            records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
+            while not all_whole(block_paths(cache, records)):
+                time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
         if rank == 0:
-            write_json(cache / "cache.json", recipe | {"records": records})
-    prepared = Prepared(cache, len(block_paths(cache, records)))
+            made = {"files": files} if files else {}
+            write_json(cache / "cache.json", recipe | made | {"records": records})
+    prepared = Prepared(block_paths(cache, records))
     prepared.report.check()
     return prepared
 
@@ -341,8 +433,8 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
 class Prepared:
     """A complete cache, read by the number of the good record. Only what is asked for is read."""
 
-    def __init__(self, cache: Path, blocks: int):
-        self.paths = [block_path(cache, block) for block in range(blocks)]
+    def __init__(self, paths: list[Path]):
+        self.paths = paths  # of the blocks
         self.report = Report()
         good = []
         for path in self.paths:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -593,6 +594,120 @@ def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
     assert len(files(many)) == 1 + 8
     for rank in range(3):
         assert len(results[rank]) == 59 and str(results[rank].report) == str(one.report)
+
+
+def write_files(folder: Path, examples: list[toy.Example], files: int) -> Source:
+    """Files of different lengths, one of them empty."""
+    folder.mkdir()
+    lines = [json.dumps(row | {"image": "p.png"}) + "\n" for row in map(inline, examples)]
+    (folder / "p.png").write_bytes(png(examples[0].image))
+    stops = [len(lines) * k**2 // files**2 for k in range(files + 1)]
+    for file in range(files):
+        part = lines[stops[file] : stops[file + 1]]
+        (folder / f"{file}.jsonl").write_text("".join(part))
+    return Source(str(folder), box_format="0..999", streaming=True)
+
+
+def prepare_in_processes(source: Source, policy, cache: Path, world: int, log: Path) -> None:
+    """As torchrun would: a process per rank, with nothing in common but the folder. `log` gets a
+    line for every record that one of them takes from the stream."""
+
+    def counted(rows, source):
+        for index, get in got_data.numbered(rows, source):
+            with log.open("a") as file:
+                file.write(get()["prompt"] + "\n")
+            yield index, get
+
+    def work(rank: int) -> None:
+        token_cache.numbered = counted
+        rows = got_data.open_rows(source)
+        token_cache.prepare(rows, *policy, source, cache, rank, world, batch=4)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+        assert process.exitcode == 0
+
+
+def test_streams_are_split_by_files_and_each_record_is_read_once(tmp_path, policy, monkeypatch):
+    """3 processes, 7 files; then killed, and continued by 2; then read by 1."""
+    monkeypatch.setattr(token_cache, "BLOCK", 4)
+    examples = make_examples(40)
+    source = write_files(tmp_path / "set", examples, files=7)
+    cache, log = tmp_path / "cache", tmp_path / "read.txt"
+    prepare_in_processes(source, policy, cache, 3, log)
+    prompts = [example.prompt for example in examples]
+    assert sorted(log.read_text().splitlines()) == sorted(prompts)
+    made = files(cache)
+    assert len([name for name in made if name.startswith("tokens_00006")]) == 3  # of 11 records
+    assert json.loads(made["cache.json"])["records"] == [0, 3, 4, 6, 7, 9, 11]
+
+    def all_prompts(prepared) -> list[str]:
+        return prepared.batch(list(range(len(prepared))))[0]
+
+    def never_read():
+        raise AssertionError("a complete cache needs no rows")
+
+    prepared = token_cache.prepare(never_read, *policy, source, cache)
+    assert all_prompts(prepared) == prompts, "in the order of one stream"
+    one = token_cache.prepare(
+        got_data.open_rows(source), *policy, source, tmp_path / "one", batch=4
+    )
+    whole, apart = (each.batch(list(range(40))) for each in (one, prepared))
+    assert whole[:2] == apart[:2] and torch.equal(whole[2], apart[2])
+
+    # killed in the middle of file 4, before file 6 was begun
+    for name in made:
+        if name in ("file_00004.json", "tokens_00004_000001.safetensors", "file_00006.json"):
+            (cache / name).unlink()
+        if name.startswith("tokens_00006"):
+            (cache / name).unlink()
+    content = json.loads(made["cache.json"])
+    del content["records"]
+    (cache / "cache.json").write_text(json.dumps(content, indent=2))
+    log.unlink()
+    prepare_in_processes(source, policy, cache, 2, log)
+    assert sorted(log.read_text().splitlines()) == sorted(prompts[13:20] + prompts[29:])
+    assert files(cache) == made
+
+
+def test_a_cache_goes_on_as_it_began(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 4)
+    source = write_files(tmp_path / "set", make_examples(20), files=4)
+    rows = got_data.open_rows(source)
+    apart, across = tmp_path / "apart", tmp_path / "across"
+    assert token_cache.files_apart(rows, source, apart, {}, world=2) == 4
+    assert token_cache.files_apart(rows, source, apart, {"files": 4}, world=1) == 4
+    assert token_cache.files_apart(rows, source, apart, {}, world=5) == 0, "more ranks than files"
+    assert token_cache.files_apart(rows, source, apart, {}, world=1) == 0
+    across.mkdir()
+    (across / "tokens_000000.safetensors").write_bytes(b"")
+    assert token_cache.files_apart(rows, source, across, {}, world=2) == 0
+    few = dataclasses.replace(source, max_records=5)
+    assert token_cache.files_apart(rows, few, apart, {}, world=2) == 0
+    copied = got_data.open_rows(dataclasses.replace(source, streaming=False))
+    assert token_cache.files_apart(copied, source, apart, {}, world=2) == 0
+    with pytest.raises(ValueError, match=r"--streaming from 4 files \(now 0\)"):
+        token_cache.files_apart(copied, source, apart, {"files": 4}, world=2)
+
+
+def test_a_bad_record_is_named_with_its_file(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 4)
+    source = write_files(tmp_path / "set", make_examples(20), files=2)
+    path = tmp_path / "set" / "1.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    row = json.loads(lines[2])
+    lines[2] = json.dumps(row | {"chain": "nothing"}) + "\n"
+    path.write_text("".join(lines))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    rows = got_data.open_rows(source)
+    counts = token_cache.encode_files(rows, 2, *policy, source, cache, 0, 1, 4)
+    prepared = token_cache.Prepared(token_cache.block_paths(cache, counts))
+    assert len(prepared) == 19 and "first: record 2 of file 1" in str(prepared.report)
 
 
 def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):

@@ -39,12 +39,14 @@ COMMANDS = {
     "render_boxes.py": render_boxes.Config,
     "-m engine.checkpoints": checkpoints.Args,
     "-m benchmarks.speed rollout": speed.Rollout,
+    "-m benchmarks.speed step": speed.Step,
     "-m benchmarks.speed judge": speed.Judge,
     "-m benchmarks.speed networks": speed.Networks,
     "-m benchmarks.speed memory": speed.Memory,
 }
 SETTINGS = [*COMMANDS.values(), got.Source]
 OTHERS_FLAGS = {"nproc_per_node", "shutdown_timeout"}  # torchrun's own
+OTHERS_FLAGS |= {"port", "max", "limit", "gpu"}  # vLLM's: --max-model-len and so on
 PACKAGES = {"PIL": "Pillow"}  # where the name to import is not the name to install
 BRINGS = {"transformers": {"numpy", "huggingface_hub", "tokenizers"}, "datasets": {"numpy"}}
 
@@ -188,7 +190,9 @@ def test_glossary_is_what_the_log_holds(tmp_path):
     flags = ["--steps", "1", "--batch_size", "1", "--group", "2", "--eval_prompts", "2"]
     train_grpo.main([*flags, "--out", str(tmp_path)])
     told = keys_of_table(section(GPU, "Every key of the log"))
-    assert sorted(told) == sorted(json.loads((tmp_path / "log.jsonl").read_text()))
+    four_marks = [f"sem_{name}" for name in rewards.CRITERIA]  # the toy's judge gives none
+    logged = json.loads((tmp_path / "log.jsonl").read_text())
+    assert sorted(told) == sorted([*logged, *four_marks])
     watched = keys_of_table(section(README, "What the log says"))
     assert watched and set(watched) <= set(told)
 
