@@ -1082,7 +1082,7 @@ class ServedJudge(VlmJudge):
             frames.append(picture.size if picture and self.frame == "pixels" else (1000, 1000))
         replies = []
         for answer, frame in zip(self.server.complete(requests), frames, strict=True):
-            replies.append(Reply(answer.text + "…" * answer.is_cut, frame))
+            replies.append(Reply(answer.text + "…" if answer.is_cut else answer.text, frame))
         return replies
 
     def digits(self, questions):

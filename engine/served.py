@@ -60,9 +60,13 @@ class Server:
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
     ):
-        import openai
-
+        try:
+            import openai
+        except ImportError:
+            raise ValueError("a judge on a server needs a package: pip install openai") from None
         parts = urlsplit(url)
+        if not parts.hostname or parts.port == 0:  # reading a port that is no number: ValueError
+            raise ValueError(f"{url} is no address of a server: expected http://host:8000/v1")
         if parts.username or parts.password or parts.query:
             # not quoted: the address of a judge is written into config.json
             raise ValueError("no key in the address of a judge: put it into OPENAI_API_KEY")
@@ -99,7 +103,10 @@ class Server:
         async def send(_):
             return [model.id for model in (await self.client.models.list()).data]
 
-        (names,) = self._wait_for(send, [None])
+        try:
+            (names,) = self._wait_for(send, [None])
+        except (AttributeError, TypeError):
+            raise ValueError(f"{self.url} does not list its models: no OpenAI-like API") from None
         if len(names) != 1:
             raise ValueError(
                 f"the server at {self.url} has the models {', '.join(names)}: "

@@ -19,9 +19,10 @@ over its function `token_logps(model, batch, ...)`.
 import contextlib
 import functools
 import math
+import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -238,11 +239,23 @@ def full(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def gather(value: torch.Tensor) -> torch.Tensor:
-    """A shard -> the whole tensor, on the host of rank 0 (elsewhere nothing is kept). Every process
-    has to call it."""
-    value = full(value.detach())
-    return value.cpu() if run.rank() == 0 else value.new_empty(0)
+def in_parts(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor that may lie in shards, from its first row to its last: the rows of one process
+    after the other, so that no process ever holds all of them. Every process has to go through
+    it."""
+    if not isinstance(value, DTensor):
+        yield value.detach()
+        return
+    local = value.detach().to_local()
+    rows = -(-len(value) // dist.get_world_size())  # as fully_shard divides them
+    for rank in range(dist.get_world_size()):
+        count = max(0, min(rows, len(value) - rank * rows))
+        part = local
+        if rank != run.rank():
+            part = local.new_empty(count, *value.shape[1:])
+        if count:
+            dist.broadcast(part, src=rank)
+        yield part
 
 
 def own_part(value: torch.Tensor, like: DTensor, device: torch.device) -> DTensor:
@@ -269,21 +282,21 @@ def distribute(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.clone()
 
 
-def write_gathered(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes tensors, which may lie in shards, as a safetensors file: gathered one at a time, so
-    that the host of rank 0 never holds more than one. Every process has to call it."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes tensors, which may lie in shards, as a safetensors file: part by part, so that the
+    host of rank 0 never holds a whole one. Every process has to call it."""
     # large elements first: each tensor then begins at a multiple of its element's size
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
     tensors = {name: tensors[name] for name in names}
-    if run.rank() > 0:
+    writes = run.rank() == 0
+    with open(path if writes else os.devnull, "wb") as file:
+        if writes:
+            file.write(checkpoints.safetensors_header(tensors))
         for value in tensors.values():
-            gather(value)
-        return
-    with open(path, "wb") as file:
-        file.write(checkpoints.safetensors_header(tensors))
-        for value in tensors.values():
-            whole = gather(value).contiguous()
-            file.write(whole.flatten().view(torch.uint8).numpy().data)
+            for part in in_parts(value):
+                if writes:
+                    flat = part.cpu().contiguous().flatten()
+                    file.write(flat.view(torch.uint8).numpy().data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -428,8 +441,8 @@ class Engine:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
             if self.lora is None:
-                write_gathered(beside / "model.safetensors", self.model.state_dict())
-            write_gathered(beside / "optimizer.safetensors", moments)
+                write_tensors(beside / "model.safetensors", self.model.state_dict())
+            write_tensors(beside / "optimizer.safetensors", moments)
             if run.rank() > 0:
                 return
 

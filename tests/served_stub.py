@@ -31,6 +31,7 @@ class Stub:
     def __init__(self, answer, models=("judge",)):
         self.answer = answer
         self.models = models
+        self.lists = None  # what is sent as the list of models, if not those
         self.faults = []
         self.closes = False
         self.logprobs = True
@@ -53,7 +54,8 @@ class Stub:
                 pass
 
             def do_GET(self):
-                self.send(200, {"data": [{"id": name, "object": "model"} for name in stub.models]})
+                models = {"data": [{"id": name, "object": "model"} for name in stub.models]}
+                self.send(200 if self.path.startswith("/v1/") else 404, stub.lists or models)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -409,7 +409,7 @@ Path(f"{OUT}.{MODE}.{rank}.json").write_text(json.dumps(measured))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for its peaks")
 def test_host_memory_of_two_processes(tmp_path, capsys):
     """A checkpoint of 1.2 GB, in shards on two processes: each reads its half, and rank 0 saves
-    without ever holding more than one whole tensor. Prints the numbers of docs/gpu.md."""
+    without ever holding a whole tensor of the other's. Prints the numbers of docs/gpu.md."""
     from benchmarks.speed import small_config
 
     config = small_config()
@@ -443,6 +443,6 @@ def test_host_memory_of_two_processes(tmp_path, capsys):
                 print(f"{mode}, rank {rank}: " + ", ".join(cells))
     for measured in peaks["slices"]:
         assert measured["loading"] < 0.7 * size
-        assert measured["saving"] < 2.2 * largest
+        assert measured["saving"] < 1.3 * largest
         assert measured["resuming"] < 3 * 0.7 * size
     assert peaks["whole"][0]["loading"] > 0.9 * size, "this test would not see the whole model"

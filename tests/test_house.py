@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train_grpo", "train_sft", "eval", "gotr1", "rewards", "render_boxes"}
-ROOMS = ("benchmarks", "data", "engine", "toy")
+ROOMS = ("benchmarks", "data", "demo", "engine", "toy")
 
 # From top to bottom. A module may import what stands in a lower row, and nothing else of ours
 LAYERS = [

@@ -260,6 +260,20 @@ def test_the_key_comes_from_the_environment_and_is_not_shown(stub, monkeypatch, 
         assert "secret" not in str(problem.value)
 
 
+def test_what_is_no_server_is_refused_in_one_line(stub, monkeypatch):
+    for url in ("http://", "http://host:eighty/v1"):
+        with pytest.raises(ValueError):
+            served.Server(url)
+    with pytest.raises(ValueError, match="refuses: HTTP 404"):
+        served.Server(stub.url.removesuffix("/v1"))
+    stub.lists = "a page"
+    with pytest.raises(ValueError, match="does not list its models"):
+        served.Server(stub.url)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match="pip install openai"):
+        served.Server(stub.url)
+
+
 def test_the_model_is_the_only_one_or_named(stub):
     assert served.Server(stub.url).model == "judge"
     stub.models = ("judge", "other")

@@ -263,7 +263,7 @@ def test_memory_counts_the_published_models():
         full["weights"] - 4 * trained
     )
     # the cache stays for the next rollout, so that the larger of prefill and update counts
-    more = speed.memory("7b", 32, 1, kl=True, **{**table, "micro_batch": 24})
+    more = speed.memory("7b", 32, 1, kl=True, **{**table, "micro_batch": 32})
     assert more["activations"] > more["prefill"]
     others = more["prefill"] + more["pictures"] + more["judging"]
     assert more["most"] == pytest.approx(sum(more.values()) - more["most"] - others)
