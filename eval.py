@@ -1,14 +1,15 @@
 """From a checkpoint to pictures to a table: GenEval, T2I-CompBench, the toy's held-out prompts.
 
 1) Pictures: the model draws each prompt a few times, in the folders that the official programs
-   expect. What is there already is kept, so an interrupted run goes on; the same seed, prompt and
-   sample give the same picture on any number of processes. `--generate_only` stops here,
-   `--images FOLDER` starts from pictures that any model made.
-2) Scores: a row per picture, with the reason in words. Rows are kept as long as picture and
-   networks are the same.
-3) Report: the official arithmetic, each number with the 95 % interval of a bootstrap over prompts
-   (the samples of a prompt are not independent); `results.json` with everything that changes a
-   score; sheets of right and wrong pictures.
+   expect. What is there already is kept, so an interrupted run goes on, but never pictures of
+   other weights; the same seed, prompt and sample give the same picture on any number of
+   processes. `--generate_only` stops here, `--images FOLDER` starts from pictures that any model
+   made.
+2) Scores: a row per picture, with the reason in words. Rows are kept as long as the picture and
+   what it was scored with are the same: the files of the networks, lists, rules.
+3) Report: the official arithmetic, each number with a 95 % interval over prompts (the samples of a
+   prompt are not independent); `results.json` with everything that changes a score; sheets of
+   right and wrong pictures.
 
     python eval.py --bench toy --model out/grpo/step_000110
     python eval.py --bench geneval --prompts evaluation_metadata.jsonl \\
@@ -168,6 +169,9 @@ def run_benchmark(settings: Settings, rank: int, world: int, device) -> None:
     if rank == 0:
         about = steps.describe(bench, pictures, rows, folder)
         summary = stats.intervals(rows, bench.overall)
+        tags = [name for name in bench.overall if name in summary]
+        if len(tags) < len(bench.overall) and tags:
+            summary["overall"]["notes"] = [f"of {len(tags)} of {len(bench.overall)} tags"]
         report(settings, about, summary, rows, cells)
 
 
@@ -186,8 +190,12 @@ def run_toy(settings: Settings, rank: int, world: int, device) -> None:
     # 3) Report
     if rank > 0:
         return
+    from engine.checkpoints import policy_files
+
+    model = settings.model or "toy"
     generation = {
-        "model": settings.model or "toy",
+        "model": model,
+        "weights": run.digest(run.file_stamps(policy_files(model))),
         "cfg": settings.cfg,
         "temperature": settings.temperature,
         "max_chain": settings.max_chain,

@@ -751,6 +751,17 @@ class Row(NamedTuple):
     seen: Seen | None  # its picture
 
 
+def check_finite(questions: list[str], logits, network: str = "the judge") -> None:
+    """Raises ValueError with the first question whose row of the logits (rows, V) holds nan or inf:
+    greedy decoding would make words of it."""
+    import torch
+
+    broken = (~torch.isfinite(logits)).any(dim=-1).nonzero().flatten().tolist()
+    if broken:
+        message = f"{network}'s answer about row {broken[0] + 1} of its batch is not finite"
+        raise ValueError(f"{message} (nan or inf): {questions[broken[0]]!r}")
+
+
 class QwenJudge(VlmJudge):
     """A VlmJudge by Qwen2.5-VL (the paper's: 7B) or Qwen3-VL, loaded here.
 
@@ -972,6 +983,7 @@ class QwenJudge(VlmJudge):
             output = self.model(**inputs, logits_to_keep=1, use_cache=True)
             cache = output.past_key_values
             while True:
+                check_finite([rows[k].question.text for k in going], output.logits[:, -1])
                 next_tokens = output.logits[:, -1].argmax(dim=-1)
                 stays = []  # places in the batch
                 for k, token in enumerate(next_tokens.tolist()):
@@ -1012,6 +1024,7 @@ class QwenJudge(VlmJudge):
         inputs, _ = self._inputs(rows, written="1")
         with torch.inference_mode():
             logits = self.model(**inputs, logits_to_keep=2, use_cache=False).logits
+            check_finite([row.question.text for row in rows], logits[:, -1])
             digits = logits.float().softmax(dim=-1)[..., self.digit_ids]  # (rows, 2, 10)
         return [(first, after_one) for first, after_one in digits.tolist()]
 
@@ -1290,7 +1303,9 @@ class HPS:
             text = self.model.get_text_features(**tokens).pooler_output  # (unique prompts, D)
             image = self.model.get_image_features(pixels).pooler_output  # (rows, D)
         text = text[[unique.index(prompt) for prompt in prompts]]  # (rows, D)
-        return torch.cosine_similarity(image.float(), text.float()).tolist()
+        cosines = torch.cosine_similarity(image.float(), text.float())
+        check_finite(prompts, cosines[:, None], network="HPS")
+        return cosines.tolist()
 
     def pixels(self, image):
         """(3, 224, 224) network input of one picture, prepared as HPS was trained.

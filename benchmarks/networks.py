@@ -5,6 +5,7 @@ tensors are renamed by whoever knows the network and then put in place by `fill`
 .pth file names is ever run.
 """
 
+import math
 import pickle
 import re
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer, CLIPModel
+
+from engine import run
 
 
 class Picture(NamedTuple):
@@ -79,6 +82,25 @@ def check_weights(path: str, flag: str) -> None:
         raise FileNotFoundError(missing(path, flag))
 
 
+def network_stamps(path: str, flag: str) -> list[list]:
+    """What the network at `path` is made from, see `run.file_stamps`: the .pth file, the files of a
+    folder, or the commit of a hub id.
+
+    Raises FileNotFoundError when there is nothing."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return run.file_stamps([place])
+    if place.is_dir():
+        return run.file_stamps(file for file in place.iterdir() if file.is_file())
+    from huggingface_hub import hf_hub_download
+
+    try:  # every network has this file, which transformers reads first
+        config = hf_hub_download(path, "config.json")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(missing(path, flag)) from error
+    return [[path, 0, Path(config).parent.name]]  # …/snapshots/COMMIT/config.json
+
+
 def load(loader, path: str, flag: str, **settings):
     """`loader.from_pretrained` of a folder, which never asks the network, or of a hub id.
 
@@ -136,8 +158,29 @@ def fill(model, state: dict, flag: str, path: str, unused: str | None = None) ->
     model.load_state_dict(state, strict=False)  # what is unused keeps its random weights
 
 
+class NotFinite(ValueError):
+    """A network, or a score, is nan or infinite. It must not pass for a number, nor for "nothing is
+    there"."""
+
+
+def check_finite(values, name: str):
+    """The same values, a tensor or a float. Raises NotFinite, which begins with `name`."""
+    finite = math.isfinite(values) if isinstance(values, float) else values.isfinite().all()
+    if not finite:
+        raise NotFinite(f"{name} is not finite (nan or inf)")
+    return values
+
+
 # -------------------------------------------------------------------------------------------------
 # Pictures to batches of pixels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF data wants it shown.
+
+    The official programs differ: GenEval and UniDet (through mmcv and detectron2) turn a picture
+    before they look at it, BLIP-VQA and CLIP of T2I-CompBench do not."""
+    return ImageOps.exif_transpose(image)
 
 
 def in_batches(function, rows: list, size: int, keys: list | None = None) -> list:
@@ -229,7 +272,7 @@ class Clip:
     def _image_features(self, batch: list[Image.Image]) -> list:
         pixels = torch.stack([clip_pixels(image) for image in batch])
         out = self.model.get_image_features(pixels.to(self.device, self.model.dtype))
-        return list(out.pooler_output.float().cpu())
+        return list(check_finite(out.pooler_output.float().cpu(), "CLIP's answer to a picture"))
 
     def texts(self, texts: list[str]):
         tokens = self.tokenizer(
@@ -237,4 +280,5 @@ class Clip:
         )
         with torch.inference_mode():
             out = self.model.get_text_features(**tokens.to(self.device))
-            return F.normalize(out.pooler_output.float().cpu(), dim=-1)
+            features = check_finite(out.pooler_output.float().cpu(), f"CLIP's answer to {texts}")
+            return F.normalize(features, dim=-1)

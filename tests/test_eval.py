@@ -22,6 +22,7 @@ import eval as evaluation
 import gotr1
 import rewards
 from benchmarks import compbench, geneval, held_out, networks
+from engine import run as engine_run
 from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +219,18 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     # the same pictures, as if another model had made them
     run(*flags, "--images", images, "--out", folder / "again", "--model", "someone's")
     assert read_results(folder / "again")["summary"] == summary
-    assert "overall" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"^overall .* of 3 of 6 tags$", shown, re.M)
+
+    # a folder with one prompt less: it pairs by prompt, and there is no overall to compare
+    shutil.copytree(images, folder / "less")
+    shutil.rmtree(folder / "less" / "00000")
+    run(*flags, "--images", folder / "less", "--out", folder / "of less")
+    capsys.readouterr()
+    run("--compare", folder / "run" / "results.json", folder / "of less" / "results.json")
+    shown = capsys.readouterr().out
+    assert re.search(r"^colors .*   1 of    1  may be chance$", shown, re.M)
+    assert "not both have all of it: overall, single_object" in shown
 
 
 def watched(seen, most=None):
@@ -270,6 +282,7 @@ def test_scoring_goes_on_where_it_was(geneval_run, weights, tmp_path, monkeypatc
     out = tmp_path / "run"
     shutil.copytree(folder / "run", out)
     shutil.copytree(weights / "detector", tmp_path / "detector")
+    (tmp_path / "detector" / "model.safetensors").touch()
     command = [*flags, *draw, "--out", out, "--detector", tmp_path / "detector"]
     command += ["--score_batch", 2]
     seen = []
@@ -281,6 +294,114 @@ def test_scoring_goes_on_where_it_was(geneval_run, weights, tmp_path, monkeypatc
     monkeypatch.setattr(geneval.Mask2Former, "__call__", watched(seen))
     run(*command)
     assert len(seen) == 6  # of three batches two were scored before the interruption
+
+
+def test_stamps_of_files(tmp_path, monkeypatch):
+    """Size and time of a file; of the hub's cache the hash of its content, of a hub id the
+    commit. Folders of one name, as a base and its adapter may have, are not mixed up."""
+    files = []
+    for parent in ("sft", "grpo"):
+        folder = tmp_path / parent / "step_000100"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        files.append(folder / "config.json")
+    before = engine_run.file_stamps(files)
+    assert len(before) == 2 and json.loads(json.dumps(before)) == before
+    assert engine_run.changed_files(before, engine_run.file_stamps(reversed(files))) == []
+    for file in files:
+        seen = engine_run.file_stamps(files)
+        file.touch()
+        now = engine_run.file_stamps(files)
+        assert engine_run.changed_files(seen, now) == ["step_000100/config.json"]
+    assert engine_run.changed_files(now, now[:1]) == ["step_000100/config.json"]
+    shutil.copytree(tmp_path / "sft", tmp_path / "moved")  # with its times
+    moved = engine_run.file_stamps([tmp_path / "moved" / "step_000100" / "config.json"])
+    assert engine_run.changed_files(moved, engine_run.file_stamps(files[:1])) == []
+
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123abcd").write_text("weights")
+    link = tmp_path / "snapshots" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "blobs" / "0123abcd")
+    downloaded = engine_run.file_stamps([link])
+    (tmp_path / "blobs" / "0123abcd").touch()  # downloaded again
+    assert engine_run.file_stamps([link]) == downloaded
+
+    def of_commit(name, file):
+        return str(tmp_path / "snapshots" / commit / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", of_commit)
+    commit = "aaaa"
+    first = networks.network_stamps("openai/clip-vit-large-patch14", "clip")
+    commit = "bbbb"
+    second = networks.network_stamps("openai/clip-vit-large-patch14", "clip")
+    changed = engine_run.changed_files(first, second)
+    assert changed == ["openai/clip-vit-large-patch14"]
+
+
+def test_pictures_of_other_weights_are_refused(weights, tmp_path, capsys, monkeypatch):
+    """A model that was trained on in its own folder, then the base of an adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = gotr1.load_policy("toy")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model.name_or_path = model.config._name_or_path = str(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+
+    prompts = tmp_path / "color_val.txt"
+    prompts.write_text("a red ball and a blue cube")
+    for name in ("base", "adapter"):
+        out = tmp_path / f"of {name}"
+        draw = ["--bench", "compbench", "--prompts", prompts, "--samples", 1, "--generate_only"]
+        draw += ["--model", tmp_path / name, "--out", out]
+        run(*draw)
+        drawn = files(out)
+        with monkeypatch.context() as patch:  # nothing has changed, so nothing is loaded
+            patch.setattr(gotr1, "load_policy", None)
+            run(*draw)
+        (tmp_path / "base" / "model.safetensors").touch()
+        line = refused(capsys, *draw)
+        assert f"{out}/images holds pictures of other weights" in line
+        assert "base/model.safetensors differ" in line and "give another --out" in line
+        assert files(out) == drawn
+        (out / "images" / "weights.json").unlink()
+        assert "does not say which weights" in refused(capsys, *draw)
+
+
+def test_scores_of_other_networks_are_made_anew(
+    geneval_run, weights, tmp_path, capsys, monkeypatch
+):
+    """A detector in the old one's place, then a new rule; with nothing touched nothing is done."""
+    folder, flags, _ = geneval_run
+    detector = tmp_path / "detector"
+    shutil.copytree(weights / "detector", detector)
+    score = [*flags, "--images", folder / "run" / "images", "--detector", detector]
+    score += ["--out", tmp_path / "out"]
+    seen = []
+    monkeypatch.setattr(geneval.Mask2Former, "__call__", watched(seen))
+
+    def looked_at():
+        seen.clear()
+        run(*score)
+        return len(seen), "made anew" in capsys.readouterr().out
+
+    assert looked_at() == (6, False)
+    assert looked_at() == (0, False)
+    other = geneval.Mask2Former(str(detector))
+    other.model.class_predictor.bias.data[geneval.CLASSES.index("dog")] = -9
+    other.model.class_predictor.bias.data[geneval.CLASSES.index("cat")] = 9
+    other.model.save_pretrained(detector)
+    run(*score)
+    assert "6 scores are made anew: detector changed" in capsys.readouterr().out
+    reasons = {row["reason"] for row in read_results(tmp_path / "out")["rows"]}
+    assert "dog: 0 found, 1 wanted" in reasons
+    assert looked_at() == (0, False)
+    monkeypatch.setattr(geneval, "RULES", geneval.RULES + 1)
+    run(*score)
+    assert "6 scores are made anew: rules changed" in capsys.readouterr().out
+    assert read_results(tmp_path / "out")["scoring"]["rules"] == geneval.RULES
 
 
 def test_pictures_only_and_without_a_chain(geneval_run, tmp_path, capsys):
@@ -367,6 +488,151 @@ def test_compbench_layout_and_report(compbench_run, weights):
             assert row["score"] == pytest.approx(cosine, abs=1e-5)
     run(*flags, "--images", images, "--out", folder / "again")
     assert read_results(folder / "again")["summary"] == results["summary"]
+
+
+def test_a_list_or_a_parse_that_changed_makes_its_scores_anew(compbench_run, tmp_path, capsys):
+    """Another complex list of the same name, then other phrases: the other categories stay."""
+    folder, flags = compbench_run
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    flags = [str(flag).replace(str(folder), str(tmp_path)) for flag in flags]
+    score = [*flags, "--images", tmp_path / "run" / "images", "--out", tmp_path / "out"]
+    run(*score)
+    spatial_list = tmp_path / "complex_val_spatial.txt"
+    spatial_list.touch()  # the same lines
+    run(*score)
+    assert "made anew" not in capsys.readouterr().out
+    spatial_list.write_text("another prompt")
+    run(*score)
+    assert "2 scores are made anew: complex_lists changed" in capsys.readouterr().out
+    content = json.loads(json.dumps(PHRASES))
+    content["prompts"][LONG]["chunks"] = ["a kite"]
+    (tmp_path / "phrases.json").write_text(json.dumps(content))
+    run(*score)
+    assert "2 scores are made anew: what the networks are asked" in capsys.readouterr().out
+    run(*score)
+    assert "made anew" not in capsys.readouterr().out
+
+
+NOT_FINITE = [  # (module and name of what prepares a network's input, category, the network)
+    (geneval, "detector_pixels", "geneval", "the detector's answer"),
+    (networks, "clip_pixels", "geneval", "CLIP's answer"),
+    (compbench, "normalised", "color", "BLIP's answer"),
+    (compbench, "detector_pixels", "spatial", "Grounding DINO's answer"),
+    (networks, "clip_pixels", "non_spatial", "CLIP's answer"),
+]
+
+
+@pytest.mark.parametrize("module, name, group, network", NOT_FINITE)
+def test_a_network_that_is_not_finite_is_an_error(
+    module, name, group, network, geneval_run, compbench_run, tmp_path, capsys, monkeypatch
+):
+    """No "no objects found", no "red": one line names network, picture and prompt, and no row of
+    that batch is written."""
+    if group == "geneval":
+        folder, flags, _ = geneval_run
+        shutil.copytree(folder / "run" / "images", tmp_path / "images")
+        broken = tmp_path / "images/00002/samples/0001.png"  # of the tag that asks for a colour
+        prompt = METADATA[2]["prompt"]
+    else:
+        folder, flags = compbench_run
+        shutil.copytree(folder / "run" / "images" / group, tmp_path / "images" / group)
+        broken = sorted((tmp_path / "images").glob("*/samples/*.png"))[1]
+        prompt = broken.stem.split("_")[0]
+    Image.new("RGB", (32, 32), (255, 255, 255)).save(broken)
+    prepare = getattr(module, name)
+
+    def spoil(picture, *args, **kwargs):
+        """nan in place of the pixels of a white picture, and of what is cut out of it."""
+        ready = prepare(picture, *args, **kwargs)
+        if torch.is_tensor(picture):
+            white = picture.float().mean() == 255
+        else:
+            white = np.isin(np.array(picture), (0x99, 255)).all()
+        if not white:
+            return ready
+        if isinstance(ready, tuple):
+            return ready[0] * torch.nan, *ready[1:]
+        return ready * torch.nan
+
+    monkeypatch.setattr(module, name, spoil)
+    line = refused(capsys, *flags, "--images", tmp_path / "images", "--out", tmp_path / "out")
+    assert network in line and "not finite" in line
+    assert f"{broken}, {prompt!r}" in line
+    assert not (tmp_path / "out" / "results.json").exists()
+    for path in (tmp_path / "out").glob("scores_*.jsonl"):
+        written = path.read_text()
+        assert "NaN" not in written and str(broken.relative_to(tmp_path / "images")) not in written
+
+
+def test_a_score_that_is_not_finite_is_not_written(geneval_run, tmp_path, capsys, monkeypatch):
+    folder, flags, _ = geneval_run
+    verdict = {"score": float("nan"), "reason": "", "boxes": []}
+    monkeypatch.setattr(
+        geneval.GenEval, "__call__", lambda self, images, metadata: [verdict] * len(images)
+    )
+    images = folder / "run" / "images"
+    line = refused(capsys, *flags, "--images", images, "--out", tmp_path)
+    assert "the score is not finite" in line and "a photo of a dog" in line
+    assert (tmp_path / "scores_0.jsonl").read_text() == ""
+
+
+def test_turned_pictures_are_seen_as_the_official_programs_see_them(
+    compbench_run, weights, tmp_path, monkeypatch
+):
+    """GenEval and UniDet turn a picture as its EXIF data says; BLIP and CLIP of T2I-CompBench look
+    at the pixels as they lie in the file."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by a quarter
+    lying = noise(1, 48, 32)[0]
+    for kind, exif in (("plain", None), ("turned", turned)):
+        for group, prompt in (("color", COLOR[0]), ("spatial", "a dog on the left of a cat")):
+            path = tmp_path / kind / group / "samples" / f"{prompt}_000000.png"
+            path.parent.mkdir(parents=True)
+            lying.save(path, **({"exif": exif} if exif else {}))
+    _, flags = compbench_run
+    seen = []
+    see = compbench.BlipVQA._see
+    find = compbench.GroundingDino._find
+
+    def blip_sees(self, images):
+        seen.extend(image.size for image in images)
+        return see(self, images)
+
+    def gdino_sees(self, rows):
+        seen.extend(image.size for image, _ in rows)
+        return find(self, rows)
+
+    monkeypatch.setattr(compbench.BlipVQA, "_see", blip_sees)
+    monkeypatch.setattr(compbench.GroundingDino, "_find", gdino_sees)
+    for kind, sizes in (("plain", [(48, 32), (48, 32)]), ("turned", [(48, 32), (32, 48)])):
+        seen.clear()
+        run(*flags, "--images", tmp_path / kind, "--out", tmp_path / f"{kind} out")
+        assert seen == sizes  # BLIP's, then Grounding DINO's
+    path = next((tmp_path / "turned").glob("spatial/*/*.png"))
+    image = Image.open(path).convert("RGB")  # as eval.py opens it
+    found = []
+
+    def detector(images):
+        instances = geneval.Mask2Former(str(weights / "detector"))(images)
+        found.extend(instances[0])
+        return instances
+
+    judge = geneval.GenEval(detector, lambda crops, names: [])
+    assert judge([image], [METADATA[0]])[0]["score"] == 1
+    assert {one.mask.shape for one in found} == {(48, 32)}
+
+
+def test_pictures_come_by_the_number_in_their_names(tmp_path):
+    """As the official programs sort them; a name without a number is an error, not a prompt."""
+    samples = tmp_path / "color" / "samples"
+    samples.mkdir(parents=True)
+    for name in ("b_9", "a_10", "a_000002"):
+        noise(1)[0].save(samples / f"{name}.png")
+    found = [picture.path.stem for picture in compbench.find_pictures(tmp_path)]
+    assert found == ["a_000002", "b_9", "a_10"]
+    noise(1)[0].save(samples / "portrait.png")
+    with pytest.raises(ValueError, match="portrait.png: expected a name like"):
+        compbench.find_pictures(tmp_path)
 
 
 def test_processes_change_nothing(compbench_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,24 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--detector"):
         networks.load_tensors("text.pth", "detector")
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("beginning", ["743b7d99", "c9d0c4f2", "abcdef01"])
+def test_the_official_detector_is_known_by_its_content(beginning, tmp_path, monkeypatch):
+    """Whatever its name: GenEval's download script drops the date. And no other file passes by
+    having the name."""
+    path = tmp_path / networks.WEIGHTS["detector"].name
+    path.write_bytes(b"weights")
+    assert not geneval.is_official(str(path))
+    assert not geneval.is_official("nobody/nothing")
+
+    def file_digest(file, name):
+        assert name == "sha256" and file.read() == b"weights"
+        return types.SimpleNamespace(hexdigest=lambda: beginning + 56 * "0")
+
+    monkeypatch.setattr(geneval.hashlib, "file_digest", file_digest)
+    other_name = path.rename(tmp_path / "detector.pth")
+    assert geneval.is_official(str(other_name)) == (beginning != "abcdef01")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1495,6 +1495,35 @@ def test_hps_half_precision_is_close(golden):
     assert cosine == pytest.approx(-0.2569, abs=0.02)
 
 
+def test_hps_that_is_not_finite_is_an_error(golden, monkeypatch):
+    known, path, base = golden
+    hps = HPS(path, base=base)
+    seen = hps.pixels
+    broken = Image.open(GOLDEN / "image_1.png")
+    monkeypatch.setattr(hps, "pixels", lambda one: seen(one) * (math.nan if one is broken else 1))
+    with pytest.raises(ValueError, match="HPS's answer about row 2 .* not finite.*: 'the second'"):
+        hps(["the first", "the second"], [Image.open(GOLDEN / "image_0.png"), broken])
+
+
+@pytest.mark.parametrize("scoring", ["reply", "expected"])
+def test_a_judge_that_is_not_finite_is_an_error(judge, scoring):
+    """Its third row, or all rows: greedy decoding would write the first token of the vocabulary,
+    and that would count as a reply that cannot be read."""
+    judge.scoring = scoring
+
+    def spoil(module, inputs, logits):
+        logits[2:] = math.nan
+        return logits
+
+    hook = judge.model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(ValueError, match="judge's answer about row 3 .* 'You check a picture"):
+            judge.alignment(PROMPTS, images())
+    finally:
+        hook.remove()
+    judge.alignment(PROMPTS, images())
+
+
 def test_hps_says_which_file_to_fetch(golden, tmp_path):
     advice = "HPS_v2.1_compressed.pt from huggingface.co/xswu/HPSv2.*--rewards"
     with pytest.raises(FileNotFoundError, match=advice):

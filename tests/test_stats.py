@@ -42,20 +42,123 @@ def test_overall_is_the_mean_of_the_tags():
     assert stats.intervals(uneven)["counting"]["score"] == 0.75
 
 
+def pairs_of(gaps):
+    """Differences of prompts with one sample -> the strata that a paired test takes."""
+    ones = np.ones(len(gaps))
+    return [np.stack([np.zeros(len(gaps)), ones, gaps, ones], axis=1)]
+
+
 def test_paired_test_is_exact_and_honest():
     """Three differences of one sign: 2 of 8 sign patterns are as extreme. And of runs that are the
     same but for luck, about one in twenty is called different."""
-    assert stats.sign_flips([np.array([0.1, 0.2, 0.4])]) == pytest.approx(2 / 8, abs=0.03)
-    assert stats.sign_flips([np.zeros(5)]) == 1.0
+    assert stats.paired_p(pairs_of(np.array([0.1, 0.2, 0.4]))) == pytest.approx(2 / 8, abs=0.03)
+    assert stats.paired_p(pairs_of(np.zeros(5))) == 1.0
     rng = np.random.default_rng(0)
     different = []
     for _ in range(200):
         gaps = (rng.random(60) < 0.5).astype(float) - (rng.random(60) < 0.5)
-        different.append(stats.sign_flips([gaps]) < 0.05)
+        different.append(stats.paired_p(pairs_of(gaps)) < 0.05)
     assert 0.01 <= np.mean(different) <= 0.1
     assert stats.holm([0.01, 0.04, 0.03, 0.9]) == [True, False, False, False]
     assert stats.holm([0.04, 0.03, 0.001]) == [False, False, True]
     assert stats.holm([0.02, 0.001]) == [True, True]
+
+
+@pytest.mark.parametrize("prompts", [20, 80])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_intervals_hold_what_they_promise(prompts, samples):
+    """95 of 100 intervals hold the true share: where prompts are alike (a share for all), where
+    some are hard, and where most are easy, as GenEval's single objects are."""
+    rng = np.random.default_rng(0)
+    for a, b in ((None, 0.5), (None, 0.9), (1, 1), (9, 1)):
+        held = []
+        true = b if a is None else a / (a + b)
+        for _ in range(2000):
+            shares = np.full(prompts, b) if a is None else rng.beta(a, b, prompts)
+            right = rng.binomial(samples, shares)
+            sums = np.stack([right, np.full(prompts, samples)], axis=1).astype(float)
+            low, high = stats.wilson(sums)
+            held.append(low <= true <= high)
+        assert 0.93 <= np.mean(held) <= 0.97, (a, b)
+
+
+def test_intervals_at_the_edges_have_a_width():
+    """All right of 20 is no certainty: without Student's quantile, Wilson says 0.84."""
+    all_right = stats.intervals(rows_of(np.ones((20, 4))), ("x",))
+    for name in ("x", "overall"):
+        assert all_right[name]["score"] == all_right[name]["high"] == 1
+        assert all_right[name]["low"] == pytest.approx(0.82, abs=0.005)
+    none_right = stats.intervals(rows_of(np.zeros((80, 1))))["x"]
+    assert none_right["score"] == none_right["low"] == 0 and 0.04 < none_right["high"] < 0.05
+    alone = stats.intervals(rows_of([[1.0]]))["x"]  # one prompt says next to nothing
+    assert alone["low"] < 0.05
+    beyond = stats.intervals(rows_of([[2.0], [3.0], [4.0]]))["x"]  # no share: mean and error
+    assert beyond["low"] == pytest.approx(3 - 4.303 / np.sqrt(3), abs=0.01)
+    shades = np.random.default_rng(0).normal(0.3, 0.02, (50, 1))  # cosines
+    found = stats.intervals(rows_of(shades))["x"]
+    half = 2.01 * shades.std(ddof=1) / np.sqrt(50)
+    assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.02)
+
+
+def test_overall_interval_is_put_together_from_the_tags():
+    """Against a simulation of what it claims: the mean of a hard and an easy tag."""
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(300):
+        hard = rng.binomial(1, 0.4, (40, 1))
+        easy = rng.binomial(1, 0.95, (40, 1))
+        rows = rows_of(hard, "counting") + rows_of(easy, "colors")
+        line = stats.intervals(rows, geneval.TAGS)["overall"]
+        held.append(line["low"] <= 0.675 <= line["high"])
+    assert 0.92 <= np.mean(held) <= 0.98
+
+
+def test_nan_is_no_result():
+    values = [[0.5], [float("nan")]]
+    with pytest.raises(ValueError, match="prompt 'p1', sample 0: x is nan"):
+        stats.intervals(rows_of(values))
+    good = {"rows": rows_of([[0.5], [0.5]])}
+    with pytest.raises(ValueError, match="x is inf"):
+        stats.compare(good, {"rows": rows_of([[0.5], [float("inf")]])})
+
+
+def numbered(texts, value=0.0):
+    """One row per prompt, numbered as they come: as for a folder of pictures."""
+    rows = []
+    for i, text in enumerate(texts):
+        rows.append({"index": i, "prompt": text, "sample": 0, "measures": {"x": value + i / 100}})
+    return rows
+
+
+def test_prompts_are_paired_by_text_whatever_their_number():
+    texts = [f"prompt {i}" for i in range(30)]
+    a = {"rows": numbered(texts)}
+    b = {"rows": numbered(texts[:5] + texts[6:])}  # one prompt less, so 24 have another number
+    row = stats.compare(a, b)[0]
+    assert (row["prompts"], row["of"]) == (29, 30)
+    # a text that stands twice is two prompts: the first with the first
+    row = stats.compare({"rows": numbered(["a", "b", "a"])}, {"rows": numbered(["a", "a", "c"])})[0]
+    assert (row["prompts"], row["of"]) == (2, 4)
+    assert row["difference"] == pytest.approx((0.01 - 0.02) / 2)  # 0 to 0, and 0.02 to 0.01
+
+
+def test_a_comparison_weighs_samples_as_the_table_does():
+    a = rows_of([[1, 1, 1], [0]])
+    b = rows_of([[1, 1, 1], [1]])
+    row = stats.compare({"rows": a}, {"rows": b})[0]
+    assert row["a"] == stats.intervals(a)["x"]["score"] == 0.75
+    assert row["b"] == 1 and row["low"] <= row["difference"] <= row["high"]
+
+
+def test_overall_is_compared_only_where_both_have_all_tags():
+    full = []
+    for tag in geneval.TAGS:
+        full += rows_of(np.ones((4, 1)), tag)
+    part = [row for row in full if "colors" not in row["measures"]]
+    names = [row["name"] for row in stats.compare({"rows": full}, {"rows": part}, geneval.TAGS)]
+    assert names == [tag for tag in geneval.TAGS if tag != "colors"]
+    both = stats.compare({"rows": full}, {"rows": full}, geneval.TAGS)
+    assert [row["of"] for row in both if row["name"] == "overall"] == [24]
 
 
 def test_compare_finds_what_pairing_shows():
