@@ -24,6 +24,7 @@ Not stated in the paper, decided here:
     python rewards.py … --judge http://localhost:8000/v1    # the same judge on a server
 """
 
+import inspect
 import json
 import math
 import operator
@@ -742,6 +743,7 @@ class Seen(NamedTuple):
     """One picture after the vision tower: tensors on the model's device."""
 
     grid: tuple[int, int, int]  # frames (1), height and width, in patches
+    pixels: object  # (patches, values of one): what the tower was given
     features: object  # (image tokens, D)
     deep: list  # of Qwen3-VL: more of that shape, which its first layers add; else empty
 
@@ -794,6 +796,10 @@ class QwenJudge(VlmJudge):
             raise ValueError(f"no judge of type {kind}: expected one of {', '.join(FRAMES)}")
         self.batch_size = batch_size
         self.seen = {}  # the pictures of the last call: pixels -> Seen
+        # transformers before 5.20 takes no features: each row's picture goes through the tower
+        # again
+        forward = inspect.signature(self.model.model.forward)
+        self.takes_features = "mm_encoder_outputs" in forward.parameters
 
         # Qwen ships "right": what it writes would come after the padding (transformers#36100)
         self.tokenizer.padding_side = "left"
@@ -909,11 +915,14 @@ class QwenJudge(VlmJudge):
             tower = self.model.model.get_image_features(
                 inputs["pixel_values"], grids, return_dict=True
             )
+        sizes = grids.prod(dim=1).tolist()
+        pixels = inputs["pixel_values"].split(sizes)
         batch = []
         for i, grid in enumerate(grids.tolist()):
             deep = [layer[i].clone() for layer in getattr(tower, "deepstack_features", [])]
             # a copy: a slice would keep the features of the whole batch alive
-            batch.append(Seen(tuple(grid), tower.pooler_output[i].clone(), deep))
+            features = tower.pooler_output[i].clone()
+            batch.append(Seen(tuple(grid), pixels[i].clone(), features, deep))
         return batch
 
     def _inputs(self, rows, written=""):
@@ -958,7 +967,11 @@ class QwenJudge(VlmJudge):
             inputs["position_ids"] = counted.clamp(min=0).expand(3, -1, -1)
         for name, tensor in inputs.items():
             inputs[name] = tensor.to(self.model.device)
-        if pictures:
+        if pictures and not self.takes_features:
+            grids = torch.tensor([seen.grid for seen in pictures])
+            inputs["image_grid_thw"] = grids.to(self.model.device)
+            inputs["pixel_values"] = torch.cat([seen.pixels for seen in pictures])
+        elif pictures:
             deep = list(zip(*[seen.deep for seen in pictures], strict=True))
             tower = SimpleNamespace(
                 pooler_output=[seen.features for seen in pictures], deepstack_features=deep
