@@ -196,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     rank, world, device = run.start_processes()
     training = load(config, rank, world, device)
     config = training.config  # with the sizes that fit into the GPU
-    engine, prompts, folder = training.engine, training.prompts, training.folder
+    engine = training.engine
+    prompts = training.prompts
+    folder = training.folder
     share = config.batch_size // world  # prompts per rank and step
     run.explain_crashes(folder)
     log = run.Log(folder, engine.first_step, config.wandb)
@@ -271,7 +273,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # 5) Loss and gradient: micro-batches and ranks add up to one mean over all tokens
         micro_batches = split_evenly(kept, config.micro_batch)
-        old_logps, ref_logps = [], []
+        old_logps = []  # one (n, S) per micro-batch: of the policy that sampled
+        ref_logps = []  # and of the reference
         drifts = Drifts(device)
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
         for update in range(config.updates):
@@ -325,7 +328,8 @@ def main(argv: list[str] | None = None) -> None:
         # 7) Log: means over all samples and tokens of all ranks
         row = {"step": step}
         row.update(mean_row(run.gather_list(sample_rows(sampled, scores, config.group))))
-        row["drift_text"], row["drift_image"] = drift_text, drift_image
+        row["drift_text"] = drift_text
+        row["drift_image"] = drift_image
         row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
         row.update({"grad_norm": norm, "skipped": skipped, "lr": lr})
         row.update(times(clock, asker.seconds if asker else clock[3] - clock[2], world, device))

@@ -115,7 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     began = time.time()
     training = load(config, rank, world, device)
-    engine, prepared, folder = training.engine, training.prepared, training.folder
+    engine = training.engine
+    prepared = training.prepared
+    folder = training.folder
     run.explain_crashes(folder)
     log = run.Log(folder, engine.first_step, config.wandb)
     stopped = run.watch_signals(device)
