@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,7 @@ from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN_CAUSES = {"no box", "broken box", "box outside", "box format", "empty box", "no name"}
+CHAIN_CAUSES |= {"other notation", "placeholder", "unused box"}
 CAUSES = CHAIN_CAUSES | {"no text", "special token", "chain too long", "broken image"}
 WRITTEN = re.compile(  # one object of a chain; not taken from the code, so that it can judge it
     r"<\|obj_start\|>(.*?)<\|obj_end\|> <\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>"
@@ -219,6 +221,29 @@ def test_errors_are_one_line(tmp_path):
         got_data.open_rows(source)
 
 
+def test_files_that_are_empty_or_cut_off_are_named(tmp_path):
+    source = write_tar(tmp_path / "set", make_examples(5))
+    path = tmp_path / "set" / "000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        starts = [member.offset for member in tar]
+        end = tar.offset  # where the end mark begins
+    for source.streaming in (False, True):
+        # at the border of each member, inside one, and inside the end mark
+        for length in [*starts[1:], end, starts[3] + 700, end + 512]:
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match="000.tar is cut off: it lacks the end mark"):
+                got_data.open_rows(source)
+        for length in (end + 1024, len(whole)):  # 1024 zeros are an end, more is filling
+            path.write_bytes(whole[:length])
+            assert len(list(got_data.numbered(got_data.open_rows(source), source))) == 5
+        for name in ("data.jsonl", "data.parquet", "data.tar"):
+            (tmp_path / name).write_bytes(b"")
+            empty = dataclasses.replace(source, data=str(tmp_path / name))
+            with pytest.raises(ValueError, match=f"{name} is empty .0 bytes."):
+                got_data.open_rows(empty)
+
+
 def test_every_setting_is_explained():
     """The trailing comments are what --help shows."""
     source = inspect.getsource(Source).splitlines()
@@ -290,8 +315,8 @@ def chain(*parts) -> str:
         ("fog in front of trees (1,2),(30,40)", chain("fog in front of", ("trees", 1, 2, 30, 40))),
         ("a large, red ball (1,2),(30,40)", chain("a large,", ("red ball", 1, 2, 30, 40))),
         (
-            "a1 b2 c3 d4 e5 f6 g7 h8 (1,2),(30,40)",
-            chain("a1 b2", ("c3 d4 e5 f6 g7 h8", 1, 2, 30, 40)),
+            "aa b2 cc dd ee f6 gg h8 (1,2),(30,40)",
+            chain("aa b2", ("cc dd ee f6 gg h8", 1, 2, 30, 40)),
         ),
         ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
     ],
@@ -330,6 +355,7 @@ def test_several_boxes_of_one_name():
         ("(1,2),(3", "0..999", "no box"),
         ("(10,20),(30,40) and cat (1,2),(3", "0..999", "broken box"),
         ("(10,20),(30,40) <|box_start|>", "0..999", "broken box"),
+        ("(10,20),(30,40) and 3 cats, 2 of them aged 10", "0..999", (10, 20, 30, 40)),
     ],
 )
 def test_coordinates(text, box_format, result):
@@ -344,7 +370,7 @@ def test_coordinates(text, box_format, result):
 
 SPANS = st.lists(st.integers(0, 999), min_size=2, max_size=2, unique=True).map(sorted)
 BOXES = st.builds(lambda x, y: (x[0], y[0], x[1], y[1]), SPANS, SPANS)
-NAMES = st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True)
+NAMES = st.from_regex(r"[a-z]{3,9}( [a-z]{3,9}){0,2}[0-9]?", fullmatch=True)
 OBJECTS = st.lists(st.tuples(NAMES, BOXES.filter(lambda box: max(box) > 1)), min_size=1)
 
 
@@ -369,6 +395,67 @@ def test_any_layout_comes_back(objects, width, height):
     if all(max(box) > 1 for box in coords.values()):
         filled = got_data.fill_placeholders(" ".join(marked), json.dumps(coords))
         assert got_data.normalize_chain(filled, "pixels", (width, height)) == whole
+
+
+def other_notations(x1: str, y1: str, x2: str, y2: str) -> dict[str, str]:
+    """Ways of writing a box that are not read."""
+    wide = str.maketrans("0123456789", "０１２３４５６７８９")
+    signs = f"（{x1}，{y1}），（{x2}，{y2}）"
+    return {
+        "semicolons": f"({x1};{y1}),({x2};{y2})",
+        "spaces": f"[{x1} {y1} {x2} {y2}]",
+        "braces": f"{{{x1}, {y1}, {x2}, {y2}}}",
+        "angles": f"<{x1},{y1},{x2},{y2}>",
+        "tags": f"<box>{x1},{y1},{x2},{y2}</box>",
+        "tagged points": f"<box>({x1},{y1}),({x2},{y2})</box>",
+        "keys": f"(x1={x1}, y1={y1}, x2={x2}, y2={y2})",
+        "JSON": f'{{"x1": {x1}, "y1": {y1}, "x2": {x2}, "y2": {y2}}}',
+        "full-width signs": signs,
+        "full-width digits": signs.translate(wide),
+        "bare": f"{x1},{y1},{x2},{y2}",
+        "minus": f"{x1},{y1} - {x2},{y2}",
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(OBJECTS, BOXES, st.data())
+def test_a_box_in_another_notation_makes_the_record_bad(objects, box, data):
+    """One box was read, so the record looks sound; the other would stay in the chain as words."""
+    written = other_notations(*map(str, box))
+    other = "a cat " + written[data.draw(st.sampled_from(sorted(written)))]
+    pieces = [
+        f"a <|obj_start|>{name}<|obj_end|> ({x1},{y1}),({x2},{y2})"
+        for name, (x1, y1, x2, y2) in objects
+    ]
+    pieces.insert(data.draw(st.integers(0, len(objects))), other)
+    for joint in (" ", ", ", ". "):
+        with pytest.raises(BadRecord) as caught:
+            got_data.normalize_chain(joint.join(pieces), "0..999")
+        # a box within tags is found, and what stands before it is no name
+        assert caught.value.cause in ("other notation", "no name"), str(caught.value)
+
+
+@pytest.mark.parametrize("notation", other_notations("1", "2", "3", "4"))
+def test_every_other_notation_is_caught(notation):
+    whole = ("20", "30", "40", "50")
+    shares = ("0.125", "0.25", "0.5", "0.75")
+    for corners, read, box_format in [
+        (whole, "(10,20),(500,600)", "0..999"),
+        (shares, "(0.1,0.2),(0.5,0.6)", "0..1"),
+    ]:
+        other = other_notations(*corners)[notation]
+        with pytest.raises(BadRecord, match="^(other notation|no name): "):
+            got_data.normalize_chain(f"a dog {read} and a cat {other} sleep", box_format)
+        with pytest.raises(BadRecord, match="^(no box|no name): "):
+            got_data.normalize_chain(f"a cat {other}", box_format)  # alone, it was no box before
+
+
+def test_looking_for_other_notations_takes_linear_time():
+    for piece in ("7", "7,", "7 7 7 x ", "12345,12,,,,,,"):
+        clock = time.perf_counter()
+        with pytest.raises(BadRecord):
+            got_data.normalize_chain("a dog (1,2),(30,40) " + piece * 100_000 + "(1,2", "0..999")
+        assert time.perf_counter() - clock < 2  # quadratic: minutes
 
 
 PIECES = [
@@ -423,7 +510,9 @@ def test_any_row_is_survived(policy, prompt, text, image, coords):
 def test_placeholders():
     fill = got_data.fill_placeholders
     coords = {f"box_{k}": [k, 0, 100, 100] for k in (1, 12, 2)}
-    assert fill("a box_12 b box_1 c", coords) == "a (12,0),(100,100) b (1,0),(100,100) c"
+    twice = "box_2 and box_2"
+    filled = fill(f"a box_12 b box_1 c {twice}", coords)
+    assert filled.startswith("a (12,0),(100,100) b (1,0),(100,100) c (2,0),(100,100) and (2,")
     assert fill("a box_2", {"box_2": [[1, 2], [3, 4]], "box_3": None}) == "a (1,2),(3,4)"
     assert fill("a $x$", b'{"$x$": "(1,2),(3,4)"}') == "a (1,2),(3,4)"
     assert fill("a $x$", {"$x$": [[1, 2, 3, 4], [5, 6, 7, 8]]}) == "a (1,2),(3,4) (5,6),(7,8)"
@@ -435,6 +524,11 @@ def test_placeholders():
         with pytest.raises(BadRecord, match="box_3 has no coordinates"):
             fill("a box_1 and b box_3", coords | more)
     assert fill("a dog", {"": [1, 2, 3, 4]}) == "a dog"
+    with pytest.raises(BadRecord, match="^unused box: box_12 has coordinates and is not in"):
+        fill("a box_1 b box_2", coords)
+    for key in ("1", " 12 ", "١"):
+        with pytest.raises(BadRecord, match="^placeholder: .* is a bare number"):
+            fill(f"2 dogs and a cat {key}", {key: [1, 2, 3, 4]})
 
 
 def test_words_that_would_break_the_sequence(policy):
@@ -496,12 +590,75 @@ def test_pictures_as_people_see_them(tmp_path):
             got_data.read_image({"image": wrong}, source)
 
 
+def test_deep_pictures_are_scaled_or_refused(tmp_path):
+    """`convert` clips them: whatever is above 255 of 65535 would be white."""
+    source = Source(str(tmp_path), box_format="pixels")
+    greys = np.array([[0, 257, 128 * 257, 65535]], dtype="uint16")
+    Image.fromarray(greys).save(tmp_path / "16.png")
+    Image.fromarray(greys.astype(">u2")).save(tmp_path / "big_endian.tiff")
+    for name in ("16.png", "big_endian.tiff"):
+        image, _ = got_data.read_image({"image": name}, source)
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image, int)[0, :, 0] - [0, 1, 128, 255]).max() <= 1, name
+    Image.fromarray(greys.astype("int32")).save(tmp_path / "32.tiff")
+    Image.fromarray(greys.astype("float32")).save(tmp_path / "float.tiff")
+    for name in ("32.tiff", "float.tiff"):
+        with pytest.raises(BadRecord, match="^image depth: .* save it with 8 or 16 bits"):
+            got_data.read_image({"image": name}, source)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    source = Source(str(tmp_path), box_format="pixels")
+    Image.new("1", (12000, 12000)).save(tmp_path / "144.png")  # a few kilobytes on disk
+    Image.new("1", (10000, 5000)).save(tmp_path / "50.png")
+    assert got_data.read_image({"image": "50.png"}, source, side=8)[1] == (10000, 5000)
+
+    def decode(*_):
+        raise AssertionError("was decoded")
+
+    monkeypatch.setattr(Image.Image, "load", decode)
+    said = "^large image: 12000 x 12000 are more than 50 million pixels"
+    with pytest.raises(BadRecord, match=said):
+        got_data.read_image({"image": "144.png"}, source)
+
+
+def test_paths_do_not_leave_the_folder(tmp_path):
+    """Data from elsewhere must not choose which files of this machine are read."""
+    inside = tmp_path / "set"
+    inside.mkdir()
+    for folder in (inside, tmp_path):
+        Image.new("RGB", (4, 4), "red").save(folder / "a.png")
+    (inside / "link.png").symlink_to(tmp_path / "a.png")
+    (inside / "data.jsonl").write_text("{}")
+    leaving = ["../a.png", str(tmp_path / "a.png"), "link.png", "x/../../a.png"]
+    for data in (inside, inside / "data.jsonl"):
+        source = Source(str(data), box_format="pixels")
+        for path in leaving:
+            for value in (path, {"bytes": None, "path": path}):
+                with pytest.raises(BadRecord, match="^path outside: .*--follow_outside"):
+                    got_data.read_image({"image": value}, source)
+        for path in ("a.png", "./a.png", str(inside / "a.png")):
+            got_data.read_image({"image": path}, source)
+        allowed = dataclasses.replace(source, follow_outside=True)
+        named = dataclasses.replace(source, image_folder=str(tmp_path))
+        for path in leaving[:3]:
+            got_data.read_image({"image": path}, allowed)
+        got_data.read_image({"image": "a.png"}, named)
+    # a set of the hub has no folder here
+    with pytest.raises(BadRecord, match="path outside"):
+        got_data.read_image({"image": leaving[1]}, Source("owner/set", box_format="pixels"))
+
+
 # -------------------------------------------------------------------------------------------------
 # The cache
 
 
 def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]:
     """Plants bad records in 100; returns what is to be counted: cause -> (how many, first one)."""
+    for k in (3, 90, 33, 34, 35, 50, 51):  # rows whose words hold no placeholders any more
+        if "coord" in rows[k]:
+            rows[k]["coord"] = "{}"
     rows[3][text] = "a red ball and nothing else"
     rows[90][text] = "words"
     rows[7][text] = None
