@@ -410,15 +410,18 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def image_path(value, source: Source) -> Path | None:
-    """The file that an entry of the image field names; None where it holds the picture itself.
+def written_path(value) -> str | None:
+    """The path that an entry of the image field holds; None where it holds the picture itself."""
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) else None
+
+
+def image_path(value: str, source: Source) -> Path:
+    """Where the picture with this path in its row lies.
 
     Raises BadRecord when the path leaves the folder that paths start from: data from elsewhere
     could otherwise name any file of this machine."""
-    if isinstance(value, dict):
-        value = None if value.get("bytes") else value.get("path")
-    if not isinstance(value, str):
-        return None
     folder = Path(source.image_folder or source.data).expanduser()
     if folder.is_file():
         folder = folder.parent
@@ -431,9 +434,9 @@ def image_path(value, source: Source) -> Path | None:
 
 def open_image(value, source: Source) -> Image.Image:
     """`value` is a PIL image, the bytes of a file, a path, or a dict of bytes and path."""
-    path = image_path(value, source)
-    if path:
-        return Image.open(path)
+    path = written_path(value)
+    if path is not None:
+        return Image.open(image_path(path, source))
     if isinstance(value, dict):
         value = value.get("bytes")
     if isinstance(value, Image.Image):

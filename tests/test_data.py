@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -808,7 +809,7 @@ def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
     assert chains == [rows[19]["chain"], rows[2]["chain"]]
 
 
-def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
+def test_a_cache_made_otherwise_is_refused(tmp_path, policy, monkeypatch):
     model, tokenizer = policy
     source, rows = write_lines(tmp_path / "set", make_examples(10))
     cache = tmp_path / "cache"
@@ -835,9 +836,155 @@ def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
     other = copy.deepcopy(model)
     other.model.language_model.layers[0].mlp.up_proj.weight.data += 1
     prepare(other)  # what training changes does not matter
-    save_lines(tmp_path / "set", rows[:9])
-    with pytest.raises(ValueError, match="was made with data files"):
+    monkeypatch.setattr(token_cache, "RULES", 2)
+    with pytest.raises(ValueError, match="was made with rules 1 .now 2."):
         prepare()
+    for path in cache.glob("tokens_*"):
+        path.rename(token_cache.old_path(path))  # as a killed run leaves it
+    with pytest.raises(ValueError, match="was made with rules 1 .now 2."):
+        prepare()
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many pictures each call of `encode_images` was given, from now on."""
+    encode = gotr1.encode_images
+    calls = []
+
+    def count(model, images):
+        calls.append(len(images))
+        return encode(model, images)
+
+    monkeypatch.setattr(gotr1, "encode_images", count)
+    return calls
+
+
+def change_picture(folder: Path, rows: list[dict]) -> int:
+    (folder / rows[13]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
+    return 1
+
+
+def touch_picture(folder: Path, rows: list[dict]) -> int:
+    os.utime(folder / rows[13]["file"], (1, 1))
+    return 1
+
+
+def mend_picture(folder: Path, rows: list[dict]) -> int:
+    """One that could not be read before."""
+    (folder / rows[3]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
+    return 1
+
+
+def lose_picture(folder: Path, rows: list[dict]) -> int:
+    (folder / rows[13]["file"]).unlink()
+    return 0
+
+
+def change_prompt(folder: Path, rows: list[dict]) -> int:
+    rows[13]["caption"] = "something else"
+    save_lines(folder, rows)
+    return 1
+
+
+def insert_line(folder: Path, rows: list[dict]) -> int:
+    """All records move on by one; in each block of 8 one is new."""
+    rows.insert(0, rows[-1] | {"caption": "one more"})
+    save_lines(folder, rows)
+    return 4
+
+
+def drop_lines(folder: Path, rows: list[dict]) -> int:
+    save_lines(folder, rows[:11])
+    return 0
+
+
+CHANGES = [change_picture, touch_picture, mend_picture, lose_picture]
+CHANGES += [change_prompt, insert_line, drop_lines]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_has_changed_is_encoded_again(change, tmp_path, policy, monkeypatch, encoded):
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    source, rows = write_lines(tmp_path / "set", make_examples(30))
+    (tmp_path / "set" / rows[3]["file"]).write_bytes(b"no picture")
+
+    def prepare(cache):
+        def opened():
+            return got_data.open_rows(source)
+
+        return token_cache.prepare(opened, *policy, source, tmp_path / cache, batch=4)
+
+    prepare("cache")
+    assert sum(encoded) == 29
+    before = files(tmp_path / "cache")
+    new = change(tmp_path / "set", rows)
+    encoded.clear()
+    again = prepare("cache")
+    assert sum(encoded) == new
+    after = files(tmp_path / "cache")
+    if change in CHANGES[:4]:  # only the block with that picture was written again
+        assert sum(before[name] != after[name] for name in before) == 1
+    whole = prepare("from nothing")
+    assert after == files(tmp_path / "from nothing")
+    assert str(again.report) == str(whole.report)
+    indices = list(range(len(whole)))
+    for a, b in zip(again.batch(indices), whole.batch(indices), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+    # nothing is touched: nothing is read, encoded or written
+    def never(*_, **__):
+        raise AssertionError("data, pictures or files were touched")
+
+    for module, name in [(got_data, "open_rows"), (token_cache.run, "write_whole")]:
+        monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr(gotr1, "encode_images", never)
+    monkeypatch.setattr(token_cache, "read_image", never)
+    prepare("cache")
+
+
+def test_pictures_inside_of_data_files_are_compared(tmp_path, policy, encoded):
+    """Of a parquet file in which one picture is another, one is encoded."""
+    rows = [inline(example) for example in make_examples(20)]
+    source = write_parquet(tmp_path / "set", rows)
+    token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache")
+    encoded.clear()
+    rows[7]["image"]["bytes"] = png(make_examples(1, seed=9)[0].image)
+    shutil.rmtree(tmp_path / "set")
+    write_parquet(tmp_path / "set", rows)
+    token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache")
+    assert encoded == [1]
+
+
+def test_a_kill_while_changes_are_encoded_loses_nothing(tmp_path, policy, monkeypatch, encoded):
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    source, rows = write_lines(tmp_path / "set", make_examples(30))
+
+    def prepare():
+        def opened():
+            return got_data.open_rows(source)
+
+        return token_cache.prepare(opened, *policy, source, tmp_path / "cache", batch=4)
+
+    prepare()
+    rows[1]["caption"] = rows[28]["caption"] = "something else"
+    save_lines(tmp_path / "set", rows)
+    encoded.clear()
+    write = token_cache.run.write_whole
+
+    def killed(path, content):
+        if path.name == "tokens_000002.safetensors":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache.run, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
+    assert encoded == [1]
+    prompts, _, _ = prepare().batch([0, 1, 28])
+    assert encoded == [1, 1]
+    assert prompts == [rows[0]["caption"], "something else", "something else"]
+    assert not list((tmp_path / "cache").glob("old_*"))
 
 
 def test_too_many_bad_records_stop_the_run(tmp_path, policy):
