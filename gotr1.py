@@ -237,7 +237,7 @@ def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
 def at_least_float32(values):
     """bfloat16 becomes float32, in which tokens are sampled and scored; float64 stays (tests use
     it)."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def sample_token(logits, u, temperature: float):
