@@ -794,10 +794,10 @@ def draw_prompts(args: Args, prompts: list[str], chain: str | None, device) -> N
 
     import rewards
 
-    model, tokenizer = load_policy(args.model, device)
     judge = None
     if args.judge:
         judge, _ = rewards.load_judge(rewards.JudgeFlags(judge=args.judge, hps=""), device)
+    model, tokenizer = load_policy(args.model, device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -367,12 +367,12 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
     if saved:
         run.open_run(config.out, config)  # with other flags the program ends here
     try:
+        judge, hps = rewards.load_judge(config, device)  # first: a judge that fails, fails here
         engine = trainer.load(config, device, gotr1.token_logps, config.model, saved)
         if config.kl and not config.lora:
             dtype = trainer.DTYPES[config.dtype]
             reference, _ = gotr1.load_policy(config.model, "cpu", dtype)
             engine.keep_reference(reference)
-        judge, hps = rewards.load_judge(config, device)
         longest = gotr1.encode_prompt(engine.tokenizer, max(prompts + held_out, key=len))
         gotr1.check_room(engine.model, [longest], config.max_chain + 1)
     except (OSError, ValueError) as problem:

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 import gotr1
@@ -25,6 +25,7 @@ from engine import run
 from engine.checkpoints import TOY, janus_pro_config, load_policy
 from engine.trainer import add_lora, trainable_parameters
 from render_boxes import Box, draw_boxes
+from rewards import QwenJudge, Reply, Row, Seen
 
 # -------------------------------------------------------------------------------------------------
 # One dataclass per subcommand
@@ -43,10 +44,13 @@ class Rollout:
 
 @dataclass
 class Judge:
-    """The judge's four calls, with batch size 1 and 16, its marks written and read off."""
+    """The judge's four calls, with batch size 1 and 16, its marks written and read off; R_sem in
+    four marks and in one; and pictures with several names beside a straightforward way."""
 
     judge: str = "toy"  # folder or hub id of a Qwen2.5-VL or Qwen3-VL; `toy` shows the table only
     device: str = "cpu"  # or cuda
+    pictures: int = 16  # that are asked about in the last part, each with three names
+    tokens: int = 48  # most tokens of a reply in the last part; a list of one box has about 40
 
 
 @dataclass
@@ -254,27 +258,29 @@ def parameter_bytes(module: torch.nn.Module) -> int:
 
 def time_judge(judge) -> None:
     """Rows per second of each call: one row at a time and 16, with the mark written ("reply") and
-    read off the judge's probabilities ("expected")."""
+    read off the judge's probabilities ("expected"). R_sem is asked for in four marks and in one."""
     boxes = [Box("red ball", 100, 100, 500, 500), Box("blue cube", 500, 500, 900, 900)]
     prompts = ["a red ball above a blue cube"] * 16
     layouts = [boxes] * 16
     images = [draw_boxes(boxes, 384)] * 16
     calls = [
-        ("semantic", prompts, prompts),
+        ("semantic four", prompts, prompts),
+        ("semantic one", prompts, prompts),
         ("spatial", prompts, layouts),
         ("alignment", prompts, images),
         ("ground", images, prompts),
     ]
     columns = "reply: 1     16   ratio   expected: 1     16   ratio   expected / reply at 16"
-    print(f"rows/s      {columns}")
-    for name, first, second in calls:
+    print(f"rows/s         {columns}")
+    for title, first, second in calls:
+        name, _, judge.semantic_as = title.partition(" ")
         reply_1 = rows_per_second(judge, name, first, second, scoring="reply", batch_size=1)
         reply_16 = rows_per_second(judge, name, first, second, scoring="reply", batch_size=16)
         mark_1 = rows_per_second(judge, name, first, second, scoring="expected", batch_size=1)
         mark_16 = rows_per_second(judge, name, first, second, scoring="expected", batch_size=16)
         reply = f"{reply_1:9.2f} {reply_16:6.2f} {reply_16 / reply_1:7.1f}"
         mark = f"{mark_1:13.2f} {mark_16:6.2f} {mark_16 / mark_1:7.1f}"
-        print(f"{name:10} {reply} {mark} {mark_16 / reply_16:16.1f}")
+        print(f"{title:13} {reply} {mark} {mark_16 / reply_16:16.1f}")
 
 
 def rows_per_second(
@@ -289,6 +295,88 @@ def rows_per_second(
     start = time.perf_counter()
     call(first[:rows], second[:rows])
     return rows / (time.perf_counter() - start)
+
+
+class PlainJudge(QwenJudge):
+    """The straightforward way to write replies, to be timed and to be tested against.
+
+    Each row sends its picture through the vision tower, rows come in the order of the questions,
+    and transformers' `generate` sees all rows of a batch to the end of its longest reply."""
+
+    def write(self, questions):
+        return self._in_batches(self._generate, questions)
+
+    def _generate(self, questions):
+        inputs = {}
+        rows = [Row(question, None) for question in questions]
+        if questions[0].image is not None:
+            rgb = [question.image.convert("RGB") for question in questions]
+            inputs.update(self.image_processor(rgb, return_tensors="pt"))
+            patches_per_token = self.image_processor.merge_size**2
+            for i, grid in enumerate(inputs["image_grid_thw"].tolist()):
+                count = grid[1] * grid[2] // patches_per_token
+                rows[i] = Row(questions[i], Seen(tuple(grid), range(count), []))
+        texts, frames = self._inputs(rows)
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = texts[name]
+        inputs["mm_token_type_ids"] = (
+            inputs["input_ids"] == self.model.config.image_token_id
+        ).int()
+        for name, tensor in inputs.items():
+            inputs[name] = tensor.to(self.model.device)
+        settings = GenerationConfig(
+            do_sample=False,
+            eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_new_tokens=questions[0].max_tokens,
+        )
+        with torch.inference_mode():
+            self.model.generation_config = settings
+            ids = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(ids, torch.tensor(self.ends, device=ids.device)).any(dim=1).tolist()
+        replies = []
+        for row, is_whole, frame in zip(ids, ended, frames, strict=True):
+            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            replies.append(Reply(text if is_whole else text + "…", frame))
+        return replies
+
+
+def time_pictures(judge: QwenJudge, pictures: int, tokens: int) -> None:
+    """Alignment and grounding of pictures with three names each, straightforward and ours.
+
+    A judge with random weights ends no reply by itself: all have as many tokens as are allowed."""
+    noise = np.random.default_rng(0).integers(0, 256, (pictures, 384, 384, 3), np.uint8)
+    images = [Image.fromarray(array) for array in noise]
+    names = ["red ball", "blue cube", "green cup"]
+    rows = pictures * (1 + len(names))
+    through_tower = 0
+
+    def count(module, inputs, keywords, output):
+        nonlocal through_tower
+        through_tower += len(keywords["grid_thw"])
+
+    hook = judge.model.model.visual.register_forward_hook(count, with_kwargs=True)
+    loaded = (judge.model, judge.tokenizer, judge.image_processor)
+    words = []
+    seconds = []
+    asked_for = f"{rows} rows of alignment and grounding, at most {tokens} tokens each"
+    print(f"\n{pictures} pictures, three names each: {asked_for}")
+    for title, kind in (("straightforward", PlainJudge), ("ours", QwenJudge)):
+        asked = kind(loaded, device=judge.model.device)
+        asked.most_tokens = tokens
+        asked.alignment(names[:1], images[:1])  # the first call pays for what later ones reuse
+        asked.seen.clear()
+        through_tower = 0
+        start = time.perf_counter()
+        asked.alignment(["a red ball, a blue cube, a green cup"] * pictures, images)
+        asked.ground([image for image in images for _ in names], names * pictures)
+        seconds.append(time.perf_counter() - start)
+        words.append(asked.words["pi"] + asked.words["ri"])
+        tower = f"{through_tower} pictures through the vision tower"
+        print(f"{title:16} {seconds[-1]:7.2f} s, {rows / seconds[-1]:6.2f} rows/s, {tower}")
+    hook.remove()
+    equal = sum(one == other for one, other in zip(*words, strict=True))
+    print(f"ratio {seconds[0] / seconds[1]:.2f}; {equal} of {rows} replies are equal")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -483,8 +571,6 @@ def load_judge(settings: Judge):
         from toy.world import ToyJudge
 
         return ToyJudge()
-    from rewards import QwenJudge
-
     return QwenJudge(settings.judge, settings.device)
 
 
@@ -495,7 +581,11 @@ def main(argv: list[str] | None = None) -> None:
             run.check_ranges(settings, at_least_one="samples repeats", not_negative="cfg chain")
             time_rollout(settings, run.start_processes()[2])
         elif isinstance(settings, Judge):
-            time_judge(load_judge(settings))
+            run.check_ranges(settings, at_least_one="pictures tokens")
+            judge = load_judge(settings)
+            time_judge(judge)
+            if settings.judge != "toy":
+                time_pictures(judge, settings.pictures, settings.tokens)
         elif isinstance(settings, Networks):
             time_networks(settings, run.start_processes()[2])
         else:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from test_rewards import random_judge
 
 import rewards
 import train_grpo
 import train_sft
+from toy.world import ToyJudge, crispness
 
 ROOT = Path(__file__).parent.parent
 GRPO = "--steps 10 --batch_size 2 --group 4 --eval_prompts 8 --save_every 4".split()
@@ -177,6 +179,38 @@ def test_the_toys_judge_refuses_prompts_that_it_cannot_understand(tmp_path, caps
             stop.value.code == 2
             and "know only the toy's world, not 'a photo of a cat'" in capsys.readouterr().err
         )
+
+
+def test_a_judge_that_cannot_be_asked_is_refused_before_the_policy_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    for part in random_judge(template="{{ messages[0].content.parts }}{{ 1 + 'a' }}"):
+        part.save_pretrained(tmp_path / "judge")
+    monkeypatch.setattr(train_grpo.trainer, "load", None)  # would fail in another way
+    with pytest.raises(SystemExit) as stop:
+        flags = ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "run")]
+        train_grpo.main([*GRPO, *flags])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message.startswith("error: this judge cannot be asked")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_four_marks_of_a_plan_are_in_the_log(tmp_path, monkeypatch):
+    """Their means over the samples of the step; the mean of the four is `sem`."""
+
+    class MarkingJudge(ToyJudge):
+        def semantic(self, prompts, chains):
+            scores = super().semantic(prompts, chains)
+            self.marks = {"sem": {name: scores for name in rewards.CRITERIA[:3]}}
+            self.marks["sem"]["clarity"] = [score / 2 for score in scores]
+            return scores
+
+    monkeypatch.setattr(rewards, "load_judge", lambda flags, device: (MarkingJudge(), crispness))
+    flags = ["--steps", "1", "--batch_size", "1", "--group", "2", "--eval_prompts", "2"]
+    train_grpo.main([*flags, "--out", str(tmp_path)])
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert row["sem_completeness"] == row["sem"] > 0
+    assert row["sem_clarity"] == pytest.approx(row["sem"] / 2)
 
 
 def test_a_model_that_writes_no_boxes_is_told_so_after_one_step(tmp_path):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from random_networks import small_networks
+from test_rewards import random_judge
 from transformers import JanusForConditionalGeneration
 
 import gotr1
@@ -102,11 +103,24 @@ def test_each_call_of_the_judge_is_timed_in_both_ways(monkeypatch, capsys):
     marks = ["0.50", "8.00", "16.0", "2.50", "40.00", "16.0", "5.0"]
     boxes = ["0.50", "8.00", "16.0", "0.50", "8.00", "16.0", "1.0"]
     assert table == [
-        ["semantic", *marks],
+        ["semantic", "four", *marks],
+        ["semantic", "one", *marks],
         ["spatial", *marks],
         ["alignment", *marks],
         ["ground", *boxes],
     ]
+
+
+def test_the_tower_is_counted_and_replies_compared(monkeypatch, capsys, tmp_path):
+    for part in random_judge():
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(speed, "time_judge", lambda judge: None)
+    speed.main(["judge", "--judge", str(tmp_path), "--pictures", "2", "--tokens", "4"])
+    title, plain, ours, ratio = capsys.readouterr().out.strip().splitlines()
+    assert "2 pictures, three names each: 8 rows" in title and "at most 4 tokens" in title
+    assert "8 pictures through the vision tower" in plain
+    assert "2 pictures through the vision tower" in ours
+    assert "8 of 8 replies are equal" in ratio
 
 
 def test_a_judge_that_is_not_there_is_refused_in_one_line(capsys, tmp_path, monkeypatch):
