@@ -57,7 +57,8 @@ class Config:
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # who looks; `toy` reads the toy's pictures exactly
     prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else it is asked
     device: str = ""  # where the model is; default: the GPU if there is one
-    batch: int = 16  # pictures per step, and rows that the model takes at a time
+    batch: int = 16  # pictures per step; a run that is killed loses one such batch
+    judge_batch: int = 16  # rows that the model takes at a time; halved when memory runs out
     longest_side: int = 768  # pixels; larger pictures are shown to the model in this size
     max_pictures: int = 0  # only the first ones; 0: all
     min_boxes: int = 1  # a picture with fewer boxes is left out
@@ -434,33 +435,32 @@ def given_prompts(path: str, images: list[str]) -> dict[str, str]:
     return prompts
 
 
-def file_stats(paths: list[Path]) -> list:
-    """[name, size, time of the last change] of files."""
-    stats = []
-    for path in paths:
-        stat = path.stat()
-        stats.append([path.name, stat.st_size, stat.st_mtime_ns])
-    return stats
-
-
 def model_mark(name: str) -> str:
     """Changes when the model does: the name of a hub id, the files of a folder."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
-    stats = file_stats(sorted(path for path in folder.iterdir() if path.is_file()))
+    stats = []
+    for path in sorted(folder.iterdir()):
+        stat = path.stat()
+        stats.append((path.name, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def reply_keys(config: Config, images: list[str], prompts: dict[str, str]) -> dict[str, str]:
     """Per picture what the replies about it depend on: replies with another key are not used."""
     model = model_mark(config.model)
+    source = picture_source(config)
     keys = {}
     for image in images:
-        picture = file_stats([Path(config.pictures) / image])
+        picture = token_cache.picture_stat(image, source)
         parts = [RULES, model, config.longest_side, picture, prompts.get(image, "")]
         keys[image] = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return keys
+
+
+def picture_source(config: Config) -> Source:
+    return Source(data=config.pictures, follow_outside=config.follow_outside)
 
 
 def collect(config: Config, images: list[str], prompts: dict[str, str], load) -> list[dict]:
@@ -512,7 +512,7 @@ def read_and_ask(
     config: Config, annotator, batch: list[str], prompts: dict[str, str]
 ) -> list[dict]:
     """`ask_batch` for pictures in files; one that cannot be read has only `bad`."""
-    source = Source(data=config.pictures, follow_outside=config.follow_outside)
+    source = picture_source(config)
     pictures = {}
     rows = {}
     for image in batch:
@@ -594,7 +594,7 @@ def draw_sheet(config: Config, results: list[Result]) -> Path:
     font = ImageFont.load_default(13)
     step = SIDE + GAP
     sheet = Image.new("RGB", (2 * step + 160 + GAP, len(results) * step + GAP), "white")
-    source = Source(data=config.pictures, follow_outside=config.follow_outside)
+    source = picture_source(config)
     for k, result in enumerate(results):
         y = k * step + GAP
         lines = [result.image, *textwrap.wrap(f"prompt: {result.prompt}", 78), ""]
@@ -622,7 +622,7 @@ def draw_sheet(config: Config, results: list[Result]) -> Path:
 def check(config: Config) -> None:
     run.check_ranges(
         config,
-        at_least_one="batch min_boxes max_chain",
+        at_least_one="batch judge_batch min_boxes max_chain",
         not_negative="max_pictures smallest largest same_box",
     )
     if config.longest_side < 28:
@@ -636,7 +636,7 @@ def load_annotator(config: Config):
     if config.model == "toy":
         return ToyAnnotator()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flags = rewards.JudgeFlags(judge=config.model, judge_batch=config.batch, hps="")
+    flags = rewards.JudgeFlags(judge=config.model, judge_batch=config.judge_batch, hps="")
     try:
         judge, _ = rewards.load_judge(flags, device)
     except (OSError, ValueError) as problem:

@@ -198,17 +198,23 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_cause(pictures, ca
     (pictures / "000003.png").write_bytes(b"no picture")
     Image.fromarray(np.ones((9, 9), "int32")).save(pictures / "a.tif")
     Image.new("RGB", (32, 32), "white").save(pictures / "b.png")
+    (pictures / "c.png").symlink_to(pictures / "gone.png")
+    toy.draw_scene(["red ball"], [(1, 1, 3)]).save(pictures.parent / "outside.png")
+    (pictures / "d.png").symlink_to(pictures.parent / "outside.png")
     rows = run(pictures)
     assert len(rows) == 20 - 1
     assert {(row["image"], row["left_out"]) for row in dropped(pictures)} == {
         ("pictures/000003.png", "broken image"),
         ("pictures/a.tif", "image depth"),
         ("pictures/b.png", "prompt cannot be read"),
+        ("pictures/c.png", "broken image"),
+        ("pictures/d.png", "path outside"),
     }
     said = capsys.readouterr().out
-    assert "19 of 22 pictures" in said and "pictures left out: 3" in said
-    assert re.search(r"^ +1 broken image$", said, re.M)
+    assert "19 of 24 pictures" in said and "pictures left out: 5" in said
+    assert re.search(r"^ +2 broken image$", said, re.M)
     assert re.search(r"^replies that cannot be read: 1\n +1 prompt: no object is seen$", said, re.M)
+    assert len(run(pictures, "--follow_outside")) == 20
 
 
 def test_elsewhere_means_image_folder(pictures, tmp_path, capsys):
@@ -491,7 +497,7 @@ def test_the_model_is_loaded_as_every_judge_is(monkeypatch):
         return ScriptedJudge(), None
 
     monkeypatch.setattr(rewards, "load_judge", load_judge)
-    config = annotate.Config("pictures", model="some/judge", batch=3)
+    config = annotate.Config("pictures", model="some/judge", judge_batch=3)
     assert isinstance(annotate.load_annotator(config), annotate.VlmAnnotator)
     assert asked == [("some/judge", 3, "", "cpu")]
 

@@ -21,8 +21,9 @@ import rewards
 import train_grpo
 import train_sft
 from benchmarks import speed
-from data import got
+from data import annotate, got
 from engine import checkpoints
+from toy import world
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +39,8 @@ COMMANDS = {
     "rewards.py": rewards.Settings,
     "render_boxes.py": render_boxes.Config,
     "-m engine.checkpoints": checkpoints.Args,
+    "-m data.annotate": annotate.Config,
+    "-m toy.world": world.Config,
     "-m benchmarks.speed rollout": speed.Rollout,
     "-m benchmarks.speed judge": speed.Judge,
     "-m benchmarks.speed networks": speed.Networks,
