@@ -259,9 +259,9 @@ def ask_batch(annotator, pictures: list[Image.Image], prompts: list[str]) -> lis
         asked = enter("names", asked, annotator.names([rows[k]["caption"] for k in asked]))
     questions = []  # (row, name), each once
     for k in asked:
-        placed = places(rows[k]["caption"], rows[k]["names"])
-        for name in dict.fromkeys(name for name, span in placed if span):
-            questions.append((k, name))
+        for name, span in places(rows[k]["caption"], rows[k]["names"]):
+            if span and (k, name) not in questions:
+                questions.append((k, name))
     if questions:
         shown = [pictures[k] for k, _ in questions]
         answers = annotator.boxes(shown, [name for _, name in questions])
@@ -277,23 +277,21 @@ def ask_batch(annotator, pictures: list[Image.Image], prompts: list[str]) -> lis
 def places(caption: str, names: list[str]) -> list[tuple[str, tuple[int, int] | None]]:
     """(name, where it stands in the caption) per name; None if it is not there.
 
-    A name stands at its first place that no other name has taken.
+    A name stands at its first place that no other name has taken; longer names choose first.
 
-    >>> places("A red ball, a ball", ["red ball", "ball", "cube"])
-    [('red ball', (2, 10)), ('ball', (14, 18)), ('cube', None)]
+    >>> places("A red ball, a ball", ["ball", "red ball", "cube"])
+    [('ball', (14, 18)), ('red ball', (2, 10)), ('cube', None)]
     """
-    placed = []
+    spans = [None] * len(names)
     taken = set()  # positions of letters
-    for name in names:
-        place = None
-        for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.I):
+    for k in sorted(range(len(names)), key=lambda k: -len(names[k])):
+        for found in re.finditer(rf"(?<!\w){re.escape(names[k])}(?!\w)", caption, re.I):
             letters = set(range(*found.span()))
             if not letters & taken:
-                place = found.span()
+                spans[k] = found.span()
                 taken |= letters
                 break
-        placed.append((name, place))
-    return placed
+    return list(zip(names, spans, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -319,10 +317,12 @@ def make_chain(config: Config, image: str, row: dict, tokenizer) -> Result:
     for step in ("picture", "prompt", "caption", "names"):
         for bad_step, reason, reply in row["bad"]:
             if bad_step == step == "picture":  # not a reply: the file cannot be read
-                result.cause, result.detail = reason, reply
+                result.cause = reason
+                result.detail = reply
                 return result
             if bad_step == step:
-                result.cause, result.detail = f"{step} cannot be read", reason
+                result.cause = f"{step} cannot be read"
+                result.detail = reason
                 return result
     chain = row["caption"]
     boxes = choose_boxes(config, row, result)
