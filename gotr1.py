@@ -855,7 +855,8 @@ def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
         draw_boxes(boxes).save(f"{path}_plan.png")
         draw_boxes(boxes, image=large).save(f"{path}_boxes.png")
         Path(f"{path}.txt").write_text(chain, encoding="utf-8")
-        note = "  ".join(f"{part} {value:.2f}" for part, value in scores[k].items()) or path.name
+        shown = [part for part in scores[k] if not part.startswith("sem_")]  # short enough for it
+        note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in shown) or path.name
         sheet.append({"prompt": prompt, "note": note, "chain": chain, "image": picture})
     draw_plans(sheet[:24], out / "sheet.png", columns=2)
 

@@ -8,8 +8,9 @@
     R_RI    chain -> picture    is each planned object where the plan has it?
     R_HPS   prompt -> picture   would people like it? (HPS v2.1)
 
-The judge is a vision-language model. R_sem, R_spa and R_PI are its marks out of ten, divided by 10.
-For R_RI it looks for each planned name in the picture; the reward is the mean IoU of planned and
+The judge is a vision-language model. R_sem, R_spa and R_PI are its marks out of ten, divided by 10;
+R_sem is the mean of four marks, for completeness, faithfulness, consistency and clarity. For R_RI
+the judge looks for each planned name in the picture; the reward is the mean IoU of planned and
 found boxes. R_HPS is a cosine, near 0.3.
 
 Not stated in the paper, decided here:
@@ -847,7 +848,9 @@ class QwenJudge(VlmJudge):
         inputs = self.image_processor(rgb, return_tensors="pt").to(self.model.device)
         grids = inputs["image_grid_thw"]
         with torch.inference_mode():
-            tower = self.model.model.get_image_features(inputs["pixel_values"], grids)
+            tower = self.model.model.get_image_features(
+                inputs["pixel_values"], grids, return_dict=True
+            )
         batch = []
         for i, grid in enumerate(grids.tolist()):
             deep = [layer[i].clone() for layer in getattr(tower, "deepstack_features", [])]
@@ -1185,9 +1188,10 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         run.fail(" ".join(str(error).split()))  # in one line
     words = getattr(judge, "words", {})
+    width = max(10, *map(len, row))
     for part, value in row.items():
         said = " ".join(words.get(part, [])).split()
-        print(f"{part:10} {value:6.3f}", *said)
+        print(f"{part:{width}} {value:6.3f}", *said)
     print(f"wrote {args.out}: planned and found boxes over the picture")
 
 

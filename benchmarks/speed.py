@@ -571,7 +571,9 @@ def load_judge(settings: Judge):
         from toy.world import ToyJudge
 
         return ToyJudge()
-    return QwenJudge(settings.judge, settings.device)
+    judge = QwenJudge(settings.judge, settings.device)
+    judge.try_out()
+    return judge
 
 
 def main(argv: list[str] | None = None) -> None:

