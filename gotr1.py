@@ -740,7 +740,8 @@ class Args:
     max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
     chain: str = ""  # a text file with a chain that is drawn: edit a plan, then draw it
     plans: int = 1  # write so many plans per picture and draw the one that the judge likes best
-    judge: str = ""  # scores plans and pictures: `toy`, or a folder or hub id of a VLM
+    judge: str = ""  # scores plans and pictures: `toy`, folder or hub id of a VLM, or http://…/v1
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     batch_size: int = 64  # sequences at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
 
@@ -796,7 +797,8 @@ def draw_prompts(args: Args, prompts: list[str], chain: str | None, device) -> N
 
     judge = None
     if args.judge:
-        judge, _ = rewards.load_judge(rewards.JudgeFlags(judge=args.judge, hps=""), device)
+        flags = rewards.JudgeFlags(judge=args.judge, judge_model=args.judge_model, hps="")
+        judge, _ = rewards.load_judge(flags, device)
     model, tokenizer = load_policy(args.model, device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

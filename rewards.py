@@ -21,6 +21,7 @@ Not stated in the paper, decided here:
 
     python rewards.py --prompt "a red ball above a blue cube" --chain chain.txt --image picture.png
     python rewards.py … --judge Qwen/Qwen2.5-VL-7B-Instruct --hps HPS_v2.1_compressed.pt
+    python rewards.py … --judge http://localhost:8000/v1    # the same judge on a server
 """
 
 import json
@@ -33,7 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from render_boxes import Box, draw_boxes, iou, parse_chain, strip_boxes
 
@@ -95,44 +96,90 @@ def score(
     Raises ValueError for an unknown part and for a score outside [0, 1]; RuntimeError when most
     replies cannot be read (see stop_if_unreadable).
     """
+    asked = ask(judge, prompts, chains, images, parts)
+    return add_up(asked, hps, parts, combine)
+
+
+@dataclass
+class Asked:
+    """Samples, and what a judge answered about them."""
+
+    prompts: list[str]
+    images: list[Image.Image]
+    layouts: list[list[Box]]  # the planned boxes
+    answers: dict[str, list]  # part -> the judge's answers, one per row that it was asked
+    found: list[dict[str, list[Box] | None]]  # see ground_plans; [] if that was not asked
+    words: dict[str, list[str]]  # part -> its literal replies, one per row that it was asked
+    marks: dict[str, list[float | None]]  # name of a mark of R_sem -> one per sample
+
+    @classmethod
+    def join(cls, several: list["Asked"]) -> "Asked":
+        """What was asked in several calls, as if it had been one."""
+        joined = cls([], [], [], {}, [], {}, {})
+        for one in several:
+            joined.prompts += one.prompts
+            joined.images += one.images
+            joined.layouts += one.layouts
+            joined.found += one.found
+            for name in ("answers", "words", "marks"):
+                for key, values in getattr(one, name).items():
+                    getattr(joined, name).setdefault(key, []).extend(values)
+        return joined
+
+
+def ask(judge, prompts, chains, images, parts=PARTS) -> Asked:
+    """The first half of `score`: all that needs the judge."""
     if not set(parts) <= set(PARTS):
         expected = f"expected some of {' '.join(PARTS)}"
         raise ValueError(f"unknown rewards in {' '.join(parts)}: {expected}")
-    parts = [part for part in PARTS if part in parts and (part != "hps" or hps)]
-    rows = []
-    for _ in prompts:
-        row = dict.fromkeys(parts, 0.0)
-        row["judge_fail"] = 0
-        rows.append(row)
-
     layouts = [parse_chain(chain) for chain in chains]
-    all_samples = range(len(rows))
-    planned = [i for i in all_samples if layouts[i]]  # the others keep spa = ri = 0
-    answers = {}  # part -> the judge's answers, one per row that it was asked
+    answers = {}
+    found = []
+    marks = {}
     if "sem" in parts:
         answers["sem"] = judge.semantic(prompts, [strip_boxes(chain) for chain in chains])
-        _enter_scores(rows, "sem", all_samples, answers["sem"])
-        for name, marks in getattr(judge, "marks", {}).get("sem", {}).items():
-            for row, mark in zip(rows, marks, strict=True):
-                row[f"sem_{name}"] = mark or 0.0  # None: the reply could not be read
+        marks = dict(getattr(judge, "marks", {}).get("sem", {}))
+    planned = [i for i, layout in enumerate(layouts) if layout]
     if "spa" in parts and planned:
         planned_prompts = [prompts[i] for i in planned]
         planned_layouts = [layouts[i] for i in planned]
         answers["spa"] = judge.spatial(planned_prompts, planned_layouts)
-        _enter_scores(rows, "spa", planned, answers["spa"])
     if "pi" in parts:
         answers["pi"] = judge.alignment(prompts, images)
-        _enter_scores(rows, "pi", all_samples, answers["pi"])
     if "ri" in parts:
         found, answers["ri"] = ground_plans(judge, layouts, images)
+    said = getattr(judge, "words", {})
+    words = {part: list(said[part]) for part in answers if part in said}
+    return Asked(list(prompts), list(images), layouts, answers, found, words, marks)
+
+
+def add_up(asked: Asked, hps, parts=PARTS, combine="product") -> list[dict[str, float]]:
+    """The second half of `score`: from the judge's answers, and hps, to rewards."""
+    parts = [part for part in PARTS if part in parts and (part != "hps" or hps)]
+    rows = []
+    for _ in asked.prompts:
+        row = dict.fromkeys(parts, 0.0)
+        row["judge_fail"] = 0
+        rows.append(row)
+    all_samples = range(len(rows))
+    planned = [i for i in all_samples if asked.layouts[i]]  # the others keep spa = ri = 0
+    for part in ("sem", "spa", "pi"):
+        if part in asked.answers:
+            samples = planned if part == "spa" else all_samples
+            _enter_scores(rows, part, samples, asked.answers[part])
+    for name, marks in asked.marks.items():
+        for row, mark in zip(rows, marks, strict=True):
+            row[f"sem_{name}"] = mark or 0.0  # None: the reply could not be read
+    if "ri" in parts:
         for i in planned:
-            overlaps = [overlap for overlap, _ in match_boxes(layouts[i], found[i])]
+            found = asked.found[i]
+            overlaps = [overlap for overlap, _ in match_boxes(asked.layouts[i], found)]
             rows[i]["ri"] = sum(overlaps) / len(overlaps)
-            rows[i]["judge_fail"] += list(found[i].values()).count(None)
-    stop_if_unreadable(answers, getattr(judge, "words", {}))
+            rows[i]["judge_fail"] += list(found.values()).count(None)
+    stop_if_unreadable(asked.answers, asked.words)
 
     if "hps" in parts:
-        for row, cosine in zip(rows, hps(prompts, images), strict=True):
+        for row, cosine in zip(rows, hps(asked.prompts, asked.images), strict=True):
             row["hps"] = float(cosine)
     for row in rows:
         row["total"] = total_reward(row, combine)
@@ -970,6 +1017,167 @@ class QwenJudge(VlmJudge):
 
 
 # -------------------------------------------------------------------------------------------------
+# The judge of the paper, on a server
+
+GRIDS = {  # what boxes count in -> (a side of a picture is a multiple of this, fewest pixels)
+    "pixels": (28, 56 * 56),  # Qwen2.5-VL: tokens of 28 x 28 pixels
+    "grid": (32, 256 * 256),  # Qwen3-VL: of 32 x 32
+}
+SHOWN = Box("red square", 500, 125, 875, 500)  # by which a served judge shows what boxes count in
+
+
+class ServedJudge(VlmJudge):
+    """A VlmJudge on a server of the chat-completions protocol: vLLM or SGLang, see docs/gpu.md.
+
+    url        of the API: http://host:8000/v1
+    model      its name there; "": the only one that there is
+    in_flight  most rows at a time
+    frame      what its boxes count in: "pixels" of the resized picture (Qwen2.5-VL), or the 0..1000
+               "grid" (Qwen3-VL). "ask": it is asked for a square that is drawn for it
+    scoring, spatial_as, semantic_as: see VlmJudge. "expected" needs a server that continues a begun
+        reply (continue_final_message) and gives log-probabilities (top_logprobs). A digit that is
+        not among the 20 likeliest tokens counts as impossible.
+
+    Raises ValueError when the server cannot do what is needed, and what Server raises.
+    """
+
+    def __init__(
+        self,
+        url,
+        model="",
+        in_flight=64,
+        frame="ask",
+        scoring="reply",
+        spatial_as="boxes",
+        semantic_as="four",
+    ):
+        from engine.served import Server
+
+        super().__init__(scoring, spatial_as, semantic_as)
+        self.server = Server(url, model, in_flight)
+        self.frame = frame if frame != "ask" else self._ask_for_frame()
+        if scoring == "expected":
+            self._check_begun_replies()
+
+    def write(self, questions):
+        requests = []
+        frames = []
+        for question in questions:
+            picture = self._resized(question.image)
+            request = self._request(question.text, picture)
+            requests.append({**request, "max_tokens": question.max_tokens})
+            frames.append(picture.size if picture and self.frame == "pixels" else (1000, 1000))
+        replies = []
+        for answer, frame in zip(self.server.complete(requests), frames, strict=True):
+            replies.append(Reply(answer.text + "…" if answer.is_cut else answer.text, frame))
+        return replies
+
+    def digits(self, questions):
+        first = self._digits_behind(questions, "")
+        # The mark 10 is two tokens. Only where 1 is likely at all is it asked what follows it.
+        may_be_ten = [k for k, chances in enumerate(first) if chances[1] > 0]
+        after_one = [[0.0] * 10 for _ in questions]
+        asked = self._digits_behind([questions[k] for k in may_be_ten], "1")
+        for k, chances in zip(may_be_ten, asked, strict=True):
+            after_one[k] = chances
+        return list(zip(first, after_one, strict=True))
+
+    def _digits_behind(self, questions, written):
+        """Per question, the probability of each digit behind the begun reply and `written`."""
+        requests = []
+        for question in questions:
+            picture = self._resized(question.image)
+            requests.append(self._request(question.text, picture, question.begun + written))
+        rows = []
+        for answer in self.server.complete(requests):
+            if not answer.likeliest:
+                raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
+            logps = answer.likeliest[0]
+            rows.append([math.exp(logps.get(digit, -math.inf)) for digit in "0123456789"])
+        return rows
+
+    def _request(self, text, picture, begun=""):
+        """What is sent for one row. With `begun`, the reply is begun so, and one token is asked."""
+        from engine.served import data_url
+
+        content = text
+        if picture:
+            shown = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+            content = [shown, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        if not begun:
+            return {"messages": messages}
+        messages.append({"role": "assistant", "content": begun})
+        return {
+            "messages": messages,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 20,  # the most that servers give
+            # else the server closes this turn and begins another one, without a word
+            "extra_body": {"continue_final_message": True, "add_generation_prompt": False},
+        }
+
+    def _resized(self, image):
+        """The picture in the size that the judge sees: the server then has nothing to resize.
+
+        As the processors of Qwen-VL resize: both sides to the nearest multiple of a token's, and
+        more when that is too small; with the same filter. Theirs also shrink what is above 12
+        million pixels; our pictures are far from it."""
+        if image is None:
+            return None
+        side, fewest = GRIDS[self.frame]
+        wide = round(image.width / side) * side
+        high = round(image.height / side) * side
+        if wide * high < fewest:
+            scale = math.sqrt(fewest / (image.width * image.height))
+            wide = math.ceil(image.width * scale / side) * side
+            high = math.ceil(image.height * scale / side) * side
+        return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
+
+    # What a server has to show before it is believed
+
+    def _ask_for_frame(self):
+        """What the boxes of this judge count in, found out by a square that is drawn for it."""
+        side = 448  # a multiple of 28 and of 32: no judge resizes it
+        corners = [edge * side / 1000 for edge in SHOWN[1:]]
+        picture = Image.new("RGB", (side, side), "white")
+        ImageDraw.Draw(picture).rectangle(corners, fill="red")
+        task = TASKS["ri"]
+        text = self._question(task, name=SHOWN.name) + ANSWER % task.answer
+        request = {**self._request(text, picture), "max_tokens": task.max_tokens}
+        reply = self.server.complete([request])[0].text
+        for frame, size in {"pixels": (side, side), "grid": (1000, 1000)}.items():
+            boxes = parse_bboxes(reply, *size) or []
+            if len(boxes) == 1 and iou(boxes[0], SHOWN) > 0.7:
+                return frame
+        pixels = [round(edge) for edge in corners]
+        raise ValueError(
+            f"the judge at {self.server.url} does not find a red square at {pixels} of {side} x "
+            f"{side} pixels, {[*map(round, SHOWN[1:])]} of 1000: it replies {reply[:200]!r}. "
+            "Expected a Qwen2.5-VL or Qwen3-VL (or say with --judge_frame what its boxes count in)"
+        )
+
+    def _check_begun_replies(self):
+        """That the server continues a begun reply and gives log-probabilities."""
+        plain = self._request("Hi", None)
+        begun = self._request("Hi", None, begun="1")
+        try:
+            open_turn, answer = self.server.complete([{**plain, "max_tokens": 1}, begun])
+        except ValueError as error:
+            raise ValueError(self._cannot_expect(f"does not take a begun reply: {error}")) from None
+        if not answer.likeliest:
+            raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
+        # "1" is one token. A turn that is closed and opened anew has several more.
+        if answer.prompt_tokens is None or answer.prompt_tokens != open_turn.prompt_tokens + 1:
+            raise ValueError(
+                self._cannot_expect("closes a begun reply (it needs continue_final_message)")
+            )
+
+    def _cannot_expect(self, what):
+        return f"the server at {self.server.url} {what}: use --scoring reply"
+
+
+# -------------------------------------------------------------------------------------------------
 # The preference score
 
 # open_clip's names of weights -> transformers': regular expressions, applied in this order
@@ -1099,12 +1307,14 @@ class HPS:
 class JudgeFlags:
     """The flags of everything that asks for rewards: the configurations inherit them."""
 
-    judge: str = "toy"  # `toy` (exact), or a folder or hub id of a Qwen2.5-VL or Qwen3-VL
+    judge: str = "toy"  # `toy` (exact), folder or hub id of a Qwen2.5-VL or 3-VL, or http://…/v1
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
+    judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served judge's boxes count in
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank
     scoring: Literal["reply", "expected"] = "reply"  # marks are written; or read off probabilities
     semantic: Literal["four", "one"] = "four"  # R_sem is the mean of four marks; or one (figure 8)
     spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa sees the boxes drawn; or reads numbers
-    judge_batch: int = 16  # rows that the judge takes at a time; halved when memory runs out
+    judge_batch: int = 0  # rows that the judge takes at a time; 0: 16, or 64 on a server
     hps: str = "toy"  # `toy` (stand-in), or file or hub id of HPS v2.1
     rewards: tuple[str, ...] = PARTS  # the parts that take part
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
@@ -1119,11 +1329,21 @@ def load_judge(flags: JudgeFlags, device):
         from toy.world import ToyJudge
 
         judge = ToyJudge()
+    elif flags.judge.startswith(("http://", "https://")):
+        judge = ServedJudge(
+            flags.judge,
+            model=flags.judge_model,
+            in_flight=flags.judge_batch or 64,
+            frame=flags.judge_frame,
+            scoring=flags.scoring,
+            spatial_as=flags.spatial_as,
+            semantic_as=flags.semantic,
+        )
     else:
         judge = QwenJudge(
             flags.judge,
             device=where,
-            batch_size=flags.judge_batch,
+            batch_size=flags.judge_batch or 16,
             scoring=flags.scoring,
             spatial_as=flags.spatial_as,
             semantic_as=flags.semantic,
@@ -1168,7 +1388,7 @@ def main(argv: list[str] | None = None) -> None:
     from engine import run
 
     args = run.parse_args(Settings, __doc__, argv)
-    run.check_ranges(args, at_least_one="judge_batch")
+    run.check_ranges(args, not_negative="judge_batch")
     if not args.prompt.strip():
         run.fail("--prompt is empty: say what the picture should show")
     try:

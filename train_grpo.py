@@ -34,6 +34,7 @@ the rollout fast: engine/decode.py); score in rewards.py; Engine in engine/train
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -200,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     if engine.first_step == 0:
         look(training, "before", step=0, count=len(training.held_out))
 
+    # a served judge leaves this process free to draw on
+    asker = Asker(training) if isinstance(training.judge, rewards.ServedJudge) else None
     skipped = 0  # gradients in a row that were not finite
     bar = tqdm(
         range(engine.first_step, config.steps),
@@ -234,14 +237,20 @@ def main(argv: list[str] | None = None) -> None:
                     logp_mode=config.logp,
                 )
                 rollouts.append(part_rollout)
+                if asker:  # the judge looks at these while the next are drawn
+                    images = gotr1.decode_images(model, part_rollout.image_tokens)
+                    asker.ask(repeat(batch[part], config.group), part_rollout.chains, images)
         sampled = gotr1.Rollout.join(rollouts)
         clock.append(time.time())
 
         # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics
-        images = gotr1.decode_images(engine.model, sampled.image_tokens)
-        clock.append(time.time())
-        prompt_of_sample = [prompt for prompt in batch for _ in range(config.group)]
-        scores = score(training, prompt_of_sample, sampled.chains, images)
+        if asker:
+            clock.append(time.time())
+            scores = asker.scores()
+        else:
+            images = gotr1.decode_images(engine.model, sampled.image_tokens)
+            clock.append(time.time())
+            scores = score(training, repeat(batch, config.group), sampled.chains, images)
         clock.append(time.time())
 
         # 4) Advantages: within the group of a prompt. From here on groups of equal rewards are out
@@ -304,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         row.update(mean_row(run.gather_list(sample_rows(sampled, scores, config.group))))
         row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
         row.update({"grad_norm": norm, "skipped": skipped, "lr": lr})
-        row.update(times(clock, world, device))
+        row.update(times(clock, asker.seconds if asker else clock[3] - clock[2], world, device))
         row["samples_s"] = config.batch_size * config.group / row["seconds"]
         row["peak_gib"] = run.peak_gib(device)
         bar.set_postfix_str(f"reward {row['reward']:.3f}")
@@ -385,10 +394,11 @@ def check(config: Config, world: int) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
     run.check_ranges(
         config,
-        at_least_one="steps batch_size rollout_batch micro_batch updates max_chain judge_batch "
+        at_least_one="steps batch_size rollout_batch micro_batch updates max_chain "
         "eval_prompts save_every keep",
         above_zero="temperature lr clip_grad lora_alpha",
-        not_negative="kl warmup lr_floor clip_low clip_high lora eval_every sheet_every seed cfg",
+        not_negative="kl warmup lr_floor clip_low clip_high lora eval_every sheet_every seed "
+        "cfg judge_batch",
     )
     if config.group < 2:
         run.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
@@ -448,6 +458,48 @@ def score(training: Training, prompts, chains, images) -> list[dict]:
         parts=training.config.rewards,
         combine=training.config.combine,
     )
+
+
+def repeat(prompts: list[str], group: int) -> list[str]:
+    """The prompt of each sample."""
+    return [prompt for prompt in prompts for _ in range(group)]
+
+
+class Asker:
+    """Asks the judge of a run in a thread of its own, while the run goes on.
+
+    The rewards are those of `score`: the same questions in the same order, and whether most replies
+    can be read is asked of the whole step. One thread: what is drawn first is asked first."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.asked = []  # Futures of rewards.Asked and the seconds that it took
+        self.seconds = 0.0  # that the judge was busy with the last step
+
+    def ask(self, prompts, chains, images) -> None:
+        """Samples to be judged; returns at once."""
+        self.asked.append(self.thread.submit(self._ask, prompts, chains, images))
+
+    def _ask(self, prompts, chains, images):
+        begin = time.time()
+        parts = self.training.config.rewards
+        asked = rewards.ask(self.training.judge, prompts, chains, images, parts)
+        return asked, time.time() - begin
+
+    def scores(self) -> list[dict]:
+        """The rewards of all samples since the last call, in the order in which they were asked.
+        Raises what the judge raised."""
+        try:
+            results = [future.result() for future in self.asked]
+        except Exception:
+            self.thread.shutdown(wait=False, cancel_futures=True)  # the rest would fail as well
+            raise
+        self.asked = []
+        self.seconds = sum(seconds for _, seconds in results)
+        config = self.training.config
+        asked = rewards.Asked.join([one for one, _ in results])
+        return rewards.add_up(asked, self.training.hps, config.rewards, config.combine)
 
 
 def split_evenly(kept: list[int], micro_batch: int) -> list[tuple[list[int], bool]]:
@@ -546,7 +598,7 @@ CURVES = {  # title of a panel of curves.png -> keys of the log
     "entropy (nats per token)": ["entropy_text", "entropy_image"],
     "KL to the reference": ["kl"],
 }
-PHASES = ("rollout_s", "decode_s", "judge_s", "update_s")
+PHASES = ("rollout_s", "decode_s", "judge_wait_s", "update_s")
 
 
 def sample_rows(sampled: gotr1.Rollout, scores: list[dict], group: int) -> list[dict]:
@@ -587,19 +639,23 @@ def mean_row(rows: list[dict]) -> dict[str, float]:
     return means
 
 
-def times(clock: list[float], world: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each phase and of the step, means over the ranks; `clock`: when each phase began,
-    and the end."""
-    seconds = run.all_sum(torch.tensor(np.diff(clock), device=device)) / world
-    row = dict(zip(PHASES, seconds.tolist(), strict=True))
-    row["seconds"] = seconds.sum().item()
+def times(clock: list[float], judge_s: float, world: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each phase, of the step, and of the judge's work, which may overlap with the
+    rollout. Means over the ranks. `clock`: when each phase began, and the end."""
+    mine = [*np.diff(clock), judge_s]
+    *seconds, judge_s = (run.all_sum(torch.tensor(mine, device=device)) / world).tolist()
+    row = dict(zip(PHASES, seconds, strict=True))
+    row["judge_s"] = judge_s
+    row["seconds"] = sum(seconds)
     return row
 
 
 def log_line(row: dict, steps: int) -> str:
     """One line for the terminal."""
     parts = " ".join(f"{part} {row[part]:.2f}" for part in rewards.PARTS if part in row)
-    shares = " ".join(f"{phase[:-2]} {row[phase] / row['seconds']:.0%}" for phase in PHASES)
+    shares = " ".join(
+        f"{phase.split('_')[0]} {row[phase] / row['seconds']:.0%}" for phase in PHASES
+    )
     return (
         f"step {row['step'] + 1:4d}/{steps} | reward {row['reward']:.3f} ({parts}) | "
         f"zero_var {row['zero_var']:.2f} | kl {row['kl']:.4f} | grad {row['grad_norm']:6.2f} | "

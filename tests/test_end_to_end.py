@@ -86,7 +86,7 @@ def test_a_grpo_run_that_died_continues_bitwise(grpo_run, tmp_path, monkeypatch)
     assert (tmp_path / "latest").read_text() == "step_000004" and len(rows(tmp_path)) == 6
     train_grpo.main([*GRPO, "--out", str(tmp_path)])
     assert same(weights(tmp_path), weights(grpo_run))
-    clocked = {"seconds", "samples_s", "peak_gib", *train_grpo.PHASES}
+    clocked = {"seconds", "samples_s", "peak_gib", "judge_s", *train_grpo.PHASES}
     timeless = [{k: v for k, v in row.items() if k not in clocked} for row in rows(tmp_path)]
     assert timeless == [
         {k: v for k, v in row.items() if k in timeless[0]} for row in rows(grpo_run)

@@ -606,6 +606,7 @@ PARTS_TEMPLATE = """{% for message in messages %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 SIZES = {  # width, layers, heads, key-value heads, MLP, vocabulary; vision width, layers, MLP
     "tiny": (32, 2, 4, 2, 64, None, 32, 2, 64),
+    "served": (128, 2, 2, 1, 256, None, 128, 2, 256),  # the smallest that vLLM takes
     "small": (512, 8, 8, 2, 1536, 32768, 320, 8, 864),
     "7b": (3584, 28, 28, 4, 18944, 152064, 1280, 32, 3420),  # Qwen2.5-VL-7B
 }
@@ -705,7 +706,10 @@ def random_judge(
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    if size == "tiny":  # at the usual scale so small a model hardly looks at what it is given
+    if size in (
+        "tiny",
+        "served",
+    ):  # at the usual scale so small a model hardly looks at what it is given
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.data.normal_(std=1.5 * weight[0].numel() ** -0.5)
