@@ -31,7 +31,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,11 +54,13 @@ RULES = 1  # raise it when the same model gives other replies: its questions, or
 class Config:
     pictures: str  # folder of pictures, with those in its folders
     out: str = "mine.jsonl"  # file for the chains; the other files lie beside it
-    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # who looks; `toy` reads the toy's pictures exactly
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # folder or hub id of a Qwen-VL; http://…/v1; `toy`
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
+    judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served model's boxes count in
     prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else it is asked
     device: str = ""  # where the model is; default: the GPU if there is one
     batch: int = 16  # pictures per step; a run that is killed loses one such batch
-    judge_batch: int = 16  # rows that the model takes at a time; halved when memory runs out
+    judge_batch: int = 0  # rows that the model takes at a time; 0: 16, or 64 on a server
     longest_side: int = 768  # pixels; larger pictures are shown to the model in this size
     max_pictures: int = 0  # only the first ones; 0: all
     min_boxes: int = 1  # a picture with fewer boxes is left out
@@ -454,7 +456,8 @@ def reply_keys(config: Config, images: list[str], prompts: dict[str, str]) -> di
     keys = {}
     for image in images:
         picture = token_cache.picture_stat(image, source)
-        parts = [RULES, model, config.longest_side, picture, prompts.get(image, "")]
+        shown = [config.longest_side, picture, prompts.get(image, "")]
+        parts = [RULES, model, config.judge_model, config.judge_frame, *shown]
         keys[image] = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return keys
 
@@ -622,8 +625,8 @@ def draw_sheet(config: Config, results: list[Result]) -> Path:
 def check(config: Config) -> None:
     run.check_ranges(
         config,
-        at_least_one="batch judge_batch min_boxes max_chain",
-        not_negative="max_pictures smallest largest same_box",
+        at_least_one="batch min_boxes max_chain",
+        not_negative="judge_batch max_pictures smallest largest same_box",
     )
     if config.longest_side < 28:
         run.fail(f"--longest_side is {config.longest_side}: expected 28 or more")
@@ -636,7 +639,13 @@ def load_annotator(config: Config):
     if config.model == "toy":
         return ToyAnnotator()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flags = rewards.JudgeFlags(judge=config.model, judge_batch=config.judge_batch, hps="")
+    flags = rewards.JudgeFlags(
+        judge=config.model,
+        judge_model=config.judge_model,
+        judge_frame=config.judge_frame,
+        judge_batch=config.judge_batch,
+        hps="",
+    )
     try:
         judge, _ = rewards.load_judge(flags, device)
     except (OSError, ValueError) as problem:

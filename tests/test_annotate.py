@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from served_stub import Stub
 from test_rewards import random_judge
 
 import rewards
 from data import annotate, got
 from data import cache as token_cache
-from render_boxes import Box, draw_boxes, format_chain, parse_chain, strip_boxes
+from render_boxes import Box, draw_boxes, format_chain, iou, parse_chain, strip_boxes
 from toy import world as toy
 
 
@@ -487,6 +488,39 @@ def test_a_model_with_random_weights_raises_nothing(pictures, monkeypatch, capsy
     with pytest.raises(SystemExit):
         run(pictures, "--max_pictures", "5", "--batch", "3")
     assert {row["replies"][0]["step"] for row in dropped(pictures)} == {"box of dog"}
+
+
+def test_a_model_on_a_server_annotates_the_toy(pictures, monkeypatch):
+    """It replies with text, as Qwen does, about the pictures that it is sent."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    exact = annotate.ToyAnnotator()
+
+    def answer(row):
+        if "description of a picture" in row.text:
+            caption = row.text.split("picture: ")[1].split("\n")[0]
+            return json.dumps(toy.read_text(caption)[0]), None
+        if row.image is None:  # the judge is tried out when it is loaded
+            return "hello", None
+        if "typed" in row.text:
+            return exact.describe(row.image, "a").value, None
+        if "Describe" in row.text:
+            return exact.describe(row.image, "A").value + ".", None
+        found = []
+        for box in toy.detect(row.image):
+            if f'"{box.name}"' in row.text:
+                found.append({"bbox_2d": [round(edge) for edge in box[1:]], "label": box.name})
+        return json.dumps(found), None
+
+    with Stub(answer) as stub:
+        rows = run(pictures, "--model", stub.url, "--policy", "toy", "--judge_frame", "grid")
+    assert len(rows) == 20
+    for row in rows:
+        picture = Image.open(pictures.parent / row["image"])
+        overlaps = []
+        for box in parse_chain(row["chain"]):
+            same = [other for other in toy.detect(picture) if other.name == box.name]
+            overlaps.append(max(iou(box, other) for other in same))
+        assert len(overlaps) == len(toy.detect(picture)) and min(overlaps) > 0.99
 
 
 def test_the_model_is_loaded_as_every_judge_is(monkeypatch):
