@@ -694,13 +694,15 @@ def encode_images(model, images) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_images(model, image_tokens, batch_size: int = 32) -> list:
+def decode_images(model, image_tokens, tokens_at_once: int = 8 * 576) -> list:
     """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in
-    the official code."""
+    the official code. Few at a time, at most 32: one of 576 tokens, 384 x 384, takes a quarter of a
+    gigabyte."""
     from PIL import Image
 
     # the picture tokenizer is not always where the language model is
     device = model.model.vqmodel.quantize.embedding.weight.device
+    batch_size = min(32, max(1, tokens_at_once // image_tokens.shape[1]))
     pictures = []
     for part in image_tokens.to(device).split(batch_size):
         pixels = model.decode_image_tokens(part).float()  # (n, H, W, 3) in [-1, 1]

@@ -1228,7 +1228,8 @@ class HPS:
                 package has it, published tables seem to be without (HPSv2 issue 43).
     base        the CLIP that HPS was trained from; only its sizes and its tokenizer are taken
 
-    Raises FileNotFoundError when there is no such checkpoint.
+    Raises FileNotFoundError when there is no such checkpoint, ValueError when it cannot be read as
+    weights alone: nothing is ever unpickled.
     """
 
     FILE = "HPS_v2.1_compressed.pt"
@@ -1238,13 +1239,12 @@ class HPS:
         import torch
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-        path = self._find(path_or_id)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = self._read(self._find(path_or_id))
         config = CLIPConfig.from_pretrained(base)
         with torch.device(device):
             self.model = CLIPModel(config).to(dtype).eval().requires_grad_(False)
         # strict: every weight is there, and no other
-        self.model.load_state_dict(clip_from_open_clip(checkpoint["state_dict"]))
+        self.model.load_state_dict(clip_from_open_clip(weights))
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.antialias = antialias
 
@@ -1259,6 +1259,23 @@ class HPS:
             source = f"fetch {self.FILE} from huggingface.co/xswu/HPSv2"
             raise FileNotFoundError(
                 f"no HPS v2.1 checkpoint at {path_or_id}: {source}, or leave hps out of --rewards"
+            ) from error
+
+    def _read(self, path):
+        """The checkpoint's weights, by open_clip's names."""
+        import pickle
+
+        import torch
+
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return checkpoint["state_dict"]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            source = f"fetch {self.FILE} anew from huggingface.co/xswu/HPSv2"
+            alone = "torch.save({'state_dict': weights}, file)"
+            raise ValueError(
+                f"{path} is cut off or holds more than weights, which would run as code: "
+                f"{source}, or where you trust it save its weights alone, {alone}"
             ) from error
 
     def __call__(self, prompts, images):

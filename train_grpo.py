@@ -31,11 +31,12 @@ The way of a prompt to its gradient: `main` below; rollout and token_logps in go
 the rollout fast: engine/decode.py); score in rewards.py; Engine in engine/trainer.py.
 """
 
+import io
 import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ from tqdm import tqdm
 import gotr1
 import rewards
 from benchmarks import held_out as held_out_prompts
-from benchmarks import stats
+from benchmarks import speed, stats
 from engine import run, trainer
 from render_boxes import parse_chain
 from toy.world import read_text, toy_prompts
@@ -60,7 +61,7 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     preset: Literal["toy", "paper"] = "toy"  # defaults of all flags: the toy's, or the paper's
     # Model and data
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
-    prompts: str = "toy"  # `toy`, or a text file with one prompt per line
+    prompts: tuple[str, ...] = ("toy",)  # `toy`; text files, one prompt per line; x.parquet:column
     eval_file: str = "toy"  # held-out prompts: `toy`, or a text file with one prompt per line
     out: str = "out/grpo"  # folder of this run; the same flags again continue where it stopped
     # Rollout
@@ -70,7 +71,7 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     temperature: float = 1.0  # of chain and image tokens (paper: 1)
     cfg: float = 1.0  # guidance in the rollout; 1 is none: the toy's unconditional half is weak
     max_chain: int = 96  # most chain tokens that are sampled (official code, for Janus-Pro: 600)
-    rollout_batch: int = 8  # prompts that a rank draws at a time; fewer need a smaller cache
+    rollout_batch: int = 8  # prompts that a rank draws at a time; 0: what fits into the GPU
     # Loss
     updates: int = 1  # optimizer steps per rollout, each over all of it
     clip_low: float = 0.2  # the ratio policy / policy that sampled is clipped to 1 - clip_low
@@ -104,7 +105,7 @@ PRESETS = {
         "cfg": 5.0,
         "logp": "cond",
         "max_chain": 600,
-        "rollout_batch": 1,
+        "rollout_batch": 0,
         "kl": 0.01,
         "lr": 1e-5,
         "lr_floor": 0.0,
@@ -113,7 +114,8 @@ PRESETS = {
         "lora_alpha": 32.0,
         "dtype": "bfloat16",
         "gradient_checkpointing": True,
-        "micro_batch": 4,
+        "micro_batch": 0,
+        "judge_batch": 0,
     },
 }
 
@@ -193,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv, PRESETS)
     rank, world, device = run.start_processes()
     training = load(config, rank, world, device)
+    config = training.config  # with the sizes that fit into the GPU
     engine, prompts, folder = training.engine, training.prompts, training.folder
     share = config.batch_size // world  # prompts per rank and step
     run.explain_crashes(folder)
@@ -200,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     stopped = run.watch_signals(device)
     if engine.first_step == 0:
         look(training, "before", step=0, count=len(training.held_out))
+    else:
+        check_resumed(training)
 
     # a served judge leaves this process free to draw on
     asker = Asker(training) if isinstance(training.judge, rewards.ServedJudge) else None
@@ -260,12 +265,14 @@ def main(argv: list[str] | None = None) -> None:
         for first in range(0, len(sampled), config.group):
             if advantages[first : first + config.group].any():
                 kept += range(first, first + config.group)
+        n_images = sampled.image_tokens.shape[1]  # per sample
         n_tokens = run.all_sum(sampled.mask[kept].sum()).clamp(min=1)
         n_samples = run.all_sum(torch.tensor(float(len(kept)), device=device)).clamp(min=1)
 
         # 5) Loss and gradient: micro-batches and ranks add up to one mean over all tokens
         micro_batches = split_evenly(kept, config.micro_batch)
         old_logps, ref_logps = [], []
+        drifts = Drifts(device)
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
         for update in range(config.updates):
             loss_sums = torch.zeros(3, device=device)  # over tokens: ratio, clip, kl
@@ -277,9 +284,10 @@ def main(argv: list[str] | None = None) -> None:
                 if update == 0:
                     old_logps.append(mb_logp.detach())
                     ref_logps.append(engine.score_reference(mb)[0] if config.kl else None)
+                    drifts.add(old_logps[k], mb.logp, ref_logps[k], mb_mask, n_images)
                     if step == 0:
                         exact = config.dtype == "float32"
-                        self_test(mb_logp.detach(), mb.logp, ref_logps[k], mb_mask, exact)
+                        self_test(old_logps[k], mb.logp, ref_logps[k], mb_mask, exact)
                 loss, sums = grpo_loss(
                     mb_logp,
                     old_logps[k],
@@ -294,6 +302,12 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 engine.backward(loss)
                 loss_sums += torch.stack([sums["ratio"], sums["clip"], sums["kl"]])
+
+            if update == 0:
+                drift_text, drift_image = drifts.means()
+                check_drift(drift_text, drift_image, *drift_limits(config))
+                if config.kl and engine.optimizer.state:  # AdamW has none before its first step
+                    check_reference(drifts)
 
             # 6) Step: the gradient is summed over ranks, then clipped; none if it is not finite
             norm = engine.step(lr, config.clip_grad)
@@ -311,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         # 7) Log: means over all samples and tokens of all ranks
         row = {"step": step}
         row.update(mean_row(run.gather_list(sample_rows(sampled, scores, config.group))))
+        row["drift_text"], row["drift_image"] = drift_text, drift_image
         row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
         row.update({"grad_norm": norm, "skipped": skipped, "lr": lr})
         row.update(times(clock, asker.seconds if asker else clock[3] - clock[2], world, device))
@@ -333,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         stopping = stopped()
         if stopping or is_due(done, config.save_every) or done == config.steps:
             engine.save(folder, done, config.keep)
+            save_probe(training, done, sampled)
             log.plot(CURVES)
         if stopping:
             run.say(f"stopped after step {done} of {config.steps}")
@@ -369,7 +385,7 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
     """Everything that the flags name. Bad input ends the program here, in one line, and leaves
     nothing behind."""
     check(config, world)
-    prompts = read_prompts(config.prompts, held_out=False, count=2000)
+    prompts = join_prompts(config.prompts)
     held_out = read_prompts(config.eval_file, held_out=True, count=config.eval_prompts)
     check_toy_judge(config, prompts + held_out)
     saved = run.latest_checkpoint(Path(config.out))
@@ -379,26 +395,28 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
         judge, hps = rewards.load_judge(config, device)  # first: a judge that fails, fails here
         engine = trainer.load(config, device, gotr1.token_logps, config.model, saved)
         if config.kl and not config.lora:
-            dtype = trainer.DTYPES[config.dtype]
-            reference, _ = gotr1.load_policy(config.model, "cpu", dtype)
-            engine.keep_reference(reference)
-        longest = gotr1.encode_prompt(engine.tokenizer, max(prompts + held_out, key=len))
+            trainer.load_reference(engine, config.model)
+        judge_here = isinstance(judge, rewards.QwenJudge) and not config.judge_device
+        sized = with_sizes(config, engine.model, judge_here, world, device)
+        if isinstance(judge, rewards.QwenJudge) and sized.judge_batch:
+            judge.batch_size = sized.judge_batch
+        longest = gotr1.encode_prompt(engine.tokenizer, max(held_out, key=len))
         gotr1.check_room(engine.model, [longest], config.max_chain + 1)
+        prompts = drop_too_long(prompts, engine.model, engine.tokenizer, config.max_chain)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
     folder = run.open_run(config.out, config)
-    return Training(config, engine, judge, hps, prompts, held_out, folder, rank, world)
+    return Training(sized, engine, judge, hps, prompts, held_out, folder, rank, world)
 
 
 def check(config: Config, world: int) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
     run.check_ranges(
         config,
-        at_least_one="steps batch_size rollout_batch micro_batch updates max_chain "
-        "eval_prompts save_every keep",
+        at_least_one="steps batch_size updates max_chain eval_prompts save_every keep",
         above_zero="temperature lr clip_grad lora_alpha",
-        not_negative="kl warmup lr_floor clip_low clip_high lora eval_every sheet_every seed "
-        "cfg judge_batch",
+        not_negative="rollout_batch micro_batch judge_batch kl warmup lr_floor clip_low clip_high "
+        "lora eval_every sheet_every seed cfg",
     )
     if config.group < 2:
         run.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
@@ -416,6 +434,38 @@ def check(config: Config, world: int) -> None:
     trainer.check(config)
 
 
+def with_sizes(config: Config, model, judge_here: bool, world: int, device: torch.device) -> Config:
+    """The flags with every size that is 0 chosen for the memory of the GPU, by the table of
+    benchmarks/speed.py; printed. These sizes change the speed and nothing else, so a run may be
+    continued on another GPU."""
+    sizes = {name: getattr(config, name) for name in speed.USUAL_SIZES}
+    if config.rollout_batch and config.micro_batch:  # the judge knows its own usual size
+        return config
+    published = speed.size_of(model)
+    total = speed.gpu_bytes(device)
+    if published and total:
+        sizes, planned = speed.choose_sizes(
+            size=published,
+            lora=config.lora,
+            gpus=world,
+            group=config.group,
+            prompts=config.batch_size // world,
+            judge_here=judge_here,
+            total=total,
+            given=sizes,
+        )
+        estimate = f"{planned / 2**30:.0f} of {total / 2**30:.0f} GiB by the table of memory"
+        if planned > total:
+            estimate += ", which is too much: see docs/gpu.md"
+    else:
+        for name, number in speed.USUAL_SIZES.items():
+            sizes[name] = sizes[name] or number
+        estimate = "not by memory, for want of a GPU or of a model of a published size"
+    flags = " ".join(f"--{name} {number}" for name, number in sizes.items())
+    run.say(f"{flags}: {estimate}")
+    return replace(config, **sizes)
+
+
 def check_toy_judge(config: Config, prompts: list[str]) -> None:
     """The toy's judge and stand-in for HPS understand the toy's sentences only."""
     if config.judge != "toy" and not (config.hps == "toy" and "hps" in config.rewards):
@@ -428,19 +478,71 @@ def check_toy_judge(config: Config, prompts: list[str]) -> None:
             )
 
 
+def join_prompts(sources: tuple[str, ...]) -> list[str]:
+    """The prompts of all sources in their order, each once; says how many of each there are."""
+    if sources == ("toy",):
+        return read_prompts("toy", held_out=False, count=2000)
+    prompts = {}  # as keys, which keep their order and are there once
+    for source in sources:
+        found = read_prompts(source, held_out=False, count=2000)
+        before = len(prompts)
+        prompts.update(dict.fromkeys(found))
+        again = len(found) - (len(prompts) - before)
+        run.say(f"{source}: {len(found)} prompts" + (f", {again} of them again" if again else ""))
+    return list(prompts)
+
+
+def drop_too_long(prompts: list[str], model, tokenizer, max_chain: int) -> list[str]:
+    """The prompts that leave room for a chain and the image; says how many do not. Raises
+    ValueError when none does."""
+    context = model.config.text_config.max_position_embeddings
+    room = context - (max_chain + 1) - gotr1.image_token_count(model)
+    kept = []
+    for prompt in prompts:
+        # a token is a byte or more: most prompts need not be encoded to see that they fit
+        surely = len(gotr1.format_prompt(prompt).encode()) < room
+        if surely or len(gotr1.encode_prompt(tokenizer, prompt)) <= room:
+            kept.append(prompt)
+    if not kept:
+        gotr1.check_room(model, [gotr1.encode_prompt(tokenizer, prompts[0])], max_chain + 1)
+    if len(kept) < len(prompts):
+        run.say(f"{len(prompts) - len(kept)} prompts of more than {room} tokens are left out")
+    return kept
+
+
 def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
-    """The toy's prompts, or the non-empty lines of a text file (of held-out ones the first
-    `count`)."""
+    """The prompts of one source, of held-out ones the first `count`: `toy`, the non-empty lines of
+    a text file, or a column of a parquet file (`captions.parquet:TEXT`)."""
     if source == "toy":
         return toy_prompts(count, seed=7, held_out=held_out)
+    path, parquet, column = source.rpartition(".parquet")
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
+        if parquet:
+            lines = read_column(path + parquet, column.removeprefix(":"))
+        else:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as problem:  # a UnicodeDecodeError is a ValueError
         run.fail(f"cannot read prompts from {source}: {problem}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         run.fail(f"{source} holds no prompt: expected one per line")
     return prompts[:count] if held_out else prompts
+
+
+def read_column(path: str, column: str) -> list[str]:
+    """The texts of a column of a parquet file, each in one line; empty where there is none. Raises
+    OSError or ValueError."""
+    from pyarrow import parquet, types  # which `datasets` brings
+
+    file = parquet.ParquetFile(path)
+    texts = []
+    for field in file.schema_arrow:
+        if types.is_string(field.type) or types.is_large_string(field.type):
+            texts.append(field.name)
+    if column not in texts:
+        raise ValueError(f"name a column of texts behind a colon, one of {', '.join(texts)}")
+    values = file.read(columns=[column])[column].to_pylist()
+    return [" ".join((value or "").split()) for value in values]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -520,14 +622,10 @@ def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
     """At step 0 the policy that is trained is the one that sampled, and it is the reference.
     Anything else is a bug, and stops the run. All (N, S).
 
-    exact: float32. In bfloat16 sampling and scoring round differently; then the mean over tokens
-    counts."""
-    gap = ((logp - recorded) * mask).abs()
-    if exact:
-        gap, allowed = gap.max(), 1e-3
-    else:
-        gap, allowed = gap.sum() / mask.sum().clamp(min=1), 0.2
-    if not gap < allowed:  # nan is not
+    exact: float32, where each token must agree. In bfloat16 sampling and scoring round
+    differently; there only the means count, see `check_drift`."""
+    gap = ((logp - recorded) * mask).abs().max()
+    if exact and not gap < 1e-3:  # nan is not
         raise RuntimeError(
             f"self-test: log-probabilities differ by {gap:.2g} between rollout and training"
         )
@@ -548,21 +646,22 @@ def look(training: Training, label: str, step: int, count: int) -> None:
     """The first `count` held-out prompts: their mean rewards (when it is all of them), and a sheet
     of the first 12 with the boxes that the judge found."""
     config = training.config
-    with training.engine.gathered() as model:
-        rows = held_out_prompts.evaluate(
-            model,
-            training.engine.tokenizer,
-            lambda prompts, chains, images: score(training, prompts, chains, images),
-            training.held_out[:count],
-            seed=config.seed,
-            cfg=config.cfg,
-            temperature=config.temperature,
-            max_chain=config.max_chain,
-            rank=training.rank,
-            world=training.world,
-            label=label,
-            at_once=config.rollout_batch * config.group,
-        )
+    engine = training.engine
+    rows = held_out_prompts.evaluate(
+        engine.model,
+        engine.tokenizer,
+        lambda prompts, chains, images: score(training, prompts, chains, images),
+        training.held_out[:count],
+        seed=config.seed,
+        cfg=config.cfg,
+        temperature=config.temperature,
+        max_chain=config.max_chain,
+        rank=training.rank,
+        world=training.world,
+        label=label,
+        at_once=config.rollout_batch * config.group,
+        gathered=engine.gathered,  # judging needs the room that gathered weights take
+    )
     if training.rank > 0:
         return
     shown = rows[:12]
@@ -586,6 +685,103 @@ def summarise_run(training: Training) -> None:
     for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl"):
         print(f"  {folder / name}")
     print(f"  {folder / f'step_{training.config.steps:06d}'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Drift: what the sampler recorded against what the training pass says of the same tokens. Between
+# them stand a cache, hand-written layers, graphs and adapters: each may silently be another policy
+
+
+# Largest healthy mean of |logp - recorded|, in nats per token at temperature 1. In float32 only the
+# order of sums differs. bfloat16 has 8 bits: a logit near 16 is off by up to 0.06, in either pass.
+DRIFT_LIMITS = {"float32": 1e-3, "bfloat16": 0.2}
+
+
+class Drifts:
+    """Sums over the tokens that are trained in a step: how far apart log-probabilities are that
+    should be equal, policy and sampler, and that should not be, policy and reference."""
+
+    def __init__(self, device: torch.device):
+        self.gaps = torch.zeros(2, device=device)  # of text, of image
+        self.tokens = torch.zeros(2, device=device)
+        self.reference = torch.zeros(1, device=device)
+
+    def add(self, logp, recorded, logp_ref, mask, n_images: int) -> None:
+        """A micro-batch: all (N, S), the image's `n_images` last; `logp_ref` may be None."""
+        gap = ((logp - recorded) * mask).abs()
+        self.gaps += torch.stack([gap[:, :-n_images].sum(), gap[:, -n_images:].sum()])
+        self.tokens += torch.stack([mask[:, :-n_images].sum(), mask[:, -n_images:].sum()])
+        if logp_ref is not None:
+            self.reference += ((logp - logp_ref) * mask).abs().sum()
+
+    def means(self) -> list[float]:
+        """[text, image]: mean |logp - recorded| per token over all ranks; 0 without tokens."""
+        return (run.all_sum(self.gaps) / run.all_sum(self.tokens).clamp(min=1)).tolist()
+
+
+def drift_limits(config: Config) -> tuple[float, float]:
+    """(text, image): the largest healthy drift, in nats per token.
+
+    Guided logits are u + cfg * (c - u) = cfg * c - (cfg - 1) * u. When c and u have independent
+    rounding errors of one size, the error of the guided logit is sqrt(cfg^2 + (cfg - 1)^2) times as
+    large (6.4 times at cfg 5), and so is the limit. Dividing logits by the temperature divides
+    their errors, too."""
+    limit = DRIFT_LIMITS[config.dtype] * max(1.0, 1 / config.temperature)
+    guidance = 1.0
+    if config.logp == "guided" and config.dtype != "float32":
+        guidance = max(1.0, math.hypot(config.cfg, config.cfg - 1))
+    return limit, limit * guidance
+
+
+def check_drift(text: float, image: float, text_limit: float, image_limit: float) -> None:
+    """Stops the run when the policy is not the one whose log-probabilities were recorded."""
+    for kind, drift, limit in (("text", text, text_limit), ("image", image, image_limit)):
+        if not drift <= limit:  # nan is not
+            raise RuntimeError(
+                f"drift: the policy is not the one that was recorded: log-probabilities of {kind} "
+                f"tokens differ by {drift:.2g} on average (at most {limit:.2g} is rounding)"
+            )
+
+
+def check_reference(drifts: Drifts) -> None:
+    """Stops the run when policy and reference agree to the last bit although the policy has moved.
+    Every rank has to call it, after `means`."""
+    gap = run.all_sum(drifts.reference).item()
+    if gap == 0 and drifts.tokens.sum() > 0:
+        raise RuntimeError(
+            "drift: the reference is the policy itself, although that has been trained: "
+            "is the adapter on in both?"
+        )
+
+
+def save_probe(training: Training, step: int, sampled: gotr1.Rollout) -> None:
+    """Into the checkpoint of this step: two samples, and what its policy says of them. Every rank
+    has to call it; rank 0 writes."""
+    probe = sampled.select([0, 1])
+    with torch.no_grad():
+        logp, _ = training.engine.score(probe)
+    content = io.BytesIO()
+    torch.save(vars(replace(probe, logp=logp)), content)
+    if training.rank == 0:
+        run.write_whole(training.folder / f"step_{step:06d}" / "probe.pt", content.getvalue())
+
+
+def check_resumed(training: Training) -> None:
+    """Stops the run when the weights that were loaded say something else of the probe than those
+    that were saved."""
+    saved = run.latest_checkpoint(training.folder)
+    if not (saved / "probe.pt").exists():  # killed between checkpoint and probe
+        return
+    device = training.engine.device
+    probe = gotr1.Rollout(**torch.load(saved / "probe.pt", device, weights_only=True))
+    with torch.no_grad():
+        logp, mask = training.engine.score(probe)
+    drifts = Drifts(device)
+    drifts.add(logp, probe.logp, None, mask, probe.image_tokens.shape[1])
+    try:
+        check_drift(*drifts.means(), *drift_limits(training.config))
+    except RuntimeError as problem:
+        raise RuntimeError(f"{saved} was not loaded as it was saved; {problem}") from problem
 
 
 # ------------------------------------------------------------------------------------------------

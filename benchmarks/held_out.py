@@ -8,6 +8,7 @@ looks differ by the model alone.
     means = summarise(rows)    # {"total": 0.41, "sem": 0.82, ..., "spatial: plan right": 0.37}
 """
 
+import contextlib
 import re
 
 import numpy as np
@@ -42,29 +43,34 @@ def evaluate(
     world: int = 1,
     label: str = "eval",
     at_once: int = 128,
+    gathered=contextlib.nullcontext,
 ) -> list[dict]:
     """One sample per prompt, sampled as in training, with the same random numbers every time.
 
     `score(prompts, chains, images)` gives one dict of rewards per sample, see `rewards.score`.
     Returns, on every process, a row per prompt: index, prompt, chain, image (PIL), scores. The
-    `world` processes share the prompts; `at_once` of them are drawn at a time."""
-    rows = []
+    `world` processes share the prompts; `at_once` of them are drawn at a time. `gathered()` is a
+    context in which the model can sample: all is sampled in it, and decoded and judged after it."""
     mine = list(range(rank, len(prompts), world))
-    starts = range(0, len(mine), at_once)
-    for start in tqdm(starts, desc=label, disable=rank > 0, leave=False):
-        indices = mine[start : start + at_once]
+    shares = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
+    drawn = []
+    with gathered():
+        for indices in tqdm(shares, desc=label, disable=rank > 0, leave=False):
+            sampled = gotr1.rollout(
+                model,
+                tokenizer,
+                [prompts[i] for i in indices],
+                group=1,
+                cfg=cfg,
+                temperature=temperature,
+                seed=(seed, EVAL_STEP),
+                max_chain=max_chain,
+                indices=indices,  # a prompt's numbers do not depend on how prompts are shared
+            )
+            drawn.append(sampled)
+    rows = []
+    for indices, sampled in zip(shares, drawn, strict=True):
         batch = [prompts[i] for i in indices]
-        sampled = gotr1.rollout(
-            model,
-            tokenizer,
-            batch,
-            group=1,
-            cfg=cfg,
-            temperature=temperature,
-            seed=(seed, EVAL_STEP),
-            max_chain=max_chain,
-            indices=indices,  # a prompt's numbers do not depend on how prompts are shared
-        )
         images = gotr1.decode_images(model, sampled.image_tokens)
         scores = score(batch, sampled.chains, images)
         for k, index in enumerate(indices):

@@ -1,18 +1,21 @@
 """How fast the parts are on this machine, and how much memory training takes on a GPU.
 
     python -m benchmarks.speed rollout --size 1b         # our rollout beside a straightforward one
+    python -m benchmarks.speed step --size 7b            # a whole GRPO step: does it fit, how long
     python -m benchmarks.speed judge --judge FOLDER      # rows per second of the judge's four calls
     python -m benchmarks.speed networks --detector FILE  # pictures per second of a scoring network
     python -m benchmarks.speed memory                    # GiB per GPU, computed without loading
 
-The rollout is timed with random weights: how long a step takes does not depend on their values.
+Rollout and step run with random weights: how long they take does not depend on the values.
 """
 
+import copy
+import functools
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from transformers import GenerationConfig, JanusConfig, JanusForConditionalGener
 from transformers.initialization import no_init_weights
 
 import gotr1
-from engine import run
+from engine import run, trainer
 from engine.checkpoints import TOY, janus_pro_config, load_policy
 from engine.trainer import add_lora, trainable_parameters
 from render_boxes import Box, draw_boxes
@@ -40,6 +43,23 @@ class Rollout:
     cfg: float = 5.0  # guidance
     chain: int = 0  # tokens of every chain; 0: 250, for small 62
     repeats: int = 3  # timed runs of each loop; on a GPU the straightforward one runs once
+
+
+@dataclass
+class Step:
+    """A whole GRPO step with random weights: seconds, memory and floors of each phase."""
+
+    size: Literal["", "tiny", "small", "1b", "7b"] = ""  # empty: 1b on a GPU, small elsewhere
+    lora: int = 32  # rank of the adapter; 0 trains all weights
+    judge: Literal["", "none", "tiny", "small", "3b", "7b"] = ""  # size; empty: 7b, or the model's
+    scoring: Literal["reply", "expected"] = "reply"  # the judge writes; or one pass per row
+    prompts: int = 1  # drawn at a time, as --rollout_batch
+    samples: int = 16  # of each prompt
+    cfg: float = 5.0  # guidance
+    chain: int = 0  # tokens of every chain; 0: 250, for small 62, for tiny 8
+    micro_batch: int = 4  # samples per pass of the update
+    judge_batch: int = 16  # rows that the judge takes at a time
+    plain: bool = True  # also time the straightforward rollout, as `rollout` does
 
 
 @dataclass
@@ -71,6 +91,7 @@ class Memory:
 
     samples: int = 16  # drawn at a time, with guidance
     micro_batch: int = 4  # samples that the update takes at a time
+    judge_batch: int = 16  # rows that the judge takes at a time
 
 
 # -------------------------------------------------------------------------------------------------
@@ -146,9 +167,14 @@ def time_median(name: str, function: Callable, repeats: int) -> tuple[float, tor
 
 
 def random_policy(size: str, device: torch.device):
-    """(model, the toy's tokenizer) with random weights: Janus-Pro's "1b" or "7b", or "small", which
-    has about the 1B's proportions. bfloat16 on GPUs, float32 elsewhere."""
-    config = small_config() if size == "small" else janus_pro_config(size)
+    """(model, the toy's tokenizer) with random weights: Janus-Pro's "1b" or "7b"; "small", which
+    has about the 1B's proportions; "tiny", the toy. bfloat16 on GPUs, float32 elsewhere."""
+    if size == "tiny":
+        config = JanusConfig.from_pretrained(TOY)
+    elif size == "small":
+        config = small_config()
+    else:
+        config = janus_pro_config(size)
     with device, no_init_weights():
         model = JanusForConditionalGeneration(config).eval()
     # only the parameters are cast: the model's buffers (rotary frequencies) stay float32
@@ -191,14 +217,17 @@ def forbid_token(head: torch.nn.Module, token: int) -> None:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes per second that the GPU's memory reads or writes while it copies 4 GiB 10 times."""
-    source, target = torch.zeros(2, 2**32, dtype=torch.uint8, device=device)
-    torch.cuda.synchronize(device)  # the zeros are written
+    """Bytes per second that the memory reads or writes in 10 large copies: of 4 GiB on a GPU, of a
+    quarter of one elsewhere."""
+    size = 2**32 if device.type == "cuda" else 2**28
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    target.copy_(source)
+    wait(device)
     start = time.perf_counter()
     for _ in range(10):
         target.copy_(source)
-    torch.cuda.synchronize(device)
-    copied = 10 * 2 * 2**32  # each byte is read and written
+    wait(device)
+    copied = 10 * 2 * size  # each byte is read and written
     return copied / (time.perf_counter() - start)
 
 
@@ -250,6 +279,308 @@ def rollout_floor(
 
 def parameter_bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+# -------------------------------------------------------------------------------------------------
+# A whole step
+
+
+class JudgeCall(NamedTuple):
+    """What the judge is asked about a sample whose chain has three boxes."""
+
+    rows: int  # per sample
+    side: int  # of the picture in pixels; 0: none
+    question: int  # tokens of text, about
+    reply: int  # most tokens of the reply
+
+    @property
+    def patches(self) -> int:
+        """Per side: 14 pixels each, 2 x 2 of them per image token."""
+        return round(self.side / 28) * 2
+
+
+JUDGE_CALLS = {
+    "semantic": JudgeCall(rows=1, side=0, question=500, reply=32),
+    "spatial": JudgeCall(rows=1, side=448, question=250, reply=200),
+    "alignment": JudgeCall(rows=1, side=384, question=250, reply=200),
+    "grounding": JudgeCall(rows=3, side=384, question=80, reply=200),
+}
+JUDGES = {  # layers, width, inner width, heads, their keys and values; of the eye: layers, width
+    "tiny": (2, 64, 128, 4, 2, 2, 32),
+    "small": (4, 256, 512, 8, 2, 4, 128),
+    "3b": (36, 2048, 11008, 16, 2, 32, 1280),
+    "7b": (28, 3584, 18944, 28, 4, 32, 1280),
+}
+
+
+@dataclass
+class Measured:
+    seconds: float
+    gib: float  # most memory that was held: of the GPU in this phase, of the host so far
+
+
+def time_step(settings: Step, device: torch.device) -> None:
+    """One step as train_grpo.py takes it, with random weights, and prints what was measured.
+
+    On a GPU a step before it records the graphs. The chains are of random tokens, so the judge's
+    rows are made to measure instead: as many, with pictures as large and texts as long, as for
+    chains with three boxes."""
+    gpu = device.type == "cuda"
+    size = settings.size or ("1b" if gpu else "small")
+    judge_size = settings.judge or ("7b" if size in ("1b", "7b") else size)
+    chain = settings.chain or {"tiny": 8, "small": 62}.get(size, 250)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    bandwidth = measure_bandwidth(device)  # before memory is taken
+    rate = measure_arithmetic(device, dtype)
+    engine = random_engine(size, settings.lora, device)
+    judge = None if judge_size == "none" else random_judge(judge_size, device)
+
+    config = engine.model.config.text_config
+    images = gotr1.image_token_count(engine.model)
+    prompt = "a red ball left of a blue cube " * 6
+    given = len(gotr1.encode_prompt(engine.tokenizer, prompt))
+    name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
+    trained = f"LoRA {settings.lora}" if settings.lora else "all weights"
+    print(f"{size}: {config.num_hidden_layers} layers of width {config.hidden_size}, {trained},")
+    print(f"random weights, on {name}; judge {judge_size}, {settings.scoring}")
+    samples = settings.prompts * settings.samples
+    tokens = f"{given} prompt, {chain} + 1 chain and {images} image tokens"
+    print(f"{samples} samples, prompts {settings.prompts}: {tokens}, cfg {settings.cfg}")
+    batches = judge_batches(samples, settings.judge_batch, settings.scoring)
+
+    def step() -> dict[str, Measured]:
+        phases = {}
+
+        def measure(phase: str, function: Callable):
+            wait(device)
+            if gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            result = function()
+            wait(device)
+            phases[phase] = Measured(time.perf_counter() - start, run.peak_gib(device))
+            return result
+
+        def draw() -> gotr1.Rollout:
+            with engine.gathered() as model:
+                return gotr1.rollout(
+                    model,
+                    engine.tokenizer,
+                    [prompt] * settings.prompts,
+                    settings.samples,
+                    settings.cfg,
+                    max_chain=chain,
+                )
+
+        sampled = measure("rollout", draw)
+        measure("decode", lambda: gotr1.decode_images(engine.model, sampled.image_tokens))
+        if judge:
+            measure("judge", lambda: ask_judge(judge, batches, device))
+        measure("update", lambda: update(engine, sampled, settings.micro_batch))
+        return phases
+
+    if gpu:
+        step()
+    phases = step()
+    print(f"floors at {bandwidth / 1e12:.3f} TB/s, as measured by large copies,")
+    print(f"and {rate / 1e12:.2f} TFLOP/s, as measured by a large matrix multiplication:")
+    floors = {
+        "rollout": rollout_floor(engine.model, samples, settings.cfg, given, chain, bandwidth),
+        "update": update_floor(engine, samples, given + chain + 1 + images, settings.lora, rate),
+    }
+    if judge:
+        floors["judge"] = judge_floor(judge, batches, rate, bandwidth)
+    print("phase      seconds     floor   peak GiB")
+    for phase, measured in phases.items():
+        floor = f"{floors[phase]:9.3f}" if phase in floors else " " * 9
+        print(f"{phase:8} {measured.seconds:9.2f} {floor} {measured.gib:10.2f}")
+    seconds = sum(measured.seconds for measured in phases.values())
+    most = max(measured.gib for measured in phases.values())
+    print(f"{'step':8} {seconds:9.2f} {sum(floors.values()):9.3f} {most:10.2f}")
+    print(f"the table of memory says: {table_says(size, judge_size, settings)}")
+    if settings.plain:
+        engine, judge = None, None  # their memory is needed
+        time_rollout(Rollout(size, settings.samples, settings.cfg, chain, repeats=1), device)
+
+
+def table_says(size: str, judge_size: str, settings: Step) -> str:
+    """The most GiB of a step by `memory`, which counts a judge of 7B and HPS."""
+    if size not in ("1b", "7b"):
+        return "nothing of this size"
+    samples = settings.prompts * settings.samples
+    cfg = settings.cfg != 1.0
+    parts = memory(size, settings.lora, 1, samples, cfg, settings.micro_batch, kl=True)
+    alone = (parts["most"] - parts["judge"]) / 2**30
+    with_judge = parts["most"] / 2**30
+    return f"{alone:.1f} GiB without a judge, {with_judge:.1f} with one of 7b and HPS"
+
+
+def random_engine(size: str, lora: int, device: torch.device) -> trainer.Engine:
+    """An engine as train_grpo.py makes it, around random weights. No chain ends before its time."""
+    model, tokenizer = random_policy(size, device)
+    model.model.vision_model.cpu()  # image understanding stays on the host
+    model.model.aligner.cpu()
+    forbid_token(model.lm_head, gotr1.special_ids(tokenizer)[2])
+    reference = None if lora else copy.deepcopy(model)
+    engine = trainer.Engine(
+        model if lora else model.float(),
+        tokenizer,
+        device,
+        gotr1.token_logps,
+        lora=lora,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+        gradient_checkpointing=True,
+    )
+    if reference is not None:
+        engine.keep_reference(reference)
+    return engine
+
+
+def update(engine: trainer.Engine, sampled: gotr1.Rollout, micro_batch: int) -> None:
+    """Loss, gradient and optimizer step. Half of the samples are better than the rest."""
+    n_tokens = sampled.mask.sum()
+    for first in range(0, len(sampled), micro_batch):
+        rows = list(range(first, min(first + micro_batch, len(sampled))))
+        part = sampled.select(rows)
+        logp, mask = engine.score(part)
+        gap = engine.score_reference(part)[0] - logp
+        advantages = torch.tensor([[1.0 if row % 2 else -1.0] for row in rows], device=mask.device)
+        per_token = -(logp - logp.detach()).exp() * advantages + 0.01 * (gap.exp() - gap - 1)
+        engine.backward((per_token * mask).sum() / n_tokens)
+    engine.step(lr=1e-6, clip_grad=1.0)
+
+
+def random_judge(size: str, device: torch.device):
+    """A Qwen2.5-VL with random weights; 3b and 7b have the published shape."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    layers, width, inner, heads, kv_heads, eye_layers, eye_width = JUDGES[size]
+    half = width // heads // 2  # of a head: split over time, height and width, as 16, 24, 24
+    text = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 152064 if size == "7b" else 151936,
+        "rope_scaling": {
+            "type": "default",
+            "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
+        },
+    }
+    vision = {
+        "depth": eye_layers,
+        "hidden_size": eye_width,
+        "intermediate_size": 3420 * eye_width // 1280,
+        "num_heads": 16 if eye_width == 1280 else 4,
+        "out_hidden_size": width,
+    }
+    text["tie_word_embeddings"] = size != "7b"
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=size != "7b"
+    )
+    with device, no_init_weights():
+        judge = Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+    judge.tie_weights()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, parameter in judge.named_parameters():
+        values = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
+        parameter.data = values + 1 if "norm" in name else values
+    return judge
+
+
+def judge_batches(samples: int, judge_batch: int, scoring: str) -> list[tuple]:
+    """(rows, call, whether the reply is written) of each batch. With "expected" a mark is read off
+    in one pass; boxes are always written."""
+    batches = []
+    for name, call in JUDGE_CALLS.items():
+        is_written = scoring == "reply" or name == "grounding"
+        rows = samples * call.rows
+        for first in range(0, rows, judge_batch):
+            batches.append((min(judge_batch, rows - first), call, is_written))
+    return batches
+
+
+def judge_inputs(config, rows: int, call: JudgeCall, device: torch.device) -> dict:
+    """A batch: the picture of each row, then its question."""
+    ids = torch.full((rows, call.question), 100, device=device)  # any word
+    inputs = {}
+    if call.patches:
+        image_tokens = call.patches**2 // 4
+        picture = torch.full((rows, image_tokens + 2), config.image_token_id, device=device)
+        picture[:, 0] = config.vision_start_token_id
+        picture[:, -1] = config.vision_end_token_id
+        ids = torch.cat([picture, ids], dim=1)
+        values = 3 * 2 * 14 * 14  # of a patch: colours, frames, pixels
+        inputs["pixel_values"] = torch.randn(rows * call.patches**2, values, device=device)
+        grid = [[1, call.patches, call.patches]] * rows
+        inputs["image_grid_thw"] = torch.tensor(grid, device=device)
+    inputs["input_ids"] = ids
+    inputs["attention_mask"] = torch.ones_like(ids)
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    return inputs
+
+
+@torch.inference_mode()
+def ask_judge(judge, batches: list[tuple], device: torch.device) -> None:
+    """A written reply is as long as it may be."""
+    from transformers import GenerationConfig
+
+    for rows, call, is_written in batches:
+        inputs = judge_inputs(judge.config, rows, call, device)
+        if is_written:
+            how = GenerationConfig(do_sample=False, max_new_tokens=call.reply, pad_token_id=0)
+            judge.generate(**inputs, generation_config=how)
+        else:
+            judge(**inputs, logits_to_keep=2, use_cache=False)
+
+
+def update_floor(engine, samples: int, tokens: int, lora: int, rate: float) -> float:
+    """Seconds of the multiplications by the layers' weights, `tokens` per sample, at `rate` per
+    second. Prints the arithmetic."""
+    weights = count(engine.model.model.language_model.layers)
+    # forward, again for the backward pass, reference, gradients of what comes in; and of weights
+    passes = 4 if lora else 5
+    seconds = 2 * passes * weights * samples * tokens / rate
+    terms = f"2 x {passes} passes x {weights / 1e9:.3f}e9 weights x {samples} x {tokens} tokens"
+    print(f"  update {terms}: {seconds:.2f} s")
+    return seconds
+
+
+def judge_floor(judge, batches: list[tuple], rate: float, bandwidth: float) -> float:
+    """Seconds of the multiplications for what is read, and of reading all weights once for each
+    token that a batch writes. Prints the arithmetic."""
+    text_weights = count(judge.model.language_model.layers)
+    eye_weights = count(judge.model.visual.blocks)
+    read = parameter_bytes(judge.model.language_model.layers) + parameter_bytes(judge.lm_head)
+    work = 0
+    written = 0  # tokens
+    for rows, call, is_written in batches:
+        text = call.question + call.patches**2 // 4
+        work += 2 * rows * (text_weights * text + eye_weights * call.patches**2)
+        written += call.reply if is_written else 0
+    seconds = work / rate + written * read / bandwidth
+    print(f"  judge {work / 1e12:.1f} TFLOP + {written} x {read / 1e9:.2f} GB: {seconds:.2f} s")
+    return seconds
+
+
+def measure_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix multiplication."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    matrix @ matrix  # the first one sets the library up
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(10):
+        matrix @ matrix
+    wait(device)
+    return 10 * 2 * side**3 / (time.perf_counter() - start)
+
+
+def wait(device: torch.device) -> None:
+    """Until the GPU has done what it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -431,37 +762,60 @@ def pictures_per_second(network: Callable, images: list[Image.Image]) -> float:
 # Memory, computed from the published configurations
 
 HPS_PARAMETERS = 986_109_441  # HPS v2.1 is a CLIP ViT-H/14
+CONTEXT = 0.6 * 2**30  # of CUDA and its libraries on each GPU: assumed, not computed
+PROMPT, CHAIN, LONGEST_CHAIN, IMAGE = 60, 250, 600, 576  # tokens
 
 
 def memory(
-    size: str, lora: int, gpus: int, samples: int, cfg: bool, micro_batch: int, kl: bool
+    size: str,
+    lora: int,
+    gpus: int,
+    samples: int,
+    cfg: bool,
+    micro_batch: int,
+    kl: bool,
+    judge_batch: int = 16,
 ) -> dict[str, float]:
     """Bytes on each GPU, by what they are for: bfloat16 training of a published size with gradient
     checkpointing. `lora` is the adapter's rank, 0 trains all weights.
 
     `samples` are drawn at a time on each GPU, each with 60 prompt, 250 chain and 576 image tokens;
-    the cache has room for chains of 600 tokens. "most" is the most that is held at one time."""
+    the cache has room for chains of 600 tokens. `judge_batch` rows are judged at a time. "most" is
+    the most that is held at one time."""
     with torch.device("meta"):  # shapes only
         model = JanusForConditionalGeneration(janus_pro_config(size))
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
         adapter = 0
+        shared = 0  # copies of the adapter's A, see engine/decode.py
         if lora:
             add_lora(model, lora, alpha=32.0, adapter=None, base="toy")
             adapter = sum(part.numel() for part in model.parameters() if part.requires_grad)
+            for name, part in model.named_parameters():
+                shared += part.numel() if "lora_A" in name else 0
     vq = count(model.model.vqmodel)
     parts = lora_bytes(trained, adapter, vq) if lora else full_bytes(trained, vq, gpus, kl)
-    parts["cache"] = cache_bytes(model.config.text_config, samples, cfg)
-    parts["activations"] = activation_bytes(model.config.text_config, micro_batch)
-    parts["judge"] = 2 * judge_parameters() + 2 * HPS_PARAMETERS  # bfloat16
+    config = model.config.text_config
+    parts["weights"] += 4 * shared
+    parts["cache"] = cache_bytes(config, samples, cfg)
+    parts["prefill"] = prefill_bytes(config, samples) if cfg else 0
+    parts["pictures"] = picture_bytes(model.config)
+    parts["activations"] = activation_bytes(config, micro_batch)
+    judge, judging = judge_bytes(judge_batch)
+    parts["judge"] = judge + 4 * HPS_PARAMETERS  # bfloat16; HPS is float32
+    parts["judging"] = judging
+    parts["context"] = CONTEXT
 
-    # rollout and update take turns: what was gathered is gone during the update, and so is the
+    # The phases of a step take turns: what was gathered is gone after the rollout, and so is the
     # cache, except under LoRA, which keeps it for the next rollout
-    rollout = parts["gathered"] + parts["cache"]
-    update = parts["activations"]
-    if lora:
-        update += parts["cache"]
-    always = sum(parts.values()) - parts["gathered"] - parts["cache"] - parts["activations"]
-    parts["most"] = always + max(rollout, update)
+    kept = parts["cache"] if lora else 0
+    phases = [
+        parts["gathered"] + parts["cache"] + parts["prefill"],
+        kept + parts["pictures"],
+        kept + parts["judging"],
+        kept + parts["activations"],
+    ]
+    always = ("weights", "gradients", "AdamW", "reference", "judge", "context")
+    parts["most"] = sum(parts[name] for name in always) + max(phases)
     return parts
 
 
@@ -487,24 +841,48 @@ def full_bytes(trained: int, vq: int, gpus: int, kl: bool) -> dict[str, float]:
     }
 
 
+def token_bytes(config) -> int:
+    """Keys and values of one token in bfloat16; `config` is a language model's."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+
+
 def cache_bytes(config, samples: int, cfg: bool) -> int:
-    """Keys and values in bfloat16, for a prompt of 60 tokens, a chain of 600 with its end, and a
-    picture, rounded up to columns of 128. `config` is the language model's."""
-    columns = -(-(60 + 601 + 576) // 128) * 128
+    """The cache for a prompt of 60 tokens, a chain of 600 with its end, and a picture, rounded up
+    to columns of 128."""
+    columns = -(-(PROMPT + LONGEST_CHAIN + 1 + IMAGE) // 128) * 128
     rows = 2 * samples if cfg else samples  # guidance: conditional and unconditional
-    return 2 * config.num_hidden_layers * rows * columns * config.hidden_size * 2
+    return rows * columns * token_bytes(config)
+
+
+def prefill_bytes(config, samples: int) -> int:
+    """Keys and values of the unconditional rows, before they are copied into the cache: when all
+    chains are of other lengths, and the longest has 600 tokens."""
+    return samples * (PROMPT + LONGEST_CHAIN) * token_bytes(config)
+
+
+def picture_bytes(config) -> int:
+    """Pictures that are decoded at a time (see `gotr1.decode_images`): in the last block three
+    float32 tensors of all pixels and `base_channels` are there at once."""
+    pixels = config.vision_config.image_size**2
+    at_once = 8
+    return at_once * 3 * pixels * config.vq_config.base_channels * 4
 
 
 def activation_bytes(config, micro_batch: int) -> int:
     """What gradient checkpointing keeps, one bfloat16 vector (D,) per token and layer; and the
     float32 logits of a chunk of 1024 tokens three times."""
-    tokens = 60 + 250 + 576
+    tokens = PROMPT + CHAIN + IMAGE
     kept = micro_batch * tokens * config.hidden_size * config.num_hidden_layers * 2
     return kept + 3 * 1024 * config.vocab_size * 4
 
 
-def judge_parameters() -> int:
-    """Of Qwen2.5-VL-7B-Instruct, from the numbers of its config.json."""
+def judge_bytes(rows: int) -> tuple[int, int]:
+    """(weights, what `rows` rows take while they are judged) of Qwen2.5-VL-7B-Instruct in bfloat16,
+    from the numbers of its config.json.
+
+    A row has about 500 tokens of question and picture and writes 200. It needs keys and values of
+    all, and three times the widest activation of the question: gate, up and their product."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
@@ -524,7 +902,11 @@ def judge_parameters() -> int:
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     with torch.device("meta"):
-        return count(Qwen2_5_VLForConditionalGeneration(config))
+        weights = 2 * count(Qwen2_5_VLForConditionalGeneration(config))
+    question, reply = 500, 200
+    cache = rows * (question + reply) * token_bytes(config.text_config)
+    activations = 3 * rows * question * config.text_config.intermediate_size * 2
+    return weights, cache + activations
 
 
 def count(module: torch.nn.Module) -> int:
@@ -553,13 +935,92 @@ def print_memory(settings: Memory) -> None:
             cfg=True,
             micro_batch=settings.micro_batch,
             kl=True,
+            judge_batch=settings.judge_batch,
         )
         if k == 0:
-            titles = "".join(f"{name:>13}" for name in parts)
+            titles = "".join(f"{name:>12}" for name in parts)
             print(f"{'size':5}{'trained':9}{'GPUs':>4} {titles}")
         mode = f"LoRA {lora}" if lora else "full"
-        cells = "".join(f"{value / 2**30:13.1f}" for value in parts.values())
+        cells = "".join(f"{value / 2**30:12.1f}" for value in parts.values())
         print(f"{size:5}{mode:9}{gpus:4} {cells}")
+
+
+# -------------------------------------------------------------------------------------------------
+# What fits into a GPU: how much is taken at a time, by the table above
+
+HEADROOM = 0.9  # share of a GPU that is planned: fragmentation, libraries
+
+
+# What is taken at a time when there is no table to ask: prompts, samples, rows
+USUAL_SIZES = {"rollout_batch": 1, "micro_batch": 4, "judge_batch": 16}
+
+
+@functools.cache
+def most_bytes(
+    size: str, lora: int, gpus: int, samples: int, micro_batch: int, judge_batch: int
+) -> dict:
+    """`memory` with guidance and KL; a row of the table takes a second."""
+    return memory(size, lora, gpus, samples, True, micro_batch, True, judge_batch)
+
+
+def size_of(model) -> str:
+    """ "1b" or "7b" for a model of a published shape, else ""."""
+    for size in ("1b", "7b"):
+        published = janus_pro_config(size).text_config
+        config = model.config.text_config
+        if (config.hidden_size, config.num_hidden_layers) == (
+            published.hidden_size,
+            published.num_hidden_layers,
+        ):
+            return size
+    return ""
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU; 0 for anything else."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def choose_sizes(
+    size: str,
+    lora: int,
+    gpus: int,
+    group: int,
+    prompts: int,
+    judge_here: bool,
+    total: float,
+    given: dict[str, int],
+) -> tuple[dict[str, int], float]:
+    """The largest sizes that the table allows on GPUs of `total` bytes, and the bytes that they
+    take. `prompts` prompts of `group` samples are drawn per step and GPU; the names in `given` are
+    those of USUAL_SIZES, and what is not 0 there stays.
+
+    Decoding is paid per token, not per sample, so prompts at a time come first; then rows of the
+    judge, then samples of the update. When nothing fits, sizes are 1, and the bytes are more than
+    `total`."""
+
+    def planned(sizes: dict[str, int]) -> float:
+        samples = sizes["rollout_batch"] * group
+        rows = sizes["judge_batch"] if judge_here else 0
+        parts = most_bytes(size, lora, gpus, samples, sizes["micro_batch"], rows)
+        return parts["most"] if judge_here else parts["most"] - parts["judge"]
+
+    ladders = {
+        "rollout_batch": [number for number in (8, 4, 2) if number <= prompts],
+        "judge_batch": [64, 32, 16, 8, 4, 2],
+        "micro_batch": [16, 8, 4, 2],
+    }
+    chosen = {name: number or 1 for name, number in given.items()}
+    for name, ladder in ladders.items():
+        if given[name]:
+            continue
+        for number in ladder:
+            if planned(chosen | {name: number}) <= HEADROOM * total:
+                chosen[name] = number
+                break
+    return chosen, planned(chosen)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -577,11 +1038,18 @@ def load_judge(settings: Judge):
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = run.parse_args(Rollout | Judge | Networks | Memory, __doc__, argv)
+    settings = run.parse_args(Rollout | Step | Judge | Networks | Memory, __doc__, argv)
     try:
         if isinstance(settings, Rollout):
             run.check_ranges(settings, at_least_one="samples repeats", not_negative="cfg chain")
             time_rollout(settings, run.start_processes()[2])
+        elif isinstance(settings, Step):
+            run.check_ranges(
+                settings,
+                at_least_one="prompts samples micro_batch judge_batch",
+                not_negative="lora cfg chain",
+            )
+            time_step(settings, run.start_processes()[2])
         elif isinstance(settings, Judge):
             run.check_ranges(settings, at_least_one="pictures tokens")
             judge = load_judge(settings)
@@ -591,7 +1059,7 @@ def main(argv: list[str] | None = None) -> None:
         elif isinstance(settings, Networks):
             time_networks(settings, run.start_processes()[2])
         else:
-            run.check_ranges(settings, at_least_one="samples micro_batch")
+            run.check_ranges(settings, at_least_one="samples micro_batch judge_batch")
             print_memory(settings)
     except (OSError, ValueError, RuntimeError) as problem:
         run.fail(" ".join(str(problem).split()))

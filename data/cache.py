@@ -40,6 +40,7 @@ from data.got import (
     read_image,
     read_prompt_and_chain,
     read_words,
+    stream_files,
     written_path,
 )
 from engine import run
@@ -206,7 +207,8 @@ def claim(cache: Path, recipe: dict, data: str) -> None:
 def set_changed_aside(cache: Path, recipe: dict, data: str, source: Source) -> None:
     """Renames each block that holds records which may have changed. It will be made anew, with what
     has not changed taken from the renamed file (see `old_entries`)."""
-    same_data = read_json(cache / "cache.json").get("data files") == data
+    found = read_json(cache / "cache.json")
+    same_data = found.get("data files") == data
     blocks = sorted(cache.glob("tokens_*.safetensors"))
     changed = blocks
     if same_data:
@@ -218,7 +220,12 @@ def set_changed_aside(cache: Path, recipe: dict, data: str, source: Source) -> N
     for path in changed:
         path.replace(old_path(path))
     if not same_data:
-        write_json(cache / "cache.json", recipe | {"data files": data})
+        for end in cache.glob("file_*.json"):
+            end.unlink()  # a file of the set may have other records now (see `encode_files`)
+        content = recipe | {"data files": data}
+        if "files" in found:  # still read apart, however many there are now
+            content["files"] = len(data_files(source))
+        write_json(cache / "cache.json", content)
 
 
 def pictures_have_changed(path: Path, source: Source) -> bool:
@@ -242,14 +249,24 @@ def write_json(path: Path, content: dict) -> None:
     run.write_whole(path, json.dumps(content, indent=2))
 
 
-def block_paths(cache: Path, records: int) -> list[Path]:
-    """The files of a cache with this many records."""
+def block_paths(cache: Path, records: int | list[int]) -> list[Path]:
+    """The files of a cache with this many records; or with this many of each file of the set, where
+    these were read apart."""
+    if isinstance(records, list):
+        paths = []
+        for file, number in enumerate(records):
+            blocks = -(-number // BLOCK)
+            paths += [block_path(cache, block, file) for block in range(blocks)]
+        return paths
     blocks = -(-records // BLOCK)  # rounded up
     return [block_path(cache, block) for block in range(blocks)]
 
 
-def block_path(cache: Path, block: int) -> Path:
-    return cache / f"tokens_{block:06d}.safetensors"
+def block_path(cache: Path, block: int, file: int | None = None) -> Path:
+    """`file`: which file of the set the block is of, where files are read apart."""
+    if file is None:
+        return cache / f"tokens_{block:06d}.safetensors"
+    return cache / f"tokens_{file:05d}_{block:06d}.safetensors"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -424,11 +441,79 @@ def pack_block(
     return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(report))})
 
 
+def files_apart(rows, source: Source, cache: Path, found: dict, world: int) -> int:
+    """How many files of the set are read apart, each by one rank, so that every record is read
+    once; 0 where all ranks read one stream, or jump to their blocks, and share the blocks.
+
+    A cache goes on as it began, on any number of ranks: blocks are cut inside a file, or across
+    files. `found` is the content of `cache.json`. Raises ValueError when `rows` cannot be read that
+    way any more."""
+    there = stream_files(rows)
+    if "files" in found:
+        if found["files"] not in (0, there):
+            began = f"{cache} was begun with --streaming from {found['files']} files (now {there})"
+            raise ValueError(f"{began}: give them again, or take another --cache")
+        return found["files"]
+    across = [*cache.glob("tokens_??????.safetensors"), *cache.glob("old_??????.safetensors")]
+    if across or source.max_records or not 1 < world <= there:
+        return 0
+    return there
+
+
+def encode_files(
+    rows, files: int, model, tokenizer, source: Source, cache: Path, rank: int, world: int, batch
+) -> list[int]:
+    """Reads the files rank, rank + world, ... of a stream and writes what is missing of their
+    blocks; waits for the other ranks. Returns the number of records in each file."""
+    ends = [cache / f"file_{file:05d}.json" for file in range(files)]  # written when it was read
+    for file in range(rank, files, world):
+        if file_records(cache, ends[file], file) is not None:
+            continue
+        records = encode_blocks(
+            rows.shard(num_shards=files, index=file),
+            model,
+            tokenizer,
+            source,
+            cache,
+            rank=0,
+            world=1,
+            batch=batch,
+            file=file,
+            quiet=rank > 0,
+        )
+        write_json(ends[file], {"records": records})
+    counts = []
+    for file, end in enumerate(ends):
+        while (records := file_records(cache, end, file)) is None:
+            time.sleep(1)
+        counts.append(records)
+    return counts
+
+
+def file_records(cache: Path, end: Path, file: int) -> int | None:
+    """Records of a file of the set; None before it was read to its end and all blocks are there."""
+    if not end.exists():
+        return None
+    records = json.loads(end.read_text())["records"]
+    blocks = -(-records // BLOCK)
+    whole = all_whole([block_path(cache, block, file) for block in range(blocks)])
+    return records if whole else None
+
+
 def encode_blocks(
-    rows, model, tokenizer, source: Source, cache: Path, rank: int, world: int, batch: int
+    rows,
+    model,
+    tokenizer,
+    source: Source,
+    cache: Path,
+    rank: int,
+    world: int,
+    batch: int,
+    file: int | None = None,
+    quiet: bool = False,
 ) -> int:
     """Writes what is missing of the blocks rank, rank + world, ... Returns the number of records of
-    all ranks."""
+    all ranks. `file`: which file of the set the rows are, where files are read apart."""
     length = None
     if hasattr(rows, "__len__"):
         length = min(len(rows), source.max_records or len(rows))
@@ -436,11 +521,15 @@ def encode_blocks(
     records = 0
     encoded = 0
     began = time.time()
-    with tqdm(total=length, desc="pictures to tokens", unit=" records", disable=rank > 0) as bar:
+    with tqdm(
+        total=length, desc="pictures to tokens", unit=" records", disable=rank > 0 or quiet
+    ) as bar:
         for block, pairs in itertools.groupby(
             numbered(rows, source), lambda pair: pair[0] // BLOCK
         ):
-            path = block_path(cache, block)
+            path = block_path(cache, block, file)
+            if file is not None:  # what a report calls the first bad record
+                pairs = ((f"{index} of file {file}", get) for index, get in pairs)
             if block % world == rank and not block_report(path):
                 content, number = encode_block(
                     pairs,
@@ -459,7 +548,7 @@ def encode_blocks(
                 passed = sum(1 for _ in pairs)
                 records += passed
                 bar.update(passed)
-    if total.read and rank == 0:
+    if total.read and rank == 0 and not quiet:
         kept = total.good - encoded
         if kept:
             print(f"{encoded} pictures encoded, {kept} kept as they were")
@@ -484,19 +573,29 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
         set_changed_aside(cache, recipe, data, source)
     if dist.is_initialized():
         dist.barrier()  # nobody takes a block for whole that is about to be set aside
-    records = read_json(cache / "cache.json").get("records", 0)  # once it has been complete
+    found = read_json(cache / "cache.json")
+    records = found.get("records")  # once the cache has been complete
     if not records or not all_whole(block_paths(cache, records)):
         if callable(rows):
             rows = rows()
-        records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
-        while not all_whole(block_paths(cache, records)):
-            time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
+        files = files_apart(rows, source, cache, found, world)
+        if files:
+            if "files" not in found:
+                write_json(cache / "cache.json", recipe | {"data files": data, "files": files})
+            records = encode_files(rows, files, model, tokenizer, source, cache, rank, world, batch)
+        else:
+            records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
+            while not all_whole(block_paths(cache, records)):
+                time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
         if rank == 0:
-            write_json(cache / "cache.json", recipe | {"data files": data, "records": records})
+            content = recipe | {"data files": data, "records": records}
+            if files:
+                content["files"] = files
+            write_json(cache / "cache.json", content)
             for path in cache.glob("old_*.safetensors"):
                 path.unlink()
     open_block.cache_clear()  # of blocks that have been made anew
-    prepared = Prepared(cache, len(block_paths(cache, records)))
+    prepared = Prepared(block_paths(cache, records))
     prepared.report.check()
     return prepared
 
@@ -508,8 +607,8 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
 class Prepared:
     """A complete cache, read by the number of the good record. Only what is asked for is read."""
 
-    def __init__(self, cache: Path, blocks: int):
-        self.paths = [block_path(cache, block) for block in range(blocks)]
+    def __init__(self, paths: list[Path]):
+        self.paths = paths  # of the blocks
         self.report = Report()
         good = []
         for path in self.paths:

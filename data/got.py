@@ -236,6 +236,13 @@ def numbered(rows, source: Source):
         raise ValueError(message[:300]) from problem
 
 
+def stream_files(rows) -> int:
+    """How many files a stream reads one after the other; 0 for rows that are no stream of files."""
+    if hasattr(rows, "__len__"):
+        return 0
+    return getattr(rows, "num_shards", 0)
+
+
 # -------------------------------------------------------------------------------------------------
 # Boxes and chains
 

@@ -32,11 +32,17 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from engine import run
+from engine import decode, run
 from render_boxes import MARKERS
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -201,19 +207,57 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All (name, tensor) of a folder, one file open at a time, nothing read before its turn."""
+    """All (name, tensor) of a folder, see `read_file`."""
     for file in weight_files(folder):
-        try:
-            if file.suffix == ".safetensors":
-                with safetensors.safe_open(file, "pt") as shard:
-                    for name in shard.keys():
-                        yield name, shard.get_tensor(name)
-            else:
-                shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                yield from shard.items()
-        except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
-            reason = str(problem).splitlines()[0]
-            raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
+        yield from read_file(file)
+
+
+def read_file(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All (name, tensor) of a file, which is mapped: what is not used is not read. Each tensor of a
+    safetensors file has its own mapping, so that what was read of it is forgotten with it."""
+    try:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, "pt") as opened:
+                names = list(opened.keys())
+            for name in names:
+                with safetensors.safe_open(file, "pt") as opened:
+                    value = opened.get_tensor(name)
+                yield name, value
+        else:
+            shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            yield from shard.items()
+    except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
+
+
+def safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The beginning of a safetensors file, after which the bytes of these tensors follow in this
+    order. safetensors' own functions want all tensors whole at once, in memory."""
+    entries = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, value in tensors.items():
+        begin = end
+        end += value.numel() * value.element_size()
+        entries[name] = {
+            "dtype": SAFETENSORS_DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def empty_model(config: JanusConfig, dtype: torch.dtype) -> JanusForConditionalGeneration:
+    """A model without weights: memory is reserved, but not written to. Its buffers are there."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            return JanusForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_deepseek(
@@ -221,13 +265,7 @@ def load_deepseek(
 ) -> JanusForConditionalGeneration:
     """A folder in DeepSeek's format -> the model. Raises ValueError naming what is missing, unknown
     or of another shape."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights():  # memory is reserved, but not written to
-            model = JanusForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    model = empty_model(config, dtype)
     empty = dict(model.named_parameters())
     for name, value in convert_tensors(read_tensors(folder)):
         parameter = empty.pop(name, None)
@@ -252,6 +290,9 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     """(model, tokenizer) from `toy`, a folder, or a hub id: transformers' format, DeepSeek's, or a
     LoRA adapter of either. Without a `dtype`: bfloat16 on GPUs, float32 elsewhere.
 
+    An adapter is merged into its base in float32. In bfloat16 it stays beside the weights, in
+    float32: merged, most of a small change would be rounded away (`kept_by_bfloat16`).
+
     The model is in eval mode. Markers that the tokenizer lacks are added. Raises OSError or
     ValueError with a message of one line."""
     if dtype is None:
@@ -259,22 +300,67 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
     folder = find_folder(name_or_path)
     if (folder / "adapter_config.json").exists():
         return load_adapter(folder, device, dtype)
+    config, is_deepseek = read_config(folder)
+    if is_deepseek:
+        model = load_deepseek(folder, config, dtype)
+    else:
+        model = load_transformers(folder, config, dtype)
+    # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    add_markers(model, tokenizer, name_or_path)
+    return model.to(device).eval(), tokenizer
+
+
+def read_config(folder: Path) -> tuple[JanusConfig, bool]:
+    """(config, whether the folder is in DeepSeek's format)."""
     try:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as problem:
         raise ValueError(f"{folder} is no checkpoint: {problem}") from problem
     kind = settings.get("model_type")
     if kind == "multi_modality":
-        model = load_deepseek(folder, config_from_deepseek(settings), dtype)
-    elif kind == "janus":
-        model = load_transformers(folder, dtype)
-    else:
+        return config_from_deepseek(settings), True
+    if kind != "janus":
         expected = "expected janus (transformers) or multi_modality (DeepSeek)"
         raise ValueError(f"{folder} holds a {kind} model: {expected}")
-    # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
+    config = JanusConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    config.text_config.tie_word_embeddings = False
+    return config, False
+
+
+def open_policy(name_or_path: str, dtype: torch.dtype):
+    """(model, tokenizer, tensors): as `load_policy`, but no weight is read. The model's parameters
+    have no memory (they are on the meta device); `tensors` gives (name, tensor) of all of them, as
+    they lie in mapped files, so that a process reads no more than it keeps.
+
+    None for what can only be loaded whole: an adapter, and a model that needs rows for markers; and
+    for what does not fit, about which `load_policy` says what is wrong."""
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        return None
+    config, is_deepseek = read_config(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    known = tokenizer.get_vocab()
+    missing = [marker for marker in MARKERS if marker not in known]
+    if len(tokenizer) + len(missing) > config.text_config.vocab_size:
+        return None
+
+    model = empty_model(config, dtype)
+    shapes = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shapes[f"{module_name}.{name}"] = parameter.shape
+            setattr(module, name, torch.nn.Parameter(parameter.to("meta")))
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        pairs = read_tensors(folder)
+        return convert_tensors(pairs) if is_deepseek else pairs
+
+    if {name: value.shape for name, value in tensors()} != shapes:
+        return None
     add_markers(model, tokenizer, name_or_path)
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer, tensors()
 
 
 def find_folder(name_or_path: str) -> Path:
@@ -292,21 +378,66 @@ def find_folder(name_or_path: str) -> Path:
 
 
 def load_adapter(folder: Path, device, dtype: torch.dtype):
-    """(model, tokenizer): the adapter's base, with the adapter merged into it."""
+    """(model, tokenizer): the adapter on its base, merged in float32, apart in bfloat16."""
+    adapted, tokenizer = open_adapter(folder, device, dtype)
+    if dtype == torch.bfloat16:
+        model = keep_apart(adapted, folder)
+    else:
+        model = adapted.merge_and_unload()
+    return model.eval(), tokenizer
+
+
+def open_adapter(folder: Path, device, dtype: torch.dtype):
+    """(PeftModel, tokenizer): the adapter, in float32, on its base, in `dtype`."""
     from peft import PeftModel
 
     settings = json.loads((folder / "adapter_config.json").read_text())
     model, tokenizer = load_policy(settings["base_model_name_or_path"], device, dtype)
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    return adapted.merge_and_unload().eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True), tokenizer
 
 
-def load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
+@torch.no_grad()
+def keep_apart(adapted, folder: Path):
+    """A PeftModel -> its model, in which plain layers hold base and adapter beside each other: what
+    is trained on top of it is an adapter of its own. Raises ValueError for adapters of a kind that
+    such layers cannot compute."""
+    model = adapted.base_model.model
+    for name, layer in list(model.named_modules()):
+        if not hasattr(layer, "lora_A"):
+            continue
+        adapters = decode.adapters_of(layer)
+        if not adapters:
+            expected = f"merge it first: python -m engine.checkpoints {folder} NEW_FOLDER"
+            raise ValueError(f"{folder} is no plain LoRA adapter of linear layers: {expected}")
+        down = torch.cat([down * scale for down, _, scale in adapters])
+        up = torch.cat([up for _, up, _ in adapters], dim=1)
+        base = layer.get_base_layer()
+        model.set_submodule(name, decode.AdaptedLinear(base, down, up))
+    return adapted.unload()
+
+
+@torch.no_grad()
+def kept_by_bfloat16(adapted) -> float:
+    """The share of an adapter's change that is left when the merged weights are rounded to
+    bfloat16: 1 keeps all of it (rounding errors that are not in its direction do not count)."""
+    kept = 0.0
+    whole = 0.0
+    for layer in adapted.modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        before = layer.get_base_layer().weight.float()
+        change = layer.get_delta_weight(layer.active_adapters[0]).float()
+        rounded = (before + change).bfloat16().double() - before.bfloat16().double()
+        kept += (rounded * change).sum().item()
+        whole += change.double().square().sum().item()
+    return kept / whole if whole else 1.0
+
+
+def load_transformers(
+    folder: Path, config: JanusConfig, dtype: torch.dtype
+) -> JanusForConditionalGeneration:
     """A folder in transformers' format -> the model. Raises ValueError where transformers only
     warns: at a tensor that is missing, unknown or of another shape."""
-    config = JanusConfig.from_pretrained(folder)
-    config.tie_word_embeddings = False
-    config.text_config.tie_word_embeddings = False
     model, report = JanusForConditionalGeneration.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True
     )
@@ -339,11 +470,24 @@ def add_markers(model, tokenizer, label: str) -> None:
 # Command line
 
 
+def merge(folder: Path, dtype: str):
+    """(model, tokenizer): an adapter merged into its base in float32, then rounded if `dtype` asks
+    for it; says on stderr what that loses."""
+    adapted, tokenizer = open_adapter(folder, "cpu", torch.float32)
+    kept = kept_by_bfloat16(adapted)
+    model = adapted.merge_and_unload().eval()
+    if dtype == "bfloat16":
+        advice = "--dtype float32, or the adapter itself as --model, keeps all of it"
+        print(f"bfloat16 keeps {kept:.0%} of what the adapter changed: {advice}", file=sys.stderr)
+        model.to(torch.bfloat16)
+    return model, tokenizer
+
+
 @dataclass
 class Args:
     source: str  # an adapter, a folder or a hub id: whatever `--model` takes
     out: str  # new folder for the whole model and its tokenizer, in transformers' format
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights that are written
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 with an adapter
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -351,7 +495,12 @@ def main(argv: list[str] | None = None) -> None:
     if Path(args.out).exists():
         run.fail(f"{args.out} exists: name a new folder")
     try:
-        model, tokenizer = load_policy(args.source, dtype=DTYPES[args.dtype])
+        folder = find_folder(args.source)
+        if (folder / "adapter_config.json").exists():
+            model, tokenizer = merge(folder, args.dtype)
+        else:
+            dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+            model, tokenizer = load_policy(args.source, dtype=DTYPES[dtype])
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
     except (OSError, ValueError) as problem:

@@ -12,7 +12,7 @@ memory bandwidth: about 1.5 ms for 32 rows of Janus-Pro-1B on an H200. Ordinary 
 3. On GPUs a step is recorded as a CUDA graph, once per bucket, and replayed: one launch per token.
    Elsewhere the same functions run as they are.
 4. Fewer kernels: a fused RMSNorm, and rotary embedding on queries and keys together: about 23 per
-   layer instead of 41.
+   layer instead of 41. LoRA adapters of layers with the same input share their first product.
 
 Letters as in gotr1.py. R rows are the N samples, or 2N with guidance; W is the bucket; C the
 columns of the cache. A row sees only its own tokens:
@@ -22,11 +22,133 @@ columns of the cache. A row sees only its own tokens:
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 KEPT = weakref.WeakKeyDictionary()  # model -> its Decoder, for the next rollout of the same shape
+
+
+# ------------------------------------------------------------------------------------------------
+# LoRA: a linear layer gives x W^T + (x A^T) B^T, with A (r, in) and B (out, r) in float32
+#
+# What an adapter adds in its first thousand steps is smaller than half a step of bfloat16's grid.
+# Merged into W, or added to an x W^T that is already rounded (as peft does), most of it is rounded
+# away. So the sum is rounded once: a matrix product that adds has its sum in float32.
+
+
+def add_adapter(layer, x, low, up):
+    """x W^T + low up^T, in the precision of x, rounded once. `low` (..., r) is x A^T."""
+    change = F.linear(low, up).to(x.dtype)
+    if layer.bias is not None:
+        change = change + layer.bias
+    total = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), layer.weight.T)
+    return total.view(change.shape)
+
+
+class AdaptedLinear(torch.nn.Linear):
+    """A linear layer with a frozen adapter beside its weight, for models that are not float32;
+    `down` (r, in) is A times its scale, `up` (out, r) is B, both float32."""
+
+    def __init__(self, layer: torch.nn.Linear, down, up):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+
+    def forward(self, x):
+        return add_adapter(self, x, F.linear(x.to(self.down.dtype), self.down), self.up)
+
+
+def adapters_of(layer) -> list[tuple] | None:
+    """The adapters that take part in a layer, (A, B, scale) each: none in a plain one. None for
+    what only its own forward can compute: another kind of layer, a variant of LoRA."""
+    if type(layer) is torch.nn.Linear:
+        return []
+    if isinstance(layer, AdaptedLinear):
+        return [(layer.down, layer.up, 1.0)]
+    if not hasattr(layer, "lora_A"):  # what peft calls it
+        return None
+    found = adapters_of(layer.base_layer)
+    if found is None or (layer.merged and layer.disable_adapters):
+        return None
+    if layer.merged or layer.disable_adapters:
+        return found
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            if layer.lora_variant.get(name) or layer.lora_B[name].bias is not None:
+                return None
+            down = layer.lora_A[name].weight
+            found.append((down, layer.lora_B[name].weight, layer.scaling[name]))
+    return found
+
+
+@dataclass
+class LowRank:
+    """The adapters of linear layers that have the same input."""
+
+    down: torch.Tensor  # (r, in): the A of all layers, scaled, one below the other: one product
+    ups: list[torch.Tensor | None]  # per layer B (out, its part of r); None: it has no adapter
+
+
+def low_rank(layers: list) -> LowRank | None:
+    """None when there are no adapters, or one that only its layer's forward can compute."""
+    downs = []
+    ups = []
+    for layer in layers:
+        adapters = adapters_of(layer)
+        if adapters is None:
+            return None
+        mine = [up for _, up, _ in adapters]
+        downs += [down * scale for down, _, scale in adapters]
+        ups.append(torch.cat(mine, dim=1) if len(mine) > 1 else (mine or [None])[0])
+    return LowRank(torch.cat(downs), ups) if downs else None
+
+
+def project(layers: list, x, adapters: LowRank | None) -> list:
+    """What linear layers with the same input x give; `adapters` is `low_rank` of them."""
+    if adapters is None:
+        return [layer(x) for layer in layers]
+    low = F.linear(x.to(adapters.down.dtype), adapters.down)
+    results = []
+    first = 0
+    for layer, up in zip(layers, adapters.ups, strict=True):
+        if up is None:
+            results.append(layer(x))
+            continue
+        part = low[..., first : first + up.shape[1]]
+        first += up.shape[1]
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        results.append(add_adapter(layer, x, part, up))
+    return results
+
+
+def adapted_forward(layer, x):
+    """The forward pass of one of peft's LoRA layers, without peft's rounding in between."""
+    adapters = low_rank([layer])
+    if adapters is None:  # switched off, or merged
+        return layer.base_layer(x)
+    return project([layer], x, adapters)[0]
+
+
+@torch.no_grad()
+def adapters_by_layer(model) -> list[dict[str, LowRank | None]]:
+    """`low_rank` of the linear layers with the same input, for each layer of the language model."""
+    found = []
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        mlp = layer.mlp
+        adapters = {
+            "qkv": low_rank([attention.q_proj, attention.k_proj, attention.v_proj]),
+            "o": low_rank([attention.o_proj]),
+            "gate_up": low_rank([mlp.gate_proj, mlp.up_proj]),
+            "down": low_rank([mlp.down_proj]),
+        }
+        found.append(adapters)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,15 +170,14 @@ def rotary(model, embeds, positions):
     return cos[:, :, None], sin[:, :, None]
 
 
-def attend(attention, x, cos, sin, keys, values, columns, width: int, mask):
+def attend(attention, x, cos, sin, keys, values, columns, width: int, mask, adapters: dict):
     """transformers' LlamaAttention on x (R, n, D); new keys and values go to `columns` (n,) of
     `keys` and `values` (R, heads, C, head_dim), in place."""
     rows, n, _ = x.shape
     head_dim = cos.shape[-1]
     heads_kv = keys.shape[1]
-    q = attention.q_proj(x)
-    k = attention.k_proj(x)
-    v = attention.v_proj(x)
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    q, k, v = project(projections, x, adapters["qkv"])
 
     qk = torch.cat([q, k], dim=-1).view(rows, n, -1, head_dim)  # rotated together: half the kernels
     qk = qk * cos + qk.roll(head_dim // 2, dims=-1) * sin
@@ -73,27 +194,35 @@ def attend(attention, x, cos, sin, keys, values, columns, width: int, mask):
         scale=attention.scaling,
         enable_gqa=q.shape[1] != heads_kv,  # fewer heads of keys and values than of queries
     )
-    return attention.o_proj(x.transpose(1, 2).reshape(rows, n, -1))
+    x = x.transpose(1, 2).reshape(rows, n, -1)
+    return project([attention.o_proj], x, adapters["o"])[0]
 
 
-def run_layers(model, embeds, positions, mask, cache, columns, width: int):
+def feed_forward(mlp, x, adapters: dict):
+    """transformers' LlamaMLP."""
+    gate, up = project([mlp.gate_proj, mlp.up_proj], x, adapters["gate_up"])
+    return project([mlp.down_proj], mlp.act_fn(gate) * up, adapters["down"])[0]
+
+
+def run_layers(model, embeds, positions, mask, cache, columns, width: int, adapters: list[dict]):
     """The language model on n new tokens per row: embeds (R, n, D), positions (R, n) -> hidden (R,
     n, D).
 
     Keys and values go to `columns` (n,) of `cache` (2, layers, R, heads, C, head_dim), in place;
-    the first `width` columns are read; `mask` (R, 1, n, width) is added to the attention scores.
+    the first `width` columns are read; `mask` (R, 1, n, width) is added to the attention scores;
+    `adapters`: see `adapters_by_layer`.
 
     This is transformers' LlamaDecoderLayer, rounding included, but not called as a module: hooks
-    (FSDP's, gradient checkpointing's) stay out. Linear layers are called, so adapters on them
-    (LoRA) take part."""
+    (FSDP's, gradient checkpointing's) stay out."""
     language_model = model.model.language_model
     cos, sin = rotary(model, embeds, positions)
-    for layer, (keys, values) in zip(language_model.layers, cache.unbind(1), strict=True):
+    parts = zip(language_model.layers, cache.unbind(1), adapters, strict=True)
+    for layer, (keys, values), adapted in parts:
         x = rms_norm(layer.input_layernorm, embeds)
-        x = attend(layer.self_attn, x, cos, sin, keys, values, columns, width, mask)
+        x = attend(layer.self_attn, x, cos, sin, keys, values, columns, width, mask, adapted)
         embeds = embeds + x
         x = rms_norm(layer.post_attention_layernorm, embeds)
-        embeds = embeds + layer.mlp(x)
+        embeds = embeds + feed_forward(layer.mlp, x, adapted)
     return rms_norm(language_model.norm, embeds)
 
 
@@ -136,7 +265,8 @@ def prefill(model, rows: list[list[int]], pad: int):
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
     mask = added_mask(visible[:, None], embeds.dtype)
     cache = new_cache(model, len(rows), width)
-    hidden = run_layers(model, embeds, positions, mask, cache, columns, width)
+    adapters = adapters_by_layer(model)
+    hidden = run_layers(model, embeds, positions, mask, cache, columns, width, adapters)
     return hidden[:, -1], cache, seen
 
 
@@ -190,6 +320,7 @@ class Decoder:
         self.used = 0  # columns written so far: the host's copy of `column`
         self.graphs = {}  # (step function, width) -> function that replays it
         self.pool = None  # memory that all graphs share
+        self.stream = None  # beside the usual one: what is recorded runs there once before
 
         self.cache = new_cache(model, rows, self.capacity)
         # The hidden state of each row's last token, and which columns hold a token of the row
@@ -202,6 +333,19 @@ class Decoder:
         self.cap = torch.zeros(1, dtype=torch.int64, device=device)  # most sampled chain tokens
         self.text = Tokens(samples, self.capacity, device)
         self.image = Tokens(samples, images, device)
+        self.adapters = adapters_by_layer(model)  # copies of A: of the weights at that time
+
+    def renew_adapters(self, model) -> None:
+        """The adapters as they are now, at the addresses that graphs know."""
+        for old_layer, new_layer in zip(self.adapters, adapters_by_layer(model), strict=True):
+            for name, new in new_layer.items():
+                if new is None:
+                    continue
+                old = old_layer[name]
+                old.down.copy_(new.down)
+                for old_up, new_up in zip(old.ups, new.ups, strict=True):
+                    if new_up is not None and new_up.data_ptr() != old_up.data_ptr():
+                        old_up.copy_(new_up)
 
     def clear(self) -> None:
         """All zeros, for another rollout; the cache as well, since the last rollout may have left
@@ -236,7 +380,9 @@ class Decoder:
         mask = added_mask(self.visible[:rows, None, None, :width], self.hidden.dtype)
         positions = self.position[:rows, None]
         cache = self.cache[:, :, :rows]
-        hidden = run_layers(model, embeds[:, None], positions, mask, cache, self.column, width)
+        hidden = run_layers(
+            model, embeds[:, None], positions, mask, cache, self.column, width, self.adapters
+        )
         self.position[:rows] += shown
         self.column += 1
         return hidden[:, -1]
@@ -269,7 +415,9 @@ def cuda_graph(step: Callable, decoder: Decoder) -> Callable:
     addresses, in one launch. The first run is on a side stream, as PyTorch's documentation asks
     for: it loads kernels and sets libraries up, which is not allowed during a capture. A capture
     itself computes nothing."""
-    side = torch.cuda.Stream()
+    if decoder.stream is None:  # one for all: each stream has a workspace of cuBLAS of its own
+        decoder.stream = torch.cuda.Stream()
+    side = decoder.stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
@@ -278,7 +426,7 @@ def cuda_graph(step: Callable, decoder: Decoder) -> Callable:
         decoder.pool = torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
     # thread_local: NCCL's watchdog thread may ask for events meanwhile
-    with torch.cuda.graph(graph, pool=decoder.pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=decoder.pool, stream=side, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -316,6 +464,7 @@ def decoder_for(model, *, samples: int, rows: int, columns: int, images: int, se
     decoder = KEPT.pop(model, None)  # before a new one is made: there may not be room for both
     if decoder is not None and decoder.key == key and decoder.capacity >= columns:
         decoder.clear()
+        decoder.renew_adapters(model)
     else:
         del decoder
         decoder = Decoder(model, samples, rows, columns, images, settings)

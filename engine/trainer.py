@@ -19,9 +19,10 @@ over its function `token_logps(model, batch, ...)`.
 import contextlib
 import functools
 import math
+import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from engine import checkpoints, decode, run
 from engine.checkpoints import DTYPES
@@ -140,9 +141,10 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        return PeftModel.from_pretrained(
+        wrapped = PeftModel.from_pretrained(
             model, str(adapter), is_trainable=True, autocast_adapter_dtype=True
         )
+        return round_once(wrapped)
     torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=LINEAR, lora_dropout=0.0, bias="none"
@@ -151,6 +153,14 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
     if base != "toy" and Path(base).is_dir():
         base = str(Path(base).resolve())
     wrapped.peft_config["default"].base_model_name_or_path = base
+    return round_once(wrapped)
+
+
+def round_once(wrapped):
+    """A PeftModel whose layers lose nothing of a small adapter, see engine/decode.py; in place."""
+    for layer in wrapped.modules():
+        if decode.adapters_of(layer) is not None and hasattr(layer, "lora_A"):
+            layer.forward = functools.partial(decode.adapted_forward, layer)
     return wrapped
 
 
@@ -172,11 +182,17 @@ def shard_model(model, device: torch.device, dtype: torch.dtype) -> Whole:
     return fully_shard(whole, mesh=mesh, mp_policy=policy, ignored_params=kept)
 
 
-def to_device(model, device: torch.device, dtype: torch.dtype, sharded: bool) -> Whole:
+def to_device(
+    model, device: torch.device, dtype: torch.dtype, sharded: bool, tensors: Iterable | None = None
+) -> Whole:
     """Everything but image understanding, which is never used, goes to the device; shards go there
     one layer at a time. The frozen picture tokenizer stays float32: rounded, it would often name
-    another code."""
+    another code. `tensors`: the weights of a model that has none yet, see `fill`."""
     inner = model.model
+    if tensors is not None:
+        whole = shard_model(model, device, dtype)
+        fill(model, tensors, device)
+        return whole
     inner.vqmodel.to(device, torch.float32)
     if sharded:
         return shard_model(model, device, dtype)
@@ -189,6 +205,22 @@ def to_device(model, device: torch.device, dtype: torch.dtype, sharded: bool) ->
     ):
         part.to(device)
     return Whole(model)
+
+
+def fill(model, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
+    """Gives a model in shards that `checkpoints.open_policy` made its weights: of each tensor this
+    process reads its own rows. Image understanding, which is only saved again, is with rank 0."""
+    parameters = dict(model.named_parameters())
+    weights = {}
+    for name, value in tensors:
+        parameter = parameters[name]
+        if isinstance(parameter, DTensor):
+            weights[name] = own_part(value, parameter, device)
+        elif name.startswith("model.vqmodel."):
+            weights[name] = value.to(device, torch.float32, copy=True)
+        elif run.rank() == 0:
+            weights[name] = value.to(parameter.dtype, copy=True)
+    model.load_state_dict(weights, strict=False, assign=True)
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -207,20 +239,64 @@ def full(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def gather(value: torch.Tensor) -> torch.Tensor:
-    """A shard -> the whole tensor, on the host of rank 0 (elsewhere nothing is kept). Every process
-    has to call it."""
-    value = full(value.detach())
-    return value.cpu() if run.rank() == 0 else value.new_empty(0)
+def in_parts(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor that may lie in shards, from its first row to its last: the rows of one process
+    after the other, so that no process ever holds all of them. Every process has to go through
+    it."""
+    if not isinstance(value, DTensor):
+        yield value.detach()
+        return
+    local = value.detach().to_local()
+    rows = -(-len(value) // dist.get_world_size())  # as fully_shard divides them
+    for rank in range(dist.get_world_size()):
+        count = max(0, min(rows, len(value) - rank * rows))
+        part = local
+        if rank != run.rank():
+            part = local.new_empty(count, *value.shape[1:])
+        if count:
+            dist.broadcast(part, src=rank)
+        yield part
+
+
+def own_part(value: torch.Tensor, like: DTensor, device: torch.device) -> DTensor:
+    """The rows of a whole tensor that this process holds, on the device, laid out as the parameter
+    `like`. A tensor that is mapped from a file is read at these rows only."""
+    rows = -(-len(value) // like.device_mesh.size())  # as fully_shard divides them
+    first = like.device_mesh.get_local_rank() * rows
+    mine = value[first : first + rows].to(device, like.dtype, copy=True)
+    return DTensor.from_local(
+        mine,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
 
 
 def distribute(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The part of a whole tensor that this process holds, laid out as the parameter `like`. AdamW's
     counter of steps, a number, is whole everywhere."""
     if isinstance(like, DTensor) and value.dim():
-        value = value.to(like.device)
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+        return own_part(value, like, like.device)
     return value.clone()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes tensors, which may lie in shards, as a safetensors file: part by part, so that the
+    host of rank 0 never holds a whole one. Every process has to call it."""
+    # large elements first: each tensor then begins at a multiple of its element's size
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    tensors = {name: tensors[name] for name in names}
+    writes = run.rank() == 0
+    with open(path if writes else os.devnull, "wb") as file:
+        if writes:
+            file.write(checkpoints.safetensors_header(tensors))
+        for value in tensors.values():
+            for part in in_parts(value):
+                if writes:
+                    flat = part.cpu().contiguous().flatten()
+                    file.write(flat.view(torch.uint8).numpy().data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,6 +308,7 @@ class Engine:
 
     model, tokenizer: what `checkpoints.load_policy` gives on the CPU: float32 when all weights are
         trained, the forward pass's precision under LoRA.
+    tensors: the weights, when model and tokenizer come from `checkpoints.open_policy`.
     token_logps: function (model, batch, **settings) -> what `score` returns; gotr1.token_logps.
     saved: a checkpoint of this run to go on from; when all weights are trained, `model` has to be
         loaded from it."""
@@ -242,6 +319,7 @@ class Engine:
         tokenizer,
         device: torch.device,
         token_logps: Callable,
+        tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
         base: str = "toy",
         saved: Path | None = None,
         lora: int = 0,
@@ -267,7 +345,7 @@ class Engine:
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.whole = to_device(model, device, self.dtype, self.sharded)
+        self.whole = to_device(model, device, self.dtype, self.sharded, tensors)
         self.reference = None
 
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -276,11 +354,11 @@ class Engine:
         )
         self.first_step = self.resume(saved) if saved else 0
 
-    def keep_reference(self, model) -> None:
+    def keep_reference(self, model, tensors: Iterable | None = None) -> None:
         """The frozen policy that the KL compares with: `model`, loaded anew in the precision of the
         forward pass. LoRA needs none: its adapter is switched off."""
         frozen = model.requires_grad_(False)
-        self.reference = to_device(frozen, self.device, self.dtype, self.sharded)
+        self.reference = to_device(frozen, self.device, self.dtype, self.sharded, tensors)
 
     @contextlib.contextmanager
     def gathered(self):
@@ -345,34 +423,41 @@ class Engine:
 
     def save(self, folder: Path, step: int, keep: int = 2) -> None:
         """`folder/step_000100/`: what `--model` takes (all weights, or an adapter in peft's
-        format), its tokenizer, and `trainer.pt` with what resuming needs. Every process has to call
-        it.
+        format), its tokenizer, and in `trainer.pt` and `optimizer.safetensors` what resuming needs.
+        Every process has to call it.
 
         Written beside and renamed, so that what has the name is whole; `latest` names it; all but
         the last `keep` go. Raises RuntimeError when it cannot be written; the last checkpoint then
         stays as it was."""
-        weights = {}
-        if self.lora is None:
-            for name, value in self.model.state_dict().items():
-                weights[name] = gather(value)
-        optimizer = self.optimizer.state_dict()
-        for moments in optimizer["state"].values():
-            for name, value in moments.items():
-                moments[name] = gather(value)
-        if run.rank() > 0:
-            return
-
         target = folder / f"step_{step:06d}"
         beside = folder / f"step_{step:06d}.tmp"
+        optimizer = self.optimizer.state_dict()
+        moments = {}
+        for index, values in optimizer["state"].items():
+            for name, value in values.items():
+                moments[f"{index}.{name}"] = value
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            if run.rank() == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            if self.lora is None:
+                write_tensors(beside / "model.safetensors", self.model.state_dict())
+            write_tensors(beside / "optimizer.safetensors", moments)
+            if run.rank() > 0:
+                return
+
             if self.lora is not None:
                 # without the second argument peft asks the hub about the base
                 self.lora.save_pretrained(beside, save_embedding_layers=False)
             else:
-                self.model.save_pretrained(beside, state_dict=weights)
+                config = self.model.config
+                config.architectures = [type(self.model).__name__]
+                config.dtype = str(self.parameters[0].dtype).removeprefix("torch.")
+                config.save_pretrained(beside)
+                self.model.generation_config.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
-            torch.save({"step": step, "optimizer": optimizer}, beside / "trainer.pt")
+            groups = optimizer["param_groups"]
+            torch.save({"step": step, "param_groups": groups}, beside / "trainer.pt")
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
             run.write_whole(folder / "latest", target.name)
@@ -385,10 +470,20 @@ class Engine:
         """The optimizer's state from a checkpoint, whatever the number of processes was; returns
         the step to go on with."""
         state = torch.load(saved / "trainer.pt", map_location="cpu", mmap=True, weights_only=True)
-        for index, moments in state["optimizer"]["state"].items():
-            for name, value in moments.items():
-                moments[name] = distribute(value, self.parameters[index])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:  # in older checkpoints all of it is in this file
+            moments = []
+            for index, values in state["optimizer"]["state"].items():
+                moments += [(f"{index}.{name}", value) for name, value in values.items()]
+            groups = state["optimizer"]["param_groups"]
+        else:
+            moments = checkpoints.read_file(saved / "optimizer.safetensors")
+            groups = state["param_groups"]
+        own = {}
+        for key, value in moments:
+            index, name = key.split(".", 1)
+            index = int(index)
+            own.setdefault(index, {})[name] = distribute(value, self.parameters[index])
+        self.optimizer.load_state_dict({"state": own, "param_groups": groups})
         return state["step"]
 
 
@@ -433,12 +528,20 @@ def load(
         dtype = DTYPES[flags.dtype]
     elif saved is not None:
         source = str(saved)  # an adapter goes on top of its base instead
-    model, tokenizer = checkpoints.load_policy(source, "cpu", dtype)
+    opened = None
+    if is_sharded(flags.lora, flags.dtype, flags.shard):
+        opened = checkpoints.open_policy(source, dtype)
+    if opened is not None:
+        model, tokenizer, tensors = opened
+    else:
+        model, tokenizer = checkpoints.load_policy(source, "cpu", dtype)
+        tensors = None
     engine = Engine(
         model,
         tokenizer,
         device,
         token_logps,
+        tensors=tensors,
         base=base,
         saved=saved,
         lora=flags.lora,
@@ -454,3 +557,17 @@ def load(
             "some found a checkpoint there, some did not"
         )
     return engine
+
+
+def load_reference(engine: Engine, source: str) -> None:
+    """Gives the engine a frozen reference: the policy `source`, as `load` reads it, in the
+    precision of the forward pass."""
+    opened = checkpoints.open_policy(source, engine.dtype) if engine.sharded else None
+    if opened is not None:
+        model, _, tensors = opened
+        engine.keep_reference(model, tensors)
+        return
+    model, _ = checkpoints.load_policy(source, "cpu", DTYPES["float32"])
+    for parameter in model.parameters():  # not before: an adapter is merged in float32
+        parameter.data = parameter.data.to(engine.dtype)
+    engine.keep_reference(model)

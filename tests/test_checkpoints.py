@@ -2,6 +2,7 @@
 tiny random model).   pytest tests/test_checkpoints.py"""
 
 import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 import gotr1
-from engine import checkpoints
+from engine import checkpoints, decode, trainer
 from render_boxes import MARKERS
 
 GOLDEN = Path(__file__).parent / "golden_janus"
@@ -247,6 +248,135 @@ def test_a_lora_adapter_loads_on_its_base(golden, tmp_path):
     want = adapted.base_model.model.model.language_model(ids).last_hidden_state
     assert (loaded.model.language_model(ids).last_hidden_state - want).abs().max() < 1e-5
     assert (golden[0].model.language_model(ids).last_hidden_state - want).abs().max() > 1e-3
+
+
+def small_adapter(tmp_path, base="toy", seed=0, size=1e-4, rank=8):
+    """A LoRA adapter of the toy's q_proj and up_proj as it is after a few steps at a learning rate
+    of 1e-5: rms(B) is `size`. Saved as peft saves it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    targets = ["q_proj", "up_proj"]
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    adapted = peft.get_peft_model(gotr1.load_policy(base)[0], config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=size)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    folder = tmp_path / f"adapter_{seed}"
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def kept_share(layer, weight, change) -> float:
+    """How much of an adapter's change arrives in what a layer gives: 1 is all of it. The change is
+    small beside rounding, so it is looked for in the mean over a quarter of a million numbers."""
+    x = torch.randn(4096, weight.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        given = layer(x)
+    assert given.dtype == torch.bfloat16
+    exact = x.double() @ weight.double().T
+    wanted = x.double() @ change.double().T
+    return (((given.double() - exact) * wanted).sum() / (wanted * wanted).sum()).item()
+
+
+def first_up_proj(model):
+    return model.model.language_model.layers[0].mlp.up_proj
+
+
+def test_a_small_adapter_is_kept_in_bfloat16(tmp_path, capsys):
+    """In what is loaded, in what is trained, and in a decoding step; merged in bfloat16, or added
+    by peft's own forward to what is rounded already, most of it is lost."""
+    from peft import PeftModel
+
+    folder = small_adapter(tmp_path)
+    weight = first_up_proj(gotr1.load_policy("toy", dtype=torch.bfloat16)[0]).weight.float()
+    adapted, _ = checkpoints.open_adapter(folder, "cpu", torch.float32)
+    change = first_up_proj(adapted.base_model.model).get_delta_weight("default")
+
+    shares = {}  # what arrives, and the ways in which it should or should not
+    loaded = first_up_proj(gotr1.load_policy(str(folder), dtype=torch.bfloat16)[0])
+    shares["as loaded"] = kept_share(loaded, weight, change)
+    decoded = functools.partial(one_projection, loaded)
+    shares["as loaded, decoding"] = kept_share(decoded, weight, change)
+    base, _ = gotr1.load_policy("toy", dtype=torch.bfloat16)
+    wrapped = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=True)
+    by_peft = kept_share(first_up_proj(base), weight, change)
+    trainer.round_once(wrapped)
+    shares["in training"] = kept_share(first_up_proj(base), weight, change)
+    decoded = functools.partial(one_projection, first_up_proj(base))
+    shares["in training, decoding"] = kept_share(decoded, weight, change)
+    rounded = (weight + change).bfloat16()
+    merged = kept_share(lambda x: torch.nn.functional.linear(x, rounded), weight, change)
+    with capsys.disabled():
+        for name, share in {**shares, "by peft": by_peft, "merged in bfloat16": merged}.items():
+            print(f"\n{name}: {share:.3f} of a small adapter's change is kept", end="")
+    for name, share in shares.items():
+        assert share == pytest.approx(1, abs=0.05), name
+    assert by_peft < 0.5 and merged < 0.5
+
+
+def one_projection(layer, x):
+    return decode.project([layer], x, decode.low_rank([layer]))[0]
+
+
+def test_an_adapter_on_an_adapter_in_bfloat16(tmp_path):
+    """As a GRPO adapter on an SFT adapter: both are there; so are they merged in float32."""
+    first = small_adapter(tmp_path, size=0.05)
+    second = small_adapter(tmp_path, base=str(first), seed=1, size=0.05)
+    ids = torch.arange(20)[None]
+    states = {}
+    for name, dtype in (("merged", torch.float32), ("apart", torch.bfloat16)):
+        for source in ("toy", str(first), str(second)):
+            model, _ = gotr1.load_policy(source, dtype=dtype)
+            assert model.lm_head.weight.dtype == dtype and not model.training
+            with torch.no_grad():
+                out = model.model.language_model(ids).last_hidden_state
+            states[name, source] = out.float()
+    assert isinstance(first_up_proj(model), decode.AdaptedLinear)
+    assert first_up_proj(model).down.dtype == torch.float32
+    for k, source in enumerate(("toy", str(first), str(second))):
+        gap = (states["apart", source] - states["merged", source]).abs().mean()
+        for other in ("toy", str(first), str(second))[:k]:
+            moved = (states["merged", source] - states["merged", other]).abs().mean()
+            assert gap < 0.2 * moved, (source, other)
+
+
+def test_a_merge_says_what_bfloat16_loses(tmp_path, capsys):
+    folder = small_adapter(tmp_path)
+    checkpoints.main([str(folder), str(tmp_path / "whole")])
+    assert "keeps" not in capsys.readouterr().err
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    assert weights["lm_head.weight"].dtype == torch.float32
+    checkpoints.main([str(folder), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    said = capsys.readouterr().err
+    rounded = load_file(tmp_path / "half" / "model.safetensors")
+    assert rounded["lm_head.weight"].dtype == torch.bfloat16
+
+    # the same by hand, from the three files
+    base = gotr1.load_policy("toy")[0].state_dict()
+    kept, whole = 0.0, 0.0
+    for name, value in base.items():
+        if "q_proj" in name and "language" in name or "up_proj" in name:
+            change = (weights[name] - value).double()
+            kept += (change * (rounded[name].double() - value.bfloat16().double())).sum()
+            whole += (change * change).sum()
+    share = (kept / whole).item()
+    assert f"bfloat16 keeps {share:.0%} of what the adapter changed" in said
+    # a model that is no adapter is written as it always was
+    checkpoints.main(["toy", str(tmp_path / "toy")])
+    weights = load_file(tmp_path / "toy" / "model.safetensors")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_an_adapter_of_another_kind_is_merged_or_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    adapted = peft.get_peft_model(gotr1.load_policy("toy")[0], config)
+    adapted.peft_config["default"].base_model_name_or_path = "toy"
+    adapted.save_pretrained(tmp_path / "dora")
+    assert gotr1.load_policy(str(tmp_path / "dora"))[0].lm_head.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="merge it first: python -m engine.checkpoints"):
+        gotr1.load_policy(str(tmp_path / "dora"), dtype=torch.bfloat16)
 
 
 def test_the_tokenizer_keeps_spaces_and_bos_is_there_once(folder):

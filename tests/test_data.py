@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -753,6 +754,132 @@ def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
         assert len(results[rank]) == 59 and str(results[rank].report) == str(one.report)
 
 
+def write_files(folder: Path, examples: list[toy.Example], files: int) -> Source:
+    """Files of different lengths, the first of seven without a record."""
+    folder.mkdir()
+    rows = [inline(example) | {"image": "p.png"} for example in examples]
+    (folder / "p.png").write_bytes(png(examples[0].image))
+    stops = [len(rows) * k**2 // files**2 for k in range(files + 1)]
+    for file in range(files):
+        write_file(folder / f"{file}.parquet", rows[stops[file] : stops[file + 1]])
+    return Source(str(folder), box_format="0..999", streaming=True)
+
+
+def write_file(path: Path, rows: list[dict]) -> None:
+    """Parquet, which says what the fields are even where there is no record."""
+    schema = pa.schema([(name, pa.string()) for name in ("prompt", "chain", "image")])
+    with pa.parquet.ParquetWriter(path, schema) as writer:
+        if rows:  # `datasets` cannot read a group of no rows
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return pa.parquet.read_table(path).to_pylist()
+
+
+def prepare_in_processes(source: Source, policy, cache: Path, world: int, log: Path) -> None:
+    """As torchrun would: a process per rank, with nothing in common but the folder. `log` gets a
+    line for every record that one of them takes from the stream."""
+
+    def counted(rows, source):
+        for index, get in got_data.numbered(rows, source):
+            with log.open("a") as file:
+                file.write(get()["prompt"] + "\n")
+            yield index, get
+
+    def work(rank: int) -> None:
+        token_cache.numbered = counted
+        rows = got_data.open_rows(source)
+        token_cache.prepare(rows, *policy, source, cache, rank, world, batch=4)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+        assert process.exitcode == 0
+
+
+def test_streams_are_split_by_files_and_each_record_is_read_once(tmp_path, policy, monkeypatch):
+    """3 processes, 7 files; then killed, and continued by 2; then read by 1."""
+    monkeypatch.setattr(token_cache, "BLOCK", 4)
+    examples = make_examples(40)
+    source = write_files(tmp_path / "set", examples, files=7)
+    cache, log = tmp_path / "cache", tmp_path / "read.txt"
+    prepare_in_processes(source, policy, cache, 3, log)
+    prompts = [example.prompt for example in examples]
+    assert sorted(log.read_text().splitlines()) == sorted(prompts)
+    made = files(cache)
+    assert len([name for name in made if name.startswith("tokens_00006")]) == 3  # of 11 records
+    assert json.loads(made["cache.json"])["records"] == [0, 3, 4, 6, 7, 9, 11]
+
+    def all_prompts(prepared) -> list[str]:
+        return prepared.batch(list(range(len(prepared))))[0]
+
+    def never_read():
+        raise AssertionError("a complete cache needs no rows")
+
+    prepared = token_cache.prepare(never_read, *policy, source, cache)
+    assert all_prompts(prepared) == prompts, "in the order of one stream"
+    one = token_cache.prepare(
+        got_data.open_rows(source), *policy, source, tmp_path / "one", batch=4
+    )
+    whole, apart = (each.batch(list(range(40))) for each in (one, prepared))
+    assert whole[:2] == apart[:2] and torch.equal(whole[2], apart[2])
+
+    # killed in the middle of file 4, before file 6 was begun
+    for name in made:
+        if name in ("file_00004.json", "tokens_00004_000001.safetensors", "file_00006.json"):
+            (cache / name).unlink()
+        if name.startswith("tokens_00006"):
+            (cache / name).unlink()
+    content = json.loads(made["cache.json"])
+    del content["records"]
+    (cache / "cache.json").write_text(json.dumps(content, indent=2))
+    log.unlink()
+    prepare_in_processes(source, policy, cache, 2, log)
+    assert sorted(log.read_text().splitlines()) == sorted(prompts[13:20] + prompts[29:])
+    assert files(cache) == made
+
+
+def test_a_cache_goes_on_as_it_began(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 4)
+    source = write_files(tmp_path / "set", make_examples(20), files=4)
+    rows = got_data.open_rows(source)
+    apart, across = tmp_path / "apart", tmp_path / "across"
+    assert token_cache.files_apart(rows, source, apart, {}, world=2) == 4
+    assert token_cache.files_apart(rows, source, apart, {"files": 4}, world=1) == 4
+    assert token_cache.files_apart(rows, source, apart, {}, world=5) == 0, "more ranks than files"
+    assert token_cache.files_apart(rows, source, apart, {}, world=1) == 0
+    across.mkdir()
+    (across / "tokens_000000.safetensors").write_bytes(b"")
+    assert token_cache.files_apart(rows, source, across, {}, world=2) == 0
+    (across / "tokens_000000.safetensors").rename(across / "old_000000.safetensors")
+    assert token_cache.files_apart(rows, source, across, {}, world=2) == 0, "set aside"
+    few = dataclasses.replace(source, max_records=5)
+    assert token_cache.files_apart(rows, few, apart, {}, world=2) == 0
+    copied = got_data.open_rows(dataclasses.replace(source, streaming=False))
+    assert token_cache.files_apart(copied, source, apart, {}, world=2) == 0
+    with pytest.raises(ValueError, match=r"--streaming from 4 files \(now 0\)"):
+        token_cache.files_apart(copied, source, apart, {"files": 4}, world=2)
+
+
+def test_a_bad_record_is_named_with_its_file(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 4)
+    source = write_files(tmp_path / "set", make_examples(20), files=2)
+    path = tmp_path / "set" / "1.parquet"
+    rows = read_rows(path)
+    rows[2]["chain"] = "nothing"
+    write_file(path, rows)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    rows = got_data.open_rows(source)
+    counts = token_cache.encode_files(rows, 2, *policy, source, cache, 0, 1, 4)
+    prepared = token_cache.Prepared(token_cache.block_paths(cache, counts))
+    assert len(prepared) == 19 and "first: record 2 of file 1" in str(prepared.report)
+
+
 def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(token_cache, "BLOCK", 8)
     rows, cache = in_memory(40), tmp_path / "cache"
@@ -985,6 +1112,85 @@ def test_a_kill_while_changes_are_encoded_loses_nothing(tmp_path, policy, monkey
     assert encoded == [1, 1]
     assert prompts == [rows[0]["caption"], "something else", "something else"]
     assert not list((tmp_path / "cache").glob("old_*"))
+
+
+def change_line(folder: Path) -> int:
+    """One more record in front of 16: in each block of 8, now three, one is new."""
+    rows = read_rows(folder / "3.parquet")
+    write_file(folder / "3.parquet", [rows[0] | {"prompt": "one more"}, *rows])
+    return 3
+
+
+def fill_file(folder: Path) -> int:
+    """The one that held no record."""
+    shutil.copy(folder / "1.parquet", folder / "0.parquet")
+    return 7
+
+
+def add_file(folder: Path) -> int:
+    """The last one: files are in the order of their names."""
+    shutil.copy(folder / "1.parquet", folder / "4.parquet")
+    return 7
+
+
+def remove_file(folder: Path) -> int:
+    (folder / "3.parquet").unlink()
+    return 0
+
+
+@pytest.mark.parametrize("change", [change_line, fill_file, add_file, remove_file])
+def test_streams_split_by_files_encode_again_only_what_has_changed(
+    change, tmp_path, policy, monkeypatch, encoded
+):
+    """Made by 2 processes, brought up to date by 1."""
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    source = write_files(tmp_path / "set", make_examples(36), files=4)  # of 2, 7, 11, 16 records
+    if change is fill_file:
+        write_file(tmp_path / "set" / "0.parquet", [])
+    cache, log = tmp_path / "cache", tmp_path / "read.txt"
+    prepare_in_processes(source, policy, cache, 2, log)
+    before = files(cache)
+    new = change(tmp_path / "set")
+
+    def opened():
+        return got_data.open_rows(source)
+
+    encoded.clear()
+    again = token_cache.prepare(opened, *policy, source, cache, batch=4)
+    assert sum(encoded) == new
+    prepare_in_processes(source, policy, tmp_path / "from nothing", 2, log)
+    after = files(cache)
+    assert before != after == files(tmp_path / "from nothing")
+    whole = token_cache.prepare(opened, *policy, source, tmp_path / "one", batch=4)
+    indices = list(range(len(whole)))
+    assert len(again) == len(whole)
+    for a, b in zip(again.batch(indices), whole.batch(indices), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_changed_picture_of_a_stream_split_by_files(tmp_path, policy, monkeypatch, encoded):
+    """Made by 2 processes; one block is made anew, and all others stay as they were."""
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    examples = make_examples(36)
+    source = write_files(tmp_path / "set", examples, files=4)
+    path = tmp_path / "set" / "3.parquet"
+    rows = read_rows(path)
+    rows[9]["image"] = "q.png"
+    write_file(path, rows)
+    picture = tmp_path / "set" / "q.png"
+    picture.write_bytes(png(examples[1].image))
+    cache, log = tmp_path / "cache", tmp_path / "read.txt"
+    prepare_in_processes(source, policy, cache, 2, log)
+    before = files(cache)
+    picture.write_bytes(png(examples[2].image))
+    stream = got_data.open_rows(source)
+    prepared = token_cache.prepare(stream, *policy, source, cache, batch=4)
+    assert sum(encoded) == 1
+    after = files(cache)
+    changed = [name for name in before if before[name] != after[name]]
+    assert before.keys() == after.keys() and changed == ["tokens_00003_000001.safetensors"]
+    want = gotr1.encode_images(policy[0], [examples[2].image])
+    assert torch.equal(prepared.batch([len(prepared) - len(rows) + 9])[2], want)
 
 
 def test_too_many_bad_records_stop_the_run(tmp_path, policy):

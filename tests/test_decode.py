@@ -5,15 +5,18 @@ without a GPU. pytest tests/test_decode.py"""
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import JanusForConditionalGeneration
+from transformers.initialization import no_init_weights
 
 import gotr1
-from engine import decode
-from engine.trainer import trainable_parameters
+from engine import checkpoints, decode
+from engine.trainer import LINEAR, round_once, trainable_parameters
 
 PROMPTS = [
     "a red ball left of a blue cube",
@@ -178,6 +181,123 @@ def test_forced_given_and_undrawn_chains_on_tapes(policy, tapes, monkeypatch):
     recorded, plain = both_ways(policy, monkeypatch, PROMPTS, 2, max_chain=60, draw=False)
     assert recorded.image_tokens.shape == (6, 0)
     assert_same(recorded, plain)
+
+
+def adapted(model, targets=LINEAR, rank=4, alpha=12.0, size=0.05, seed=0):
+    """A copy of the model with a LoRA adapter that changes what it says -> the PeftModel."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    wrapped = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=True)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=size)
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("targets", [LINEAR, ["q_proj", "v_proj", "up_proj"], ["down_proj"]])
+def test_shared_products_of_adapters_are_peft_s_own_forward(policy, targets):
+    """Hidden states, and with them keys and values, to 1e-6 of their size; some layers without an
+    adapter."""
+    rows = [gotr1.encode_prompt(policy[1], prompt) for prompt in PROMPTS]
+    model = adapted(policy[0], targets).base_model.model
+    with torch.no_grad():
+        base = decode.prefill(policy[0], rows, pad=0)[0]
+        hidden, _, _ = decode.prefill(model, rows, pad=0)
+        for k, ids in enumerate(rows):
+            want = model.model.language_model(torch.tensor([ids])).last_hidden_state[0, -1]
+            assert (hidden[k] - want).norm() < 1e-6 * want.norm()
+            assert (hidden[k] - base[k]).norm() > 0.01 * want.norm(), "the adapter does nothing"
+    layer = model.model.language_model.layers[0]
+    layers = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    x = torch.randn(3, 1, layers[0].in_features)
+    with torch.no_grad():
+        ours = decode.project(layers, x, decode.low_rank(layers))
+        for module, given in zip(layers, ours, strict=True):
+            assert (given - module(x)).norm() < 1e-6 * given.norm()
+
+
+def test_a_rollout_with_an_adapter_has_the_tokens_of_peft_s_forward(policy, monkeypatch):
+    model = adapted(policy[0]).base_model.model
+    ours = gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=2.0, max_chain=60)
+    with monkeypatch.context() as context:
+        context.setattr(decode, "low_rank", lambda layers: None)  # every layer's own forward
+        theirs = gotr1.rollout(model, policy[1], PROMPTS, 2, cfg=2.0, max_chain=60)
+    assert_same(ours, theirs)
+    assert ours.chains != gotr1.rollout(*policy, PROMPTS, 2, cfg=2.0, max_chain=60).chains
+
+
+def test_tapes_see_what_the_optimizer_does_to_an_adapter(policy, tapes, monkeypatch):
+    """The A of several layers lie in one copy, which has to follow them; here on top of an adapter
+    that stays beside its base, so that B is a copy as well."""
+    wrapped = round_once(adapted(frozen_copy(policy[0])))
+    model = wrapped.base_model.model
+    gotr1.rollout(model, policy[1], PROMPTS, 2, max_chain=40)
+    count = len(tapes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.3)
+    recorded, plain = both_ways((model, policy[1]), monkeypatch, PROMPTS, 2, max_chain=40)
+    assert len(tapes) == count, "recorded anew: this test proves nothing"
+    assert_same(recorded, plain)
+    with wrapped.disable_adapter():  # what is left is the loaded one
+        off, plain = both_ways((model, policy[1]), monkeypatch, PROMPTS, 2, max_chain=40)
+        assert_same(off, plain)
+    assert_same(off, gotr1.rollout(frozen_copy(policy[0]), policy[1], PROMPTS, 2, max_chain=40))
+    assert off.chains != recorded.chains
+
+
+def frozen_copy(model):
+    return checkpoints.keep_apart(adapted(model, seed=1), folder="")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something: views of memory that is there are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_view = False
+        for returned in function._schema.returns:
+            if returned.alias_info is not None and not returned.alias_info.is_write:
+                is_view = True
+        name = str(function)
+        if not is_view and "_unsafe_view" not in name and "empty" not in name:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_kernels_of_a_decoding_step(policy, monkeypatch, capsys):
+    """As docs/gpu.md has them: 30 layers like Janus-Pro-7B's, bfloat16, one image step."""
+    config = copy.deepcopy(policy[0].config)
+    config.text_config.num_hidden_layers = 30
+    with no_init_weights():
+        base = JanusForConditionalGeneration(config).eval().to(torch.bfloat16)
+    counts = {}
+    for name in ("base", "adapter, peft's forward", "adapter"):
+        model = base
+        if name != "base":
+            model = adapted(base, alpha=4.0).base_model.model
+        with monkeypatch.context() as context, torch.no_grad():
+            if name == "adapter, peft's forward":
+                context.setattr(decode, "low_rank", lambda layers: None)
+            # one kernel on a GPU, seven operations on a CPU
+            context.setattr(decode.F, "rms_norm", lambda x, *rest, **settings: x * 1)
+            how = gotr1.Sampling(cfg=5.0, temperature=1.0, logp_mode="cond", pad=0, boi=1)
+            decoder = decode.Decoder(model, 2, rows=4, columns=8, images=8, settings=how)
+            with Kernels() as kernels:
+                gotr1.image_step(model, decoder, width=4)
+        counts[name] = kernels.count
+    with capsys.disabled():
+        print(f"\nkernels per image step, 30 layers: {counts}", end="")
+    text = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for name, count in counts.items():
+        assert f"| {name} | {count:,} |" in text
+    assert counts["adapter"] < 0.8 * counts["adapter, peft's forward"]
 
 
 def test_a_merged_adapter_is_not_replayed_as_an_unmerged_one(policy, tapes):

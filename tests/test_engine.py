@@ -357,3 +357,92 @@ def test_two_processes_take_the_same_steps_as_one_whatever_their_groups_look_lik
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+HOST_MEMORY = """
+import json, os, sys, torch
+import gotr1
+from engine import checkpoints, run, trainer
+from pathlib import Path
+
+CHECKPOINT, OUT, MODE = ARGUMENTS
+torch.set_num_threads(1)
+
+def resting():
+    # from now on the peak is counted anew
+    Path("/proc/self/clear_refs").write_text("5")
+    return field("VmRSS")
+
+def field(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+
+rank, _, device = run.start_processes()
+if MODE == "whole":
+    checkpoints.open_policy = lambda *arguments: None
+flags = trainer.TrainerFlags(shard="yes")
+before = resting()
+engine = trainer.load(flags, device, gotr1.token_logps, CHECKPOINT, None)
+measured = {"loading": field("VmHWM") - before, "loaded": field("VmRSS") - before}
+if MODE == "slices":
+    for parameter in engine.parameters:
+        parameter.grad = torch.full_like(parameter, 0.1)
+    engine.step(1e-3, 1.0)
+    before = resting()
+    engine.save(Path(OUT), 1)
+    measured["saving"] = field("VmHWM") - before
+    run.gather_list([])  # rank 0 has saved
+    before = resting()
+    again = trainer.load(flags, device, gotr1.token_logps, CHECKPOINT, Path(OUT) / "step_000001")
+    measured["resuming"] = field("VmHWM") - before
+    for mine, theirs in zip(engine.parameters, again.parameters, strict=True):
+        assert torch.equal(mine.to_local(), theirs.to_local())
+        loaded = again.optimizer.state[theirs]
+        for name, value in engine.optimizer.state[mine].items():
+            assert torch.equal(trainer.full(value), trainer.full(loaded[name]))
+Path(f"{OUT}.{MODE}.{rank}.json").write_text(json.dumps(measured))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for its peaks")
+def test_host_memory_of_two_processes(tmp_path, capsys):
+    """A checkpoint of 1.2 GB, in shards on two processes: each reads its half, and rank 0 saves
+    without ever holding a whole tensor of the other's. Prints the numbers of docs/gpu.md."""
+    from benchmarks.speed import small_config
+
+    config = small_config()
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18}
+    config.text_config.update({**sizes, "head_dim": 128, "vocab_size": 32768})
+    config.vision_config.projection_dim = 1024
+    config.vq_config.update({"projection_dim": 1024, "image_token_embed_dim": 1024})
+    model = checkpoints.empty_model(config, torch.float32)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    largest = max(p.numel() for p in model.parameters()) * 4
+    model.save_pretrained(tmp_path / "large")
+    gotr1.load_policy("toy")[1].save_pretrained(tmp_path / "large")
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 1e9
+    del model
+
+    peaks = {}
+    for mode in ("whole", "slices"):
+        out = tmp_path / "out"
+        arguments = (str(tmp_path / "large"), str(out), mode)
+        launch(2, HOST_MEMORY.replace("ARGUMENTS", repr(arguments)), tmp_path)
+        peaks[mode] = [json.loads(Path(f"{out}.{mode}.{rank}.json").read_text()) for rank in (0, 1)]
+    with capsys.disabled():
+        print(
+            f"\ncheckpoint {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB; 2 processes"
+        )
+        for mode, ranks in peaks.items():
+            for rank, measured in enumerate(ranks):
+                cells = [f"{what} {value / 1e9:.2f} GB" for what, value in measured.items()]
+                print(f"{mode}, rank {rank}: " + ", ".join(cells))
+    for measured in peaks["slices"]:
+        assert measured["loading"] < 0.7 * size
+        assert measured["saving"] < 1.3 * largest
+        assert measured["resuming"] < 3 * 0.7 * size
+    assert peaks["whole"][0]["loading"] > 0.9 * size, "this test would not see the whole model"

@@ -12,21 +12,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train_grpo", "train_sft", "eval", "gotr1", "rewards", "render_boxes"}
-ROOMS = ("benchmarks", "data", "engine", "toy")
+ROOMS = ("benchmarks", "data", "demo", "engine", "toy")
 
 # From top to bottom. A module may import what stands in a lower row, and nothing else of ours
 LAYERS = [
-    ["train_grpo", "train_sft", "eval"],
+    ["train_grpo", "train_sft", "eval", "demo.__main__"],
     ["benchmarks.run", "benchmarks.speed"],
     ["benchmarks.geneval", "benchmarks.compbench", "data.annotate"],
     ["benchmarks.networks", "benchmarks.held_out", "data.cache", "toy.model"],
     ["gotr1"],
     ["engine.trainer"],
-    ["engine.checkpoints", "engine.decode"],
+    ["engine.checkpoints"],
+    ["engine.decode"],
     ["engine.run"],
     ["rewards"],
     ["benchmarks.stats", "data.got", "toy.world"],
-    ["render_boxes"],
+    ["render_boxes", "engine.served"],
 ]
 
 
@@ -180,15 +181,21 @@ assert total_reward({"sem": 0.5, "pi": 0.5}) == 0.25 and parse_score('{"score": 
 assert len(parse_bboxes("[[0, 0, 10, 10]]", width=20, height=20)) == 1
 """
 JUDGE = """
-from rewards import HPS, QwenJudge, expected_marks
-import torch
+from rewards import HPS, QwenJudge
 
-marks = expected_marks(torch.eye(10)[[7]], torch.zeros(1, 10))
 for lifted in (QwenJudge, HPS):
     try:
         lifted("/no/such/folder")
     except (OSError, ValueError) as problem:
         assert "/no/such/folder" in str(problem)
+"""
+SERVED = """
+from rewards import ServedJudge
+
+try:
+    ServedJudge("http://127.0.0.1:9/v1")
+except (OSError, ValueError, RuntimeError) as problem:
+    assert "127.0.0.1:9" in str(problem)
 """
 DATA = """
 from data.got import Source, normalize_chain, open_rows
@@ -213,6 +220,7 @@ PIECES = {  # first name of a row of the table -> how it is used, and what it mu
     "group_advantages": (MATHS, f"transformers PIL {OTHERS}"),
     "parse_chain": (BOXES, f"torch transformers numpy {OTHERS}"),
     "total_reward": (REWARDS, f"torch transformers numpy {OTHERS}"),
+    "ServedJudge": (SERVED, f"torch transformers numpy {OTHERS}".replace("tqdm ", "")),
     "QwenJudge": (JUDGE, "tyro scipy datasets peft matplotlib"),
     "rollout": (TINY_JANUS, f"PIL {OTHERS}"),
     "normalize_chain": (DATA, "torch transformers tyro scipy peft matplotlib"),

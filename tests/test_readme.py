@@ -22,6 +22,7 @@ import train_grpo
 import train_sft
 from benchmarks import speed
 from data import annotate, got
+from demo import __main__ as demo
 from engine import checkpoints
 from toy import world
 
@@ -41,7 +42,9 @@ COMMANDS = {
     "-m engine.checkpoints": checkpoints.Args,
     "-m data.annotate": annotate.Config,
     "-m toy.world": world.Config,
+    "-m demo": demo.Config,
     "-m benchmarks.speed rollout": speed.Rollout,
+    "-m benchmarks.speed step": speed.Step,
     "-m benchmarks.speed judge": speed.Judge,
     "-m benchmarks.speed networks": speed.Networks,
     "-m benchmarks.speed memory": speed.Memory,
@@ -107,6 +110,8 @@ def test_commands_name_programs_and_flags_that_exist(line):
     (name, settings), *_ = known.items()
     program = re.sub(r"-m (\S+).*", r"\1", name)
     path = program if program.endswith(".py") else program.replace(".", "/") + ".py"
+    if (ROOT / program).is_dir():  # python -m FOLDER
+        path = f"{program}/__main__.py"
     assert (ROOT / path).is_file()
     flags = {word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")}
     assert flags - OTHERS_FLAGS <= flags_of(settings)

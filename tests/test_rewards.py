@@ -1507,6 +1507,37 @@ def test_hps_says_which_file_to_fetch(golden, tmp_path):
         HPS(tmp_path / "other.pt", base=golden[2])
 
 
+class WouldRun:
+    """What a pickle can hold: unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["code", "cut off", "no weights", "not a checkpoint"])
+def test_hps_that_is_not_weights_alone_is_refused_in_one_line(golden, tmp_path, capsys, form):
+    path = tmp_path / "hps.pt"
+    if form == "code":
+        state = torch.load(golden[1], weights_only=True)["state_dict"]
+        torch.save({"state_dict": state, "args": WouldRun(tmp_path / "ran")}, path)
+    elif form == "cut off":
+        path.write_bytes(golden[1].read_bytes()[:-5000])
+    elif form == "no weights":
+        torch.save([torch.ones(2)], path)
+    else:
+        path.write_text("<html>not found</html>")
+    with pytest.raises(SystemExit) as stop:
+        rewards.main(["--hps", str(path), "--prompt", "a red ball"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert f"{path} is cut off or holds more than weights" in message
+    assert "save its weights alone" in message
+    assert not (tmp_path / "ran").exists(), "it was unpickled"
+
+
 # -------------------------------------------------------------------------------------------------
 # Flags, and the script
 

@@ -61,6 +61,81 @@ def test_floor_of_the_published_sizes(capsys, size, seconds, weights):
     assert weights in capsys.readouterr().out
 
 
+# A whole step
+
+
+@pytest.fixture
+def short_replies(monkeypatch):
+    for name, call in list(speed.JUDGE_CALLS.items()):
+        monkeypatch.setitem(speed.JUDGE_CALLS, name, call._replace(reply=2))
+
+
+TINY = "step --size tiny --samples 2 --micro_batch 1 --judge_batch 4".split()
+
+
+def table_of(printed: str) -> dict[str, list[float]]:
+    """Phase -> its numbers."""
+    rows = {}
+    lines = printed.split("peak GiB\n")[1].splitlines()
+    for line in lines[: lines.index(next(line for line in lines if "table" in line))]:
+        phase, *numbers = line.split()
+        rows[phase] = [float(number) for number in numbers]
+    return rows
+
+
+def test_a_step_prints_time_memory_and_floor_of_each_phase(short_replies, capsys):
+    speed.main([*TINY, "--lora", "4"])
+    printed = capsys.readouterr().out
+    rows = table_of(printed)
+    assert list(rows) == ["rollout", "decode", "judge", "update", "step"]
+    phases = [rows[name][0] for name in ("rollout", "decode", "judge", "update")]
+    assert min(phases) > 0 and rows["step"][0] == pytest.approx(sum(phases), abs=0.03)
+    for name in ("rollout", "judge", "update", "step"):
+        seconds, floor, gib = rows[name]
+        assert 0 < floor and 0.05 < gib < 50
+    assert "each 8 + 1 chain and 64 image tokens, cfg 5.0" in printed and "ratio" in printed
+
+
+def test_a_step_without_a_judge_and_adapter_trains_all_weights(capsys, monkeypatch):
+    engines = []
+    make = speed.random_engine
+
+    def kept(*args):
+        engines.append(make(*args))
+        return engines[0]
+
+    monkeypatch.setattr(speed, "random_engine", kept)
+    speed.main([*TINY, "--lora", "0", "--judge", "none", "--no_plain"])
+    printed = capsys.readouterr().out
+    assert list(table_of(printed)) == ["rollout", "decode", "update", "step"]
+    assert "ratio" not in printed and "5 passes" in printed
+    assert engines[0].optimizer.state, "a step was taken"
+    assert engines[0].reference is not None
+
+
+def test_the_judge_is_asked_as_often_and_about_as_much_as_by_a_step_with_three_boxes():
+    batches = speed.judge_batches(samples=16, judge_batch=16, scoring="reply")
+    assert [rows for rows, _, _ in batches] == [16] * 6
+    expected = speed.judge_batches(samples=16, judge_batch=64, scoring="expected")
+    assert [(rows, writes) for rows, _, writes in expected] == [
+        (16, False),
+        (16, False),
+        (16, False),
+        (48, True),
+    ]
+    call = speed.JUDGE_CALLS["alignment"]
+    config = speed.random_judge("tiny", torch.device("meta")).config
+    inputs = speed.judge_inputs(config, 2, call, torch.device("cpu"))
+    assert inputs["image_grid_thw"].tolist() == [[1, 28, 28]] * 2  # 384 pixels
+    assert int((inputs["input_ids"] == config.image_token_id).sum()) == 2 * 14 * 14
+    assert inputs["pixel_values"].shape == (2 * 28 * 28, 1176)
+
+
+def test_judges_have_the_published_sizes():
+    for size, parameters in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):
+        assert speed.count(speed.random_judge(size, torch.device("meta"))) == parameters
+
+
 # Judge
 
 
@@ -167,18 +242,31 @@ def test_memory_counts_the_published_models():
     trained = blocks + language_heads + image_in + image_out
     assert full["AdamW"] == 8 * trained == 8 * shared["AdamW"]
     assert full["cache"] == 2 * 30 * 32 * 1280 * 4096 * 2  # keys and values, 32 rows, two bytes
-    assert full["judge"] == 2 * (8_292_166_656 + 986_109_441)  # Qwen2.5-VL-7B's published count
+    # Qwen2.5-VL-7B's published count in bfloat16, HPS in float32
+    assert full["judge"] == 2 * 8_292_166_656 + 4 * 986_109_441
+    # 16 rows of 700 tokens with 4 heads of 128; and of 500 tokens gate, up and their product
+    assert full["judging"] == 16 * (700 * 2 * 28 * 4 * 128 * 2 + 500 * 3 * 18944 * 2)
+    assert full["prefill"] == 2 * 30 * 16 * 660 * 4096 * 2  # 16 rows, the longest chain
+    assert full["pictures"] == 8 * 3 * 384 * 384 * 128 * 4  # 227 MB each
     assert full["reference"] > 0
     assert speed.memory("7b", 0, 1, kl=False, **table)["reference"] == 0
-    # the update needs less than the rollout here
+    # every other phase needs less than the rollout here
     parts = sum(full.values()) - full["most"]
-    assert full["most"] == parts - full["activations"]
+    others = full["activations"] + full["pictures"] + full["judging"]
+    assert full["most"] == pytest.approx(parts - others)
 
     lora = speed.memory("7b", 32, 1, kl=True, **table)
     adapter = 30 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert lora["AdamW"] == 8 * adapter and lora["reference"] == 0
-    # the cache stays for the next rollout
-    assert lora["most"] == sum(lora.values()) - lora["most"]
+    copies = 30 * 32 * (6 * 4096 + 11008)  # of A, for the decoding step
+    assert lora["weights"] - copies * 4 - adapter * 4 == 2 * trained + (
+        full["weights"] - 4 * trained
+    )
+    # the cache stays for the next rollout, so that the larger of prefill and update counts
+    more = speed.memory("7b", 32, 1, kl=True, **{**table, "micro_batch": 32})
+    assert more["activations"] > more["prefill"]
+    others = more["prefill"] + more["pictures"] + more["judging"]
+    assert more["most"] == pytest.approx(sum(more.values()) - more["most"] - others)
 
 
 def test_memory_table_shows_every_size(capsys):
@@ -186,5 +274,87 @@ def test_memory_table_shows_every_size(capsys):
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert "16 samples at a time" in title and head.split()[:3] == ["size", "trained", "GPUs"]
     assert len(rows) == 7
-    assert rows[0].split() == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.5 17.3 56.6".split()
-    assert rows[6].split() == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 2.0 17.3 64.1".split()
+    assert (
+        rows[0].split()
+        == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.9 1.7 1.5 19.1 1.4 0.6 61.0".split()
+    )
+    assert (
+        rows[6].split()
+        == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 4.8 1.7 2.0 19.1 1.4 0.6 71.3".split()
+    )
+
+
+# What fits
+
+
+def made_up(
+    size: str, lora: int, gpus: int, samples: int, micro_batch: int, judge_batch: int
+) -> dict[str, float]:
+    """About what the table says of LoRA; the table itself takes a second per row."""
+    weights, cache, activations = {"1b": (4, 0.5, 0.3), "7b": (15, 1.2, 0.4)}[size]
+    most = 17 + weights + samples * cache + micro_batch * activations + judge_batch / 16
+    return {"most": most * 2**30, "judge": 17 * 2**30}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(speed, "most_bytes", made_up)
+
+
+def test_what_fits_is_asked_of_the_table():
+    parts = speed.most_bytes("1b", 32, 1, 32, 2, 8)
+    settings = {"samples": 32, "cfg": True, "micro_batch": 2, "kl": True, "judge_batch": 8}
+    assert parts == speed.memory("1b", 32, 1, **settings)
+
+
+def sizes_for(size: str, gib: int, lora: int = 32, gpus: int = 1, judge_here=True, **given):
+    asked = {"rollout_batch": 0, "micro_batch": 0, "judge_batch": 0} | given
+    return speed.choose_sizes(
+        size=size,
+        lora=lora,
+        gpus=gpus,
+        group=16,
+        prompts=8 // gpus,
+        judge_here=judge_here,
+        total=gib * 2**30,
+        given=asked,
+    )
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_sizes_fit_and_grow_with_the_gpu(size, table):
+    before = (0, 0, 0)
+    for gib in (24, 48, 80, 141):
+        chosen, planned = sizes_for(size, gib)
+        one, least = sizes_for(size, 0)
+        assert one == {"rollout_batch": 1, "micro_batch": 1, "judge_batch": 1}
+        if least > 0.9 * gib * 2**30:  # nothing fits, and the number says so
+            assert (chosen, planned) == (one, least)
+            continue
+        assert planned <= 0.9 * gib * 2**30
+        now = (chosen["rollout_batch"], chosen["judge_batch"], chosen["micro_batch"])
+        assert now >= before, "in order of importance"
+        before = now
+        more = sizes_for(size, 0, **(chosen | {"rollout_batch": 2 * chosen["rollout_batch"]}))
+        assert more[1] > 0.9 * gib * 2**30 or chosen["rollout_batch"] == 8
+    assert before[0] >= 4 and before[1:] == (64, 16), "141 GiB are plenty"
+
+
+def test_flags_win_over_what_fits_and_a_judge_elsewhere_leaves_room(table):
+    chosen, planned = sizes_for("7b", 80, micro_batch=3, judge_batch=5)
+    assert (chosen["micro_batch"], chosen["judge_batch"]) == (3, 5)
+    # 2 prompts of 16: 17 + 15 + 32 * 1.2 + 3 * 0.4 GiB is just below 72, the judge's rows included
+    assert chosen["rollout_batch"] == 2
+    assert planned == pytest.approx((71.6 + 5 / 16) * 2**30)
+    elsewhere, less = sizes_for("7b", 96, judge_here=False, micro_batch=3, judge_batch=5)
+    assert elsewhere["rollout_batch"] == 2 and less == pytest.approx(54.6 * 2**30)
+    assert sizes_for("7b", 110, judge_here=False)[0]["rollout_batch"] == 4
+    assert sizes_for("7b", 110, judge_here=True)[0]["rollout_batch"] == 2
+    assert sizes_for("1b", 141, gpus=8)[0]["rollout_batch"] == 1, "a rank has one prompt per step"
+
+
+def test_published_sizes_are_recognised(policy):
+    assert speed.size_of(policy[0]) == ""
+    for size in ("1b", "7b"):
+        with torch.device("meta"):
+            assert speed.size_of(JanusForConditionalGeneration(janus_pro_config(size))) == size

@@ -1,0 +1,480 @@
+"""A page on which one edits the plan and sees it drawn.
+
+    pip install -r requirements.txt gradio==6.31.0 gradio_image_annotation==0.5.6
+    python -m demo     # the toy, at http://127.0.0.1:7860, without network
+
+A prompt becomes plans, which the judge scores before anything is drawn. The chosen plan is a canvas
+of boxes and a text; a change of one changes the other. What is drawn is exactly that text. The
+functions up to `build_page` do the work and know nothing about the page: they need no gradio.
+"""
+
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import re
+import tempfile
+import threading
+import uuid
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import rewards
+from engine import run
+from gotr1 import decode_images, image_token_count, load_policy, rollout
+from render_boxes import COLOURS, Box, chain_problems, draw_boxes, format_chain, parse_chain
+from toy.world import COLORS, GRID, NAMES, RELATIONS, SHAPES
+
+PACKAGES = "gradio==6.31.0 gradio_image_annotation==0.5.6"
+SIDE = 1000  # pixels of the canvas: those of a box are then the numbers of the chain
+CELL = 125  # a cell of the toy's grid, in the same numbers
+MOST = 8  # plans, and pictures, at a time
+PLANNED = re.compile(  # an object and its box, as in a sound chain
+    r"<\|obj_start\|>[^<]*<\|obj_end\|>\s*<\|box_start\|>[^<]*<\|box_end\|>"
+)
+TOY_EXAMPLES = [
+    "a red ball left of a blue cube",
+    "a green cone above a purple ball",
+    "a yellow cube below a cyan cone",
+    "a blue ball and a red cone",
+    "a purple cube right of a green ball and above a yellow cone",
+]
+EXAMPLES = [
+    "a dog to the left of a red bicycle",
+    "a blue vase on a wooden table, with two lemons beside it",
+    "a black cat under a green chair",
+    "a photo of a white mug above a laptop",
+    "a sailing boat in front of a lighthouse at dusk",
+]
+TOY_WORDS = (
+    f"The toy knows the colours {', '.join(COLORS)}, the shapes {', '.join(SHAPES)}, "
+    f"and {', '.join(RELATIONS)}."
+)
+
+
+@dataclass
+class Config:
+    model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
+    compare: str = ""  # a second one to draw with; beside the toy: the newest run in out/
+    judge: str = ""  # scores plans and pictures: a folder or hub id of a VLM; the toy has its own
+    cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
+    max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
+    port: int = 7860  # of the page, which only this machine sees
+    share: bool = False  # also give the page a public address, through Gradio's servers
+
+
+@dataclass
+class Studio:
+    """What the buttons work with; one for all visitors."""
+
+    policies: dict[str, tuple]  # name -> (model, tokenizer); the last one is the trained one
+    judge: object = None
+    is_toy: bool = True
+    cfg: float = 1.0
+    max_chain: int = 96
+    # a model has one set of buffers to sample with: one visitor at a time
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+# -------------------------------------------------------------------------------------------------
+# Loading
+
+
+def newest_toy_run(out: Path) -> Path | None:
+    """The newest checkpoint of the toy among the runs in a folder, or None."""
+    checkpoints = []
+    for file in out.glob("*/config.json"):
+        checkpoint = run.latest_checkpoint(file.parent)
+        if checkpoint and json.loads(file.read_text()).get("model") == "toy":
+            checkpoints.append(checkpoint)
+    return max(checkpoints, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def load_studio(config: Config, device, out: Path = Path("out")) -> Studio:
+    """Raises OSError or ValueError when a checkpoint cannot be loaded."""
+    names = [config.model]
+    newest = newest_toy_run(out) if config.model == "toy" else None
+    if config.compare or newest:
+        names.append(config.compare or str(newest))
+    policies = {name: load_policy(name, device) for name in names}
+    first_model, _ = policies[config.model]
+    is_toy = image_token_count(first_model) == GRID**2
+    judge = None
+    if config.judge or is_toy:
+        flags = rewards.JudgeFlags(judge=config.judge or "toy", hps="")
+        judge, _ = rewards.load_judge(flags, device)
+    return Studio(policies, judge, is_toy, config.cfg, config.max_chain)
+
+
+# -------------------------------------------------------------------------------------------------
+# What is asked for; what is wrong with it is a ValueError of one sentence
+
+
+def check_request(studio: Studio, prompt: str, seed: int | None) -> None:
+    if not prompt.strip():
+        raise ValueError("The prompt is empty: say what the picture should show.")
+    if seed is None:
+        raise ValueError("The seed is empty: give a whole number, 0 or more.")
+    if studio.is_toy:
+        known = {"a", "and", *COLORS, *SHAPES, *" ".join(RELATIONS).split()}
+        unknown = [word for word in prompt.lower().split() if word not in known]
+        if unknown:
+            raise ValueError(f"The toy does not know {', '.join(unknown)[:200]}. {TOY_WORDS}")
+
+
+def check_chain(studio: Studio, chain: str) -> None:
+    problems = chain_problems(chain)
+    if problems:
+        raise ValueError(f"The plan cannot be drawn. {' '.join(problems)}")
+    unknown = [box.name for box in parse_chain(chain) if box.name not in NAMES]
+    if studio.is_toy and unknown:
+        raise ValueError(f"The toy cannot draw {', '.join(unknown)[:200]}. {TOY_WORDS}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Plan and draw
+
+
+def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, progress=None):
+    """(chains, their scores, place of the best): plans by the policy of that name."""
+    check_request(studio, prompt, seed)
+    model, tokenizer = studio.policies[name]
+    with studio.lock:
+        chains = rollout(
+            model,
+            tokenizer,
+            [prompt],
+            group=count,
+            seed=seed,
+            max_chain=studio.max_chain,
+            draw=False,
+            progress=progress,
+        ).chains
+        scores = [{"total": 0.0}] * count
+        if studio.judge:
+            asked = [prompt] * count
+            scores = rewards.score(studio.judge, None, asked, chains, [], parts=("sem", "spa"))
+    totals = [row["total"] for row in scores]
+    return chains, scores, totals.index(max(totals))
+
+
+def draw_plan(
+    studio: Studio, name: str, prompt: str, chain: str, count: int, seed: int, progress=None
+):
+    """(pictures, the same with boxes, their scores): exactly that plan, by the policy of that
+    name."""
+    check_request(studio, prompt, seed)
+    check_chain(studio, chain)
+    model, tokenizer = studio.policies[name]
+    boxes = parse_chain(chain)
+    with studio.lock:
+        sampled = rollout(
+            model,
+            tokenizer,
+            [prompt],
+            group=count,
+            cfg=studio.cfg,
+            seed=seed,
+            chains=[chain],
+            progress=progress,
+        )
+        pictures = []
+        for picture in decode_images(model, sampled.image_tokens):
+            times = max(1, 448 // picture.width)  # the toy's pixels, large enough to be seen
+            size = (times * picture.width, times * picture.height)
+            pictures.append(picture.resize(size, Image.Resampling.NEAREST))
+        scores = [{} for _ in pictures]
+        if not studio.judge:
+            return pictures, [draw_boxes(boxes, image=picture) for picture in pictures], scores
+        scores = rewards.score(studio.judge, None, [prompt] * count, [chain] * count, pictures)
+        marked = [rewards.draw_matches(studio.judge, boxes, picture) for picture in pictures]
+    return pictures, marked, scores
+
+
+def score_text(scores: dict[str, float]) -> str:
+    shown = [part for part in ("total", *rewards.PARTS) if part in scores]
+    return "  ".join(f"{part} {scores[part]:.2f}" for part in shown)
+
+
+def pack(path: Path, prompt: str, chain: str, pictures: list[tuple[str, Image.Image]]) -> None:
+    """A zip file of prompt, chain, plan and named pictures."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("prompt.txt", prompt)
+        file.writestr("chain.txt", chain)
+        for name, picture in [("plan", draw_boxes(parse_chain(chain))), *pictures]:
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            file.writestr(f"{name}.png", content.getvalue())
+
+
+# -------------------------------------------------------------------------------------------------
+# Canvas and text
+
+
+def to_canvas(studio: Studio, chain: str) -> dict:
+    """The plan as the canvas takes it: a blank picture, the toy's with its cells, and boxes."""
+    paper = Image.new("RGB", (SIDE, SIDE), "white")
+    if studio.is_toy:
+        pen = ImageDraw.Draw(paper)
+        for edge in range(CELL, SIDE, CELL):
+            pen.line((edge, 0, edge, SIDE), fill="#dddddd", width=2)
+            pen.line((0, edge, SIDE, edge), fill="#dddddd", width=2)
+    boxes = []
+    for k, box in enumerate(parse_chain(chain)):
+        hexadecimal = COLOURS[k % len(COLOURS)].removeprefix("#")
+        edges = {"xmin": box.x1, "ymin": box.y1, "xmax": box.x2, "ymax": box.y2}
+        boxes.append({"label": box.name, "color": tuple(bytes.fromhex(hexadecimal)), **edges})
+    return {"image": paper, "boxes": boxes}
+
+
+def from_canvas(canvas: dict) -> list[Box]:
+    """The boxes, in whole numbers from 0 to 999. A name is only words: the chain's markers cannot
+    be written in it. Raises ValueError for a box without a name."""
+    boxes = []
+    for drawn in canvas["boxes"]:
+        name = " ".join(re.sub(r"[<|>]", " ", drawn["label"] or "").split())
+        if not name:
+            raise ValueError("A box has no name yet: double-click it and give it one.")
+        edges = [drawn[edge] for edge in ("xmin", "ymin", "xmax", "ymax")]
+        boxes.append(Box(name, *[min(max(edge, 0), 999) for edge in edges]))
+    return boxes
+
+
+def snapped(box: Box) -> Box:
+    """The box on the toy's cells, one cell at least: the toy knows no other coordinates."""
+    x1 = min(round(box.x1 / CELL), GRID - 1)
+    y1 = min(round(box.y1 / CELL), GRID - 1)
+    x2 = max(round(box.x2 / CELL), x1 + 1)
+    y2 = max(round(box.y2 / CELL), y1 + 1)
+    return Box(box.name, *[min(edge * CELL, 999) for edge in (x1, y1, x2, y2)])
+
+
+def with_boxes(chain: str, boxes: list[Box], snap: bool = False) -> str:
+    """The chain with these boxes in place of its own. A box that is in both stays as it is. Of the
+    others, the first takes the place of the first old one, and so on. Old ones that are left over
+    were deleted, with the words before them; new ones that are left over come last.
+
+    Raises ValueError when the chain itself cannot be read."""
+    written = list(PLANNED.finditer(chain))
+    planned = parse_chain(chain)
+    if len(written) != len(planned) or (chain_problems(chain) and "<|" in chain):
+        raise ValueError("The text of the plan cannot be read: mend it, or plan again.")
+
+    # 1) Which box is which
+    new = list(boxes)
+    texts = []  # of each planned box: what is to stand there, None where that is not known yet
+    for match, box in zip(written, planned, strict=True):
+        kept = box in new
+        texts.append(match[0] if kept else None)
+        if kept:
+            new.remove(box)
+    changed = [format_chain([snapped(box) if snap else box]) for box in new]
+    for k, text in enumerate(texts):
+        if text is None and changed:
+            texts[k] = changed.pop(0)
+
+    # 2) The words before each box; the words that open the chain stay, whichever box comes first
+    ends = [0, *[match.end() for match in written]]
+    opening = chain[: written[0].start()] if written else f"{chain.strip() or 'A'} "
+    result = ""
+    for k, (match, text) in enumerate(zip(written, texts, strict=True)):
+        if text:
+            result += (chain[ends[k] : match.start()] if result else opening) + text
+    for text in changed:
+        result += (" and a " if result else opening) + text
+    return (result or opening.strip()) + (chain[ends[-1] :] if written else "")
+
+
+# -------------------------------------------------------------------------------------------------
+# The page
+
+
+def build_page(studio: Studio, downloads: Path):
+    """The Gradio page. Zip files for visitors are written to the folder `downloads`."""
+    import gradio as gr
+    from gradio_image_annotation import image_annotator
+
+    names = list(studio.policies)
+    outputs = []  # of every handler: it returns those that change
+
+    def guarded(handler):
+        """Bad input changes nothing and is said in one sentence, as text."""
+
+        @functools.wraps(handler)
+        def answer(*inputs, **others):
+            try:
+                changes = handler(*inputs, **others)
+            except (ValueError, RuntimeError) as problem:
+                return {message: gr.Textbox(str(problem), visible=True)}
+            return {message: gr.Textbox("", visible=False), **changes}
+
+        return answer
+
+    def counter(progress, tokens: int, name: str):
+        """What `rollout` calls after each token."""
+        done = itertools.count(1)
+
+        def one_more(_):
+            progress((next(done), tokens), desc=name, unit="tokens")
+
+        return one_more
+
+    def drawn(name, prompt, chain, count, seed, progress):
+        model, _ = studio.policies[name]
+        bar = counter(progress, image_token_count(model), name)
+        return draw_plan(studio, name, prompt, chain, count, seed, bar)
+
+    @guarded
+    def on_plan(name, prompt, count, seed, progress=gr.Progress()):  # noqa: B008
+        bar = counter(progress, studio.max_chain + 1, name)
+        chains, scores, best = write_plans(studio, name, prompt, count, seed, bar)
+        cells = []
+        for written, row in zip(chains, scores, strict=True):
+            cells.append((draw_boxes(parse_chain(written)), score_text(row)))
+        return {
+            plans: gr.Gallery(cells, selected_index=best, columns=max(4, count)),
+            state: chains,
+            chain: chains[best],
+            canvas: to_canvas(studio, chains[best]),
+        }
+
+    @guarded
+    def on_choice(chains, event: gr.SelectData):
+        return {chain: chains[event.index], canvas: to_canvas(studio, chains[event.index])}
+
+    @guarded
+    def on_canvas(edited, text):
+        boxes = from_canvas(edited) if edited else []
+        if boxes == parse_chain(text):  # the canvas was changed by us
+            return {}
+        text = with_boxes(text, boxes, snap=studio.is_toy)
+        if boxes == parse_chain(text):
+            return {chain: text}
+        return {chain: text, canvas: to_canvas(studio, text)}
+
+    @guarded
+    def on_text(text):
+        check_chain(studio, text)
+        return {canvas: to_canvas(studio, text)}
+
+    @guarded
+    def on_draw(name, prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
+        pictures, marked, scores = drawn(name, prompt, text, count, seed, progress)
+        cells = [(picture, f"seed {seed}, picture {k + 1}") for k, picture in enumerate(pictures)]
+        cells += [(image, score_text(row)) for image, row in zip(marked, scores, strict=True)]
+        named = []
+        for k in range(count):
+            named += [(f"picture_{k}", pictures[k]), (f"boxes_{k}", marked[k])]
+        path = downloads / f"{uuid.uuid4().hex}.zip"
+        pack(path, prompt, text, named)
+        return {
+            gallery: gr.Gallery(cells, columns=count),
+            download: gr.DownloadButton(value=path, interactive=True),
+        }
+
+    @guarded
+    def on_compare(prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
+        cells = []
+        for when, name in zip(("before", "after"), names, strict=True):
+            _, marked, scores = drawn(name, prompt, text, count, seed, progress)
+            for image, row in zip(marked, scores, strict=True):
+                cells.append((image, f"{when}: {score_text(row)}"))
+        return {gallery: gr.Gallery(cells, columns=count)}
+
+    with gr.Blocks(title="GoT-R1", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown("# Plan, edit the plan, draw it\n" + (TOY_WORDS if studio.is_toy else ""))
+        message = gr.Textbox(label="This did not work", visible=False, elem_id="message")
+        state = gr.State([])  # of one visitor: the chains of the plans on show
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", scale=4, elem_id="prompt")
+            policy = gr.Radio(names, value=names[-1], label="Model", scale=2)
+        gr.Examples(TOY_EXAMPLES if studio.is_toy else EXAMPLES, prompt)
+        with gr.Row():
+            count = gr.Slider(1, MOST, 4, step=1, label="Plans", scale=3)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+            plan = gr.Button("Plan", variant="primary", elem_id="plan")
+        plans = gr.Gallery(
+            label="Plans with their R_sem and R_spa: the best one is chosen, click on another",
+            allow_preview=False,
+            interactive=False,
+            elem_id="plans",
+        )
+        with gr.Row():
+            with gr.Column(scale=3):
+                canvas = image_annotator(
+                    label="Plan: drag boxes and corners, double-click to rename or remove",
+                    label_list=NAMES if studio.is_toy else None,
+                    sources=[],
+                    image_type="pil",
+                    boxes_alpha=0.15,
+                    show_download_button=False,
+                    show_clear_button=False,
+                    show_remove_button=True,
+                    elem_id="canvas",
+                )
+            with gr.Column(scale=2):
+                chain = gr.Textbox(label="The same plan as text", lines=8, elem_id="chain")
+                number = gr.Slider(1, MOST, 4, step=1, label="Pictures")
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                compare = gr.Button("Draw before/after", visible=len(names) > 1, elem_id="compare")
+                download = gr.DownloadButton("Download", interactive=False, elem_id="download")
+        gallery = gr.Gallery(
+            label="Pictures, planned boxes and those that the judge finds",
+            interactive=False,
+            elem_id="pictures",
+        )
+        outputs += [message, plans, state, chain, canvas, gallery, download]
+
+        # The model's work stands in one queue; what follows a hand does not wait for it.
+        working = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private"}
+        quick = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private"}
+        asked = [policy, prompt, count, seed]
+        plan.click(on_plan, asked, show_progress_on=plans, **working)
+        prompt.submit(on_plan, asked, show_progress_on=plans, **working)
+        plans.select(on_choice, [state], **quick)
+        canvas.change(on_canvas, [canvas, chain], trigger_mode="always_last", **quick)
+        for typed in (chain.input, chain.blur):  # what is pasted counts when the text is left
+            typed(on_text, [chain], trigger_mode="always_last", **quick)
+        asked = [policy, prompt, chain, number, seed]
+        draw.click(on_draw, asked, show_progress_on=gallery, **working)
+        compare.click(on_compare, asked[1:], show_progress_on=gallery, **working)
+    return page
+
+
+CSS = """
+#message {  /* over the page: if it moved the canvas, a box would be drawn askew */
+  position: fixed; top: 8px; left: 5%; width: 90%; z-index: 50; border: 2px solid #d62839;
+}
+#plans .fixed-height { min-height: 0; }
+#canvas button[aria-label^=Rotate] { display: none; }
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = run.parse_args(Config, __doc__, argv)
+    run.check_ranges(config, at_least_one="max_chain port", not_negative="cfg")
+    for package in ("gradio", "gradio_image_annotation"):
+        if not importlib.util.find_spec(package):
+            run.fail(f"{package} is missing: pip install {PACKAGES}")
+    _, _, device = run.start_processes()
+    with tempfile.TemporaryDirectory() as downloads:
+        try:
+            page = build_page(load_studio(config, device), Path(downloads))
+            page.launch(
+                server_name="127.0.0.1",
+                server_port=config.port,
+                share=config.share,
+                css=CSS,
+                footer_links=[],
+                max_file_size=1,  # byte: nobody uploads anything
+            )
+        except (OSError, ValueError) as problem:
+            run.fail(" ".join(str(problem).split()))
+
+
+if __name__ == "__main__":
+    main()
