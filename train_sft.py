@@ -243,6 +243,8 @@ def check(config: Config, world: int) -> None:
             "--from_scratch builds the toy model from the toy's data: "
             "leave out --model and --data, or itself"
         )
+    if config.condition_dropout > 1:
+        run.fail(f"--condition_dropout is {config.condition_dropout}: expected a share, 0 to 1")
     if config.batch_size % world:
         run.fail(
             f"--batch_size {config.batch_size} sequences cannot be shared evenly "

@@ -6,6 +6,10 @@ safetensors files, each with a block of consecutive records, and `cache.json`, w
 cache was made. A killed process loses the block it was making, no more. Ranks share the blocks
 without talking to each other. Training maps the files, so that millions of records take little
 memory. Bad records are skipped and counted by cause; more than 20 % of them stop the run.
+
+A cache is never out of date. Made with other settings it is refused. When data files or pictures
+have changed (size or time of their last change), what has changed is encoded again, and the rest is
+kept: each record has a mark, a hash of what it was made from.
 """
 
 import functools
@@ -20,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -29,16 +34,20 @@ from data.got import (
     Record,
     Source,
     data_files,
+    image_path,
     numbered,
+    pick,
     read_image,
     read_prompt_and_chain,
     read_words,
     stream_files,
+    written_path,
 )
 from engine import run
 from render_boxes import draw_boxes, parse_chain
 
 BLOCK = 1024  # consecutive records per file
+RULES = 1  # raise it when the same data gives other texts or other tokens than before
 MOST_BAD = 0.2  # share of the records
 
 
@@ -113,23 +122,55 @@ def texts_that_fit(
 
 
 def cache_recipe(model, tokenizer, source: Source) -> dict:
-    """What the content of a cache depends on, by name.
-
-    Pictures that lie in files of their own are not looked at."""
+    """The settings that the content of a cache depends on, by name."""
     recipe = {f"--{key}": value for key, value in asdict(source).items() if key != "streaming"}
-    file_stats = []
-    # `toy` is the built-in world, even where a folder has that name.
-    if source.data not in ("", "toy") and Path(source.data).expanduser().exists():
+    if is_local(source):
         # A local set may be moved, and its path written in many ways: its last part is compared.
         recipe["--data"] = Path(source.data).expanduser().resolve().name
-        for file in map(Path, data_files(source)):
-            file_stats.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     recipe["picture tokenizer"] = encoder_hash(model.model.vqmodel)
     recipe["image tokens"] = gotr1.image_token_count(model)
     recipe["block"] = BLOCK
-    recipe["data files"] = short_hash(file_stats)
+    recipe["rules"] = RULES
     recipe["text tokenizer"] = short_hash(sorted(tokenizer.get_vocab().items()))
     return recipe
+
+
+def is_local(source: Source) -> bool:
+    # `toy` is the built-in world, even where a folder has that name.
+    return source.data not in ("", "toy") and Path(source.data).expanduser().exists()
+
+
+def data_mark(source: Source) -> str:
+    """Changes when a local data file does. A set of the hub is taken as it was."""
+    file_stats = []
+    if is_local(source):
+        for file in map(Path, data_files(source)):
+            file_stats.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    return short_hash(file_stats)
+
+
+def picture_stat(path: str, source: Source) -> list[int] | None:
+    """[size, time of the last change] of a picture in a file; None if there is none to read."""
+    try:
+        stat = image_path(path, source).stat()
+    except (BadRecord, OSError, ValueError):
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def record_mark(row: dict, source: Source) -> bytes:
+    """16 bytes that change when one of the fields of a record does, or its picture."""
+    fields = (source.prompt_field, source.chain_field, source.coords_field)
+    sha = hashlib.sha256(repr([pick(row, name) for name in fields]).encode())
+    picture = pick(row, source.image_field)
+    path = written_path(picture)
+    if path is not None:
+        sha.update(repr((path, picture_stat(path, source))).encode())
+    elif isinstance(picture, Image.Image):
+        sha.update(repr((picture.mode, picture.size)).encode() + picture.tobytes())
+    else:
+        sha.update(repr(picture).encode())
+    return sha.digest()[:16]
 
 
 def encoder_hash(vqmodel) -> str:
@@ -146,25 +187,62 @@ def short_hash(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def claim(cache: Path, recipe: dict) -> dict:
-    """Makes the folder and its `cache.json`, or checks it. Returns what is in it: the recipe, and
-    once they are known `files` (see `files_apart`) and `records` (see `block_paths`).
+def claim(cache: Path, recipe: dict, data: str) -> None:
+    """Makes the folder and its `cache.json`, or checks it. `data`: see `data_mark`.
 
     Raises ValueError when the blocks in it were made with another recipe."""
-    path = cache / "cache.json"
     cache.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(cache / "cache.json")
     changed = []
     for key, value in recipe.items():
         if found.get(key) != value:
             changed.append(f"{key} {found.get(key)} (now {value})")
-    if changed and any(cache.glob("tokens_*.safetensors")):
+    if changed and any(cache.glob("*.safetensors")):  # whole blocks, or some that were set aside
         made = f"{cache} was made with {', '.join(changed)}"
         raise ValueError(f"{made}: take another --cache, or delete it")
     if changed:
-        write_json(path, recipe)
-        return recipe
-    return found
+        write_json(cache / "cache.json", recipe | {"data files": data})
+
+
+def set_changed_aside(cache: Path, recipe: dict, data: str, source: Source) -> None:
+    """Renames each block that holds records which may have changed. It will be made anew, with what
+    has not changed taken from the renamed file (see `old_entries`)."""
+    found = read_json(cache / "cache.json")
+    same_data = found.get("data files") == data
+    blocks = sorted(cache.glob("tokens_*.safetensors"))
+    changed = blocks
+    if same_data:
+        changed = [path for path in blocks if pictures_have_changed(path, source)]
+    if changed:
+        what = "pictures have" if same_data else "a data file has"
+        told = f"{what} changed; in {len(changed)} of {len(blocks)} blocks"
+        run.say(f"{cache}: {told} whatever differs is encoded again")
+    for path in changed:
+        path.replace(old_path(path))
+    if not same_data:
+        for end in cache.glob("file_*.json"):
+            end.unlink()  # a file of the set may have other records now (see `encode_files`)
+        content = recipe | {"data files": data}
+        if "files" in found:  # still read apart, however many there are now
+            content["files"] = len(data_files(source))
+        write_json(cache / "cache.json", content)
+
+
+def pictures_have_changed(path: Path, source: Source) -> bool:
+    """Whether a picture in a file of its own is not what it was when the block was made."""
+    if not block_report(path):
+        return False  # not whole: it will be made anew in any case
+    with safetensors.safe_open(path, "numpy") as file:
+        pictures = json.loads(file.get_tensor("pictures").tobytes())
+    return any(picture_stat(name, source) != stat for name, stat in pictures.items())
+
+
+def old_path(path: Path) -> Path:
+    return path.with_name(path.name.replace("tokens", "old"))
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -221,30 +299,89 @@ def picture_side(model) -> int:
     return config.num_patches * 2**halvings
 
 
-def read_part(
-    part, tokenizer, source: Source, side: int, room: int, pool: ThreadPoolExecutor
-) -> tuple[list[Record], Report]:
-    """The good ones of a few records, pictures `side` x `side`, and the report on all of them.
+@dataclass
+class Entry:
+    """A good record on its way into a block."""
 
-    `part`: pairs of index and function that gets the row, as `numbered` yields them."""
+    prompt: bytes
+    chain: bytes
+    mark: bytes  # of what it was made from, see `record_mark`
+    image: Image.Image | None = None  # until it is encoded
+    tokens: np.ndarray | None = None  # (I,), when it is encoded
+
+
+def old_entries(path: Path) -> dict[bytes, Entry]:
+    """The records of a block that was set aside, by their marks; none if there is no such block."""
+    if not block_report(path):
+        return {}
+    with safetensors.safe_open(path, "numpy") as file:
+        text = file.get_tensor("text").tobytes()
+        starts = file.get_tensor("starts").tolist()
+        tokens = file.get_tensor("image_tokens")
+        marks = file.get_tensor("marks")
+    entries = {}
+    for row, mark in enumerate(marks):
+        start, middle, stop = starts[2 * row : 2 * row + 3]
+        entries[mark.tobytes()] = Entry(
+            prompt=text[start:middle],
+            chain=text[middle:stop],
+            mark=mark.tobytes(),
+            tokens=tokens[row],
+        )
+    return entries
+
+
+def read_part(
+    part,
+    kept: dict[bytes, Entry],
+    tokenizer,
+    source: Source,
+    side: int,
+    room: int,
+    pool: ThreadPoolExecutor,
+) -> tuple[list[Entry], dict[str, list], Report]:
+    """(the good ones of a few records, pictures `side` x `side`; the files of all pictures, path ->
+    `picture_stat`; the report).
+
+    `part`: pairs of index and function that gets the row, as `numbered` yields them. `kept`: what
+    need not be read again."""
     rows = [get() for _, get in part]
-    pictures = [pool.submit(read_image, row, source, side) for row in rows]
-    records = []
+    files = {}
+    for row in rows:
+        path = written_path(pick(row, source.image_field))
+        if path is not None:
+            files[path] = picture_stat(path, source)  # before it is read: a later change shows
+    marks = [record_mark(row, source) for row in rows]
+    pictures = []
+    for row, mark in zip(rows, marks, strict=True):
+        known = mark in kept
+        pictures.append(None if known else pool.submit(read_image, row, source, side))
+    entries = []
     report = Report(read=len(part))
-    for (index, _), row, picture in zip(part, rows, pictures, strict=True):
+    for (index, _), row, mark, picture in zip(part, rows, marks, pictures, strict=True):
+        if picture is None:
+            entries.append(kept[mark])
+            continue
         try:
             image, size = picture.result()
             prompt, chain = texts_that_fit(row, source, tokenizer, size, room)
-            records.append(Record(prompt, chain, image))
+            entries.append(Entry(prompt.encode(), chain.encode(), mark, image))
         except BadRecord as bad:
             report.skip(index, bad)
-    return records, report
+    return entries, files, report
 
 
 def encode_block(
-    pairs, model, tokenizer, source: Source, batch: int, total: Report, bar: tqdm
-) -> bytes:
-    """The content of a block's file.
+    pairs,
+    kept: dict[bytes, Entry],
+    model,
+    tokenizer,
+    source: Source,
+    batch: int,
+    total: Report,
+    bar: tqdm,
+) -> tuple[bytes, int]:
+    """(content of a block's file, number of pictures that were encoded).
 
     `pairs` are as `numbered` yields them. Counts in `total`, too: the report on all blocks of this
     rank, which stops the run with a ValueError as soon as too many records are bad."""
@@ -254,33 +391,52 @@ def encode_block(
     # Not model.device: image understanding is never used and may lie elsewhere.
     device = model.get_input_embeddings().weight.device
     report = Report()
-    texts = []  # bytes: prompt, chain, prompt, chain, ...
-    tokens = [torch.empty(0, images, dtype=torch.long, device=device)]
+    entries = []
+    files = {}
+    encoded = [torch.empty(0, images, dtype=torch.long, device=device)]
     with ThreadPoolExecutor(8) as pool:  # PIL decodes and resizes outside the interpreter's lock
         # Parts of a block, never across two: so they are the same on any number of ranks.
         while part := list(itertools.islice(pairs, batch)):
-            records, part_report = read_part(part, tokenizer, source, side, room, pool)
+            part_entries, part_files, part_report = read_part(
+                part, kept, tokenizer, source, side, room, pool
+            )
             report.add(part_report)
             total.add(part_report)
             if total.read >= 100:
                 total.check()
-            for record in records:
-                texts += [record.prompt.encode(), record.chain.encode()]
-            if records:
-                pictures = [record.image for record in records]
-                tokens.append(gotr1.encode_images(model, pictures))  # stays on the device: no wait
+            pictures = [entry.image for entry in part_entries if entry.image]
+            if pictures:
+                encoded.append(gotr1.encode_images(model, pictures))  # stays on the device: no wait
+            for entry in part_entries:
+                entry.image = None  # frees its memory
+            entries += part_entries
+            files.update(part_files)
             bar.update(len(part))
-    image_tokens = torch.cat(tokens).cpu().numpy()
-    return pack_block(image_tokens, texts, model.config.vq_config.num_embeddings, report)
+    new_tokens = torch.cat(encoded).cpu().numpy()
+    to_place = iter(new_tokens)
+    for entry in entries:
+        if entry.tokens is None:
+            entry.tokens = next(to_place)
+    image_tokens = np.array([entry.tokens for entry in entries], np.int64).reshape(-1, images)
+    codes = model.config.vq_config.num_embeddings
+    return pack_block(entries, image_tokens, codes, files, report), len(new_tokens)
 
 
-def pack_block(image_tokens: np.ndarray, texts: list[bytes], codes: int, report: Report) -> bytes:
-    """The safetensors file of R good records: image tokens (R, I) below `codes`, and 2 R texts."""
+def pack_block(
+    entries: list[Entry], image_tokens: np.ndarray, codes: int, files: dict, report: Report
+) -> bytes:
+    """The safetensors file of R good records, with image tokens (R, I) below `codes`."""
+    texts = []  # prompt, chain, prompt, chain, ...
+    for entry in entries:
+        texts += [entry.prompt, entry.chain]
     lengths = [len(text) for text in texts]
+    marks = b"".join(entry.mark for entry in entries)
     arrays = {
         "image_tokens": image_tokens.astype("uint16" if codes <= 65536 else "int32"),
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "starts": np.cumsum([0, *lengths]),  # (2 R + 1,): where each text starts, in bytes
+        "marks": np.frombuffer(marks, np.uint8).reshape(-1, 16),  # (R, 16)
+        "pictures": np.frombuffer(json.dumps(files).encode(), np.uint8),
     }
     return safetensors.numpy.save(arrays, {"report": json.dumps(asdict(report))})
 
@@ -298,8 +454,8 @@ def files_apart(rows, source: Source, cache: Path, found: dict, world: int) -> i
             began = f"{cache} was begun with --streaming from {found['files']} files (now {there})"
             raise ValueError(f"{began}: give them again, or take another --cache")
         return found["files"]
-    began_across = any(cache.glob("tokens_??????.safetensors"))
-    if began_across or source.max_records or not 1 < world <= there:
+    across = [*cache.glob("tokens_??????.safetensors"), *cache.glob("old_??????.safetensors")]
+    if across or source.max_records or not 1 < world <= there:
         return 0
     return there
 
@@ -363,6 +519,7 @@ def encode_blocks(
         length = min(len(rows), source.max_records or len(rows))
     total = Report()  # on what is encoded here
     records = 0
+    encoded = 0
     began = time.time()
     with tqdm(
         total=length, desc="pictures to tokens", unit=" records", disable=rank > 0 or quiet
@@ -374,8 +531,9 @@ def encode_blocks(
             if file is not None:  # what a report calls the first bad record
                 pairs = ((f"{index} of file {file}", get) for index, get in pairs)
             if block % world == rank and not block_report(path):
-                content = encode_block(
+                content, number = encode_block(
                     pairs,
+                    kept=old_entries(old_path(path)),
                     model=model,
                     tokenizer=tokenizer,
                     source=source,
@@ -384,14 +542,19 @@ def encode_blocks(
                     bar=bar,
                 )
                 run.write_whole(path, content)
+                encoded += number
                 records += block_report(path).read
             else:
                 passed = sum(1 for _ in pairs)
                 records += passed
                 bar.update(passed)
     if total.read and rank == 0 and not quiet:
-        speed = total.read / (time.time() - began)
-        print(f"records per second: {speed:.0f} from pictures")
+        kept = total.good - encoded
+        if kept:
+            print(f"{encoded} pictures encoded, {kept} kept as they were")
+        else:
+            speed = total.read / (time.time() - began)
+            print(f"records per second: {speed:.0f} from pictures")
     return records
 
 
@@ -400,11 +563,17 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
     the other ranks. All ranks must see the same folder.
 
     `rows` are dicts, as `open_rows` gives them or made in memory, or a function that returns them,
-    which is called only when the cache is not complete. Raises ValueError when the cache was made
-    with other settings, or too many records are bad."""
+    which is called only when the cache is not complete, or no longer up to date. Raises ValueError
+    when the cache was made with other settings, or too many records are bad."""
     cache = Path(cache).expanduser()
     recipe = cache_recipe(model, tokenizer, source)
-    found = claim(cache, recipe)
+    data = data_mark(source)
+    claim(cache, recipe, data)
+    if rank == 0:
+        set_changed_aside(cache, recipe, data, source)
+    if dist.is_initialized():
+        dist.barrier()  # nobody takes a block for whole that is about to be set aside
+    found = read_json(cache / "cache.json")
     records = found.get("records")  # once the cache has been complete
     if not records or not all_whole(block_paths(cache, records)):
         if callable(rows):
@@ -412,15 +581,20 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
         files = files_apart(rows, source, cache, found, world)
         if files:
             if "files" not in found:
-                write_json(cache / "cache.json", recipe | {"files": files})
+                write_json(cache / "cache.json", recipe | {"data files": data, "files": files})
             records = encode_files(rows, files, model, tokenizer, source, cache, rank, world, batch)
         else:
             records = encode_blocks(rows, model, tokenizer, source, cache, rank, world, batch)
             while not all_whole(block_paths(cache, records)):
                 time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
         if rank == 0:
-            made = {"files": files} if files else {}
-            write_json(cache / "cache.json", recipe | made | {"records": records})
+            content = recipe | {"data files": data, "records": records}
+            if files:
+                content["files"] = files
+            write_json(cache / "cache.json", content)
+            for path in cache.glob("old_*.safetensors"):
+                path.unlink()
+    open_block.cache_clear()  # of blocks that have been made anew
     prepared = Prepared(block_paths(cache, records))
     prepared.report.check()
     return prepared

@@ -65,6 +65,9 @@ BOX = re.compile(  # (x1,y1),(x2,y2) or [x1, y1, x2, y2], with markers or withou
     rf"{PAIR}[)\]]{{1,3}}(?:\s*<\|box_end\|>)?"
 )
 TORN = re.compile(rf"[(\[]{PAIR}(?:[)\],]|\Z)")  # coordinates that no box has taken
+# Four numbers close together are a box in some other notation: [10 20 30 40], <10,20,30,40>,
+# (x1=10, y1=20, x2=30, y2=40), … The lookbehind keeps the search linear in a long row of digits.
+FOUR_NUMBERS = re.compile(r"(?<!\d)(?:\d+\D{1,5}){3}\d+")
 OBJECT = rf"<\|obj_start\|>({TEXT}*)<\|obj_end\|>"
 MARKED_NAME = re.compile(rf"{OBJECT}[\s:,]*\Z")
 WORD = rf"(?!(?:{BREAKS})(?!\S))[^\s.,;:!?()\[\]>]+"
@@ -73,6 +76,9 @@ PLAIN_NAME = re.compile(
     rf"((?:{WORD}\s+){{0,5}}{WORD}(?<=[\w\"'”’]))[\s:,]*\Z",
     re.I,
 )
+
+
+MOST_PIXELS = 50_000_000  # of a picture; decoded, this many take up to 200 MB, eight at a time
 
 
 @dataclass
@@ -84,6 +90,7 @@ class Source:
     chain_field: str = "chain"  # the annotation, with its boxes or with placeholders
     image_field: str = "image"  # the picture, or its path
     image_folder: str = ""  # where image paths start; empty: the folder of the data
+    follow_outside: bool = False  # read pictures whose path leaves that folder, too
     coords_field: str = ""  # dict or JSON, placeholder -> coordinates; empty: boxes in the chain
     box_format: Literal["", "0..999", "0..1", "pixels"] = ""  # what coordinates count; no default
     max_chain: int = 600  # tokens; longer chains are skipped (the official code samples up to 600)
@@ -127,14 +134,31 @@ def data_files(source: Source) -> list[str]:
     return [str(file) for file in files]
 
 
+def check_whole(source: Source, file: Path) -> None:
+    """Raises ValueError for a local file that is empty, or a tar that was cut off.
+
+    A tar that ends between two members reads without an error: only the end mark is missing."""
+    size = file.stat().st_size
+    if size == 0:
+        raise ValueError(f"--data {source.data}: {file.name} is empty (0 bytes)")
+    if file.suffix == ".tar":
+        with file.open("rb") as opened:
+            opened.seek(-min(size, 1024), io.SEEK_END)
+            if opened.read() != bytes(1024):
+                cut = f"{file.name} is cut off: it lacks the end mark of a tar"
+                raise ValueError(f"--data {source.data}: {cut}, fetch it again")
+
+
 def open_rows(source: Source):
     """The raw rows, dicts with undecoded pictures: a Dataset, or an IterableDataset when streaming.
 
-    Raises ValueError in one line: nothing there, not readable, empty, without one of the fields, or
-    no box_format."""
+    Raises ValueError in one line: nothing there, not readable, cut off, empty, without one of the
+    fields, or no box_format."""
     if not source.box_format:
         raise ValueError("say with --box_format what the coordinates count: 0..999, 0..1 or pixels")
     files = data_files(source)
+    for file in files:
+        check_whole(source, Path(file))
     try:
         rows = load_rows(source, files)
         first = next(iter(rows), None)
@@ -250,15 +274,22 @@ def read_coordinates(coords) -> dict[str, str]:
 def fill_placeholders(text: str, coords) -> str:
     """Puts the boxes of `coords` (see `read_coordinates`) into a text. Raises BadRecord."""
     boxes = read_coordinates(coords)
+    for key in boxes:
+        if key.strip().isdecimal():  # it would take the place of every number of the text
+            raise BadRecord("placeholder", f"{key!r} is a bare number: write it as <box_{key}>")
     # Each placeholder is looked for with any number in it: box_1 is not a part of box_12, and a
     # box_12 that has no coordinates must not pass as a word.
     patterns = set()
     for key in boxes or ["no placeholder"]:
         patterns.add(re.sub("[0-9]+", "[0-9]+", re.escape(key)))
     placeholder = re.compile("|".join(sorted(patterns, key=len, reverse=True)))
-    missing = set(placeholder.findall(text)) - boxes.keys()
+    found = set(placeholder.findall(text))
+    missing = found - boxes.keys()
     if missing:
         raise BadRecord("broken box", f"{min(missing)} has no coordinates")
+    unused = boxes.keys() - found
+    if unused:
+        raise BadRecord("unused box", f"{min(unused)} has coordinates and is not in the text")
     return placeholder.sub(lambda found: boxes[found[0]], text)
 
 
@@ -308,9 +339,14 @@ def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) 
     if not chain:
         raise BadRecord("no box", repr(text[:60]))
     chain = (chain + without_markers(text[end:])).strip()
-    torn = TORN.search(BOX.sub("", chain))
-    if torn:
-        raise BadRecord("broken box", f"{torn[0]!r} is torn")
+    words = BOX.split(chain)[:: 1 + BOX.groups]  # what stands between the boxes
+    for text in words:
+        torn = TORN.search(text)
+        if torn:
+            raise BadRecord("broken box", f"{torn[0]!r} is torn")
+        other = FOUR_NUMBERS.search(text)
+        if other:
+            raise BadRecord("other notation", f"{other[0]!r} looks like a box, and is not read")
     problems = chain_problems(chain)
     if problems:
         raise BadRecord("broken box", problems[0])
@@ -350,7 +386,11 @@ def read_image(row: dict, source: Source, side: int = 0) -> tuple[Image.Image, t
     pixels if that is given. Raises BadRecord."""
     try:
         image = open_image(pick(row, source.image_field), source)
+        if image.width * image.height > MOST_PIXELS:  # known before anything is decoded
+            limit = f"more than {MOST_PIXELS / 1e6:.0f} million pixels: make it smaller"
+            raise BadRecord("large image", f"{image.width} x {image.height} are {limit}")
         image = ImageOps.exif_transpose(image)  # as people see it, and as they draw boxes on it
+        image = eight_bits(image)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -358,25 +398,59 @@ def read_image(row: dict, source: Source, side: int = 0) -> tuple[Image.Image, t
         size = image.size
         if side:
             image = image.resize((side, side), Image.Resampling.BICUBIC)
+    except BadRecord:
+        raise
     except Exception as problem:  # PIL's decoders raise a dozen kinds of error on broken files
         raise BadRecord("broken image", f"{type(problem).__name__}: {problem}") from problem
     return image, size
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits become grey pictures of 8. Raises BadRecord for 32 bits or floats.
+
+    `convert` alone would clip: nearly everything would be white."""
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value / 257).convert("L")  # 65535 / 257 = 255
+    if image.mode in ("I", "F"):  # nothing says which value is white
+        kind = {"I": "32-bit whole numbers", "F": "floats"}[image.mode]
+        raise BadRecord("image depth", f"pixels are {kind}: save it with 8 or 16 bits per channel")
+    return image
+
+
+def written_path(value) -> str | None:
+    """The path that an entry of the image field holds; None where it holds the picture itself."""
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) else None
+
+
+def image_path(value: str, source: Source) -> Path:
+    """Where the picture with this path in its row lies.
+
+    Raises BadRecord when the path leaves the folder that paths start from: data from elsewhere
+    could otherwise name any file of this machine."""
+    folder = Path(source.image_folder or source.data).expanduser()
+    if folder.is_file():
+        folder = folder.parent
+    path = folder / value
+    if not source.follow_outside and not path.resolve().is_relative_to(folder.resolve()):
+        advice = "give --image_folder or --follow_outside"
+        raise BadRecord("path outside", f"{advice}: {value} is not in {folder}")
+    return path
+
+
 def open_image(value, source: Source) -> Image.Image:
     """`value` is a PIL image, the bytes of a file, a path, or a dict of bytes and path."""
+    path = written_path(value)
+    if path is not None:
+        return Image.open(image_path(path, source))
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        value = value.get("bytes")
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value))
-    if isinstance(value, str):
-        folder = Path(source.image_folder or source.data).expanduser()
-        if folder.is_file():
-            folder = folder.parent
-        value = folder / value
-    return Image.open(value)
+    raise ValueError(f"expected a picture, its bytes or its path, got {value!r:.40}")
 
 
 def read_record(row: dict, source: Source) -> Record:

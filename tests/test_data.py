@@ -7,12 +7,14 @@ import inspect
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import datasets
@@ -34,6 +36,7 @@ from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN_CAUSES = {"no box", "broken box", "box outside", "box format", "empty box", "no name"}
+CHAIN_CAUSES |= {"other notation", "placeholder", "unused box"}
 CAUSES = CHAIN_CAUSES | {"no text", "special token", "chain too long", "broken image"}
 WRITTEN = re.compile(  # one object of a chain; not taken from the code, so that it can judge it
     r"<\|obj_start\|>(.*?)<\|obj_end\|> <\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>"
@@ -220,6 +223,29 @@ def test_errors_are_one_line(tmp_path):
         got_data.open_rows(source)
 
 
+def test_files_that_are_empty_or_cut_off_are_named(tmp_path):
+    source = write_tar(tmp_path / "set", make_examples(5))
+    path = tmp_path / "set" / "000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        starts = [member.offset for member in tar]
+        end = tar.offset  # where the end mark begins
+    for source.streaming in (False, True):
+        # at the border of each member, inside one, and inside the end mark
+        for length in [*starts[1:], end, starts[3] + 700, end + 512]:
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match="000.tar is cut off: it lacks the end mark"):
+                got_data.open_rows(source)
+        for length in (end + 1024, len(whole)):  # 1024 zeros are an end, more is filling
+            path.write_bytes(whole[:length])
+            assert len(list(got_data.numbered(got_data.open_rows(source), source))) == 5
+        for name in ("data.jsonl", "data.parquet", "data.tar"):
+            (tmp_path / name).write_bytes(b"")
+            empty = dataclasses.replace(source, data=str(tmp_path / name))
+            with pytest.raises(ValueError, match=f"{name} is empty .0 bytes."):
+                got_data.open_rows(empty)
+
+
 def test_every_setting_is_explained():
     """The trailing comments are what --help shows."""
     source = inspect.getsource(Source).splitlines()
@@ -291,8 +317,8 @@ def chain(*parts) -> str:
         ("fog in front of trees (1,2),(30,40)", chain("fog in front of", ("trees", 1, 2, 30, 40))),
         ("a large, red ball (1,2),(30,40)", chain("a large,", ("red ball", 1, 2, 30, 40))),
         (
-            "a1 b2 c3 d4 e5 f6 g7 h8 (1,2),(30,40)",
-            chain("a1 b2", ("c3 d4 e5 f6 g7 h8", 1, 2, 30, 40)),
+            "aa b2 cc dd ee f6 gg h8 (1,2),(30,40)",
+            chain("aa b2", ("cc dd ee f6 gg h8", 1, 2, 30, 40)),
         ),
         ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
     ],
@@ -331,6 +357,7 @@ def test_several_boxes_of_one_name():
         ("(1,2),(3", "0..999", "no box"),
         ("(10,20),(30,40) and cat (1,2),(3", "0..999", "broken box"),
         ("(10,20),(30,40) <|box_start|>", "0..999", "broken box"),
+        ("(10,20),(30,40) and 3 cats, 2 of them aged 10", "0..999", (10, 20, 30, 40)),
     ],
 )
 def test_coordinates(text, box_format, result):
@@ -345,7 +372,7 @@ def test_coordinates(text, box_format, result):
 
 SPANS = st.lists(st.integers(0, 999), min_size=2, max_size=2, unique=True).map(sorted)
 BOXES = st.builds(lambda x, y: (x[0], y[0], x[1], y[1]), SPANS, SPANS)
-NAMES = st.from_regex(r"[a-z]{3,9}( [a-z0-9]{3,9}){0,2}", fullmatch=True)
+NAMES = st.from_regex(r"[a-z]{3,9}( [a-z]{3,9}){0,2}[0-9]?", fullmatch=True)
 OBJECTS = st.lists(st.tuples(NAMES, BOXES.filter(lambda box: max(box) > 1)), min_size=1)
 
 
@@ -370,6 +397,67 @@ def test_any_layout_comes_back(objects, width, height):
     if all(max(box) > 1 for box in coords.values()):
         filled = got_data.fill_placeholders(" ".join(marked), json.dumps(coords))
         assert got_data.normalize_chain(filled, "pixels", (width, height)) == whole
+
+
+def other_notations(x1: str, y1: str, x2: str, y2: str) -> dict[str, str]:
+    """Ways of writing a box that are not read."""
+    wide = str.maketrans("0123456789", "０１２３４５６７８９")
+    signs = f"（{x1}，{y1}），（{x2}，{y2}）"
+    return {
+        "semicolons": f"({x1};{y1}),({x2};{y2})",
+        "spaces": f"[{x1} {y1} {x2} {y2}]",
+        "braces": f"{{{x1}, {y1}, {x2}, {y2}}}",
+        "angles": f"<{x1},{y1},{x2},{y2}>",
+        "tags": f"<box>{x1},{y1},{x2},{y2}</box>",
+        "tagged points": f"<box>({x1},{y1}),({x2},{y2})</box>",
+        "keys": f"(x1={x1}, y1={y1}, x2={x2}, y2={y2})",
+        "JSON": f'{{"x1": {x1}, "y1": {y1}, "x2": {x2}, "y2": {y2}}}',
+        "full-width signs": signs,
+        "full-width digits": signs.translate(wide),
+        "bare": f"{x1},{y1},{x2},{y2}",
+        "minus": f"{x1},{y1} - {x2},{y2}",
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(OBJECTS, BOXES, st.data())
+def test_a_box_in_another_notation_makes_the_record_bad(objects, box, data):
+    """One box was read, so the record looks sound; the other would stay in the chain as words."""
+    written = other_notations(*map(str, box))
+    other = "a cat " + written[data.draw(st.sampled_from(sorted(written)))]
+    pieces = [
+        f"a <|obj_start|>{name}<|obj_end|> ({x1},{y1}),({x2},{y2})"
+        for name, (x1, y1, x2, y2) in objects
+    ]
+    pieces.insert(data.draw(st.integers(0, len(objects))), other)
+    for joint in (" ", ", ", ". "):
+        with pytest.raises(BadRecord) as caught:
+            got_data.normalize_chain(joint.join(pieces), "0..999")
+        # a box within tags is found, and what stands before it is no name
+        assert caught.value.cause in ("other notation", "no name"), str(caught.value)
+
+
+@pytest.mark.parametrize("notation", other_notations("1", "2", "3", "4"))
+def test_every_other_notation_is_caught(notation):
+    whole = ("20", "30", "40", "50")
+    shares = ("0.125", "0.25", "0.5", "0.75")
+    for corners, read, box_format in [
+        (whole, "(10,20),(500,600)", "0..999"),
+        (shares, "(0.1,0.2),(0.5,0.6)", "0..1"),
+    ]:
+        other = other_notations(*corners)[notation]
+        with pytest.raises(BadRecord, match="^(other notation|no name): "):
+            got_data.normalize_chain(f"a dog {read} and a cat {other} sleep", box_format)
+        with pytest.raises(BadRecord, match="^(no box|no name): "):
+            got_data.normalize_chain(f"a cat {other}", box_format)  # alone, it was no box before
+
+
+def test_looking_for_other_notations_takes_linear_time():
+    for piece in ("7", "7,", "7 7 7 x ", "12345,12,,,,,,"):
+        clock = time.perf_counter()
+        with pytest.raises(BadRecord):
+            got_data.normalize_chain("a dog (1,2),(30,40) " + piece * 100_000 + "(1,2", "0..999")
+        assert time.perf_counter() - clock < 2  # quadratic: minutes
 
 
 PIECES = [
@@ -424,7 +512,9 @@ def test_any_row_is_survived(policy, prompt, text, image, coords):
 def test_placeholders():
     fill = got_data.fill_placeholders
     coords = {f"box_{k}": [k, 0, 100, 100] for k in (1, 12, 2)}
-    assert fill("a box_12 b box_1 c", coords) == "a (12,0),(100,100) b (1,0),(100,100) c"
+    twice = "box_2 and box_2"
+    filled = fill(f"a box_12 b box_1 c {twice}", coords)
+    assert filled.startswith("a (12,0),(100,100) b (1,0),(100,100) c (2,0),(100,100) and (2,")
     assert fill("a box_2", {"box_2": [[1, 2], [3, 4]], "box_3": None}) == "a (1,2),(3,4)"
     assert fill("a $x$", b'{"$x$": "(1,2),(3,4)"}') == "a (1,2),(3,4)"
     assert fill("a $x$", {"$x$": [[1, 2, 3, 4], [5, 6, 7, 8]]}) == "a (1,2),(3,4) (5,6),(7,8)"
@@ -436,6 +526,11 @@ def test_placeholders():
         with pytest.raises(BadRecord, match="box_3 has no coordinates"):
             fill("a box_1 and b box_3", coords | more)
     assert fill("a dog", {"": [1, 2, 3, 4]}) == "a dog"
+    with pytest.raises(BadRecord, match="^unused box: box_12 has coordinates and is not in"):
+        fill("a box_1 b box_2", coords)
+    for key in ("1", " 12 ", "١"):
+        with pytest.raises(BadRecord, match="^placeholder: .* is a bare number"):
+            fill(f"2 dogs and a cat {key}", {key: [1, 2, 3, 4]})
 
 
 def test_words_that_would_break_the_sequence(policy):
@@ -497,12 +592,75 @@ def test_pictures_as_people_see_them(tmp_path):
             got_data.read_image({"image": wrong}, source)
 
 
+def test_deep_pictures_are_scaled_or_refused(tmp_path):
+    """`convert` clips them: whatever is above 255 of 65535 would be white."""
+    source = Source(str(tmp_path), box_format="pixels")
+    greys = np.array([[0, 257, 128 * 257, 65535]], dtype="uint16")
+    Image.fromarray(greys).save(tmp_path / "16.png")
+    Image.fromarray(greys.astype(">u2")).save(tmp_path / "big_endian.tiff")
+    for name in ("16.png", "big_endian.tiff"):
+        image, _ = got_data.read_image({"image": name}, source)
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image, int)[0, :, 0] - [0, 1, 128, 255]).max() <= 1, name
+    Image.fromarray(greys.astype("int32")).save(tmp_path / "32.tiff")
+    Image.fromarray(greys.astype("float32")).save(tmp_path / "float.tiff")
+    for name in ("32.tiff", "float.tiff"):
+        with pytest.raises(BadRecord, match="^image depth: .* save it with 8 or 16 bits"):
+            got_data.read_image({"image": name}, source)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    source = Source(str(tmp_path), box_format="pixels")
+    Image.new("1", (12000, 12000)).save(tmp_path / "144.png")  # a few kilobytes on disk
+    Image.new("1", (10000, 5000)).save(tmp_path / "50.png")
+    assert got_data.read_image({"image": "50.png"}, source, side=8)[1] == (10000, 5000)
+
+    def decode(*_):
+        raise AssertionError("was decoded")
+
+    monkeypatch.setattr(Image.Image, "load", decode)
+    said = "^large image: 12000 x 12000 are more than 50 million pixels"
+    with pytest.raises(BadRecord, match=said):
+        got_data.read_image({"image": "144.png"}, source)
+
+
+def test_paths_do_not_leave_the_folder(tmp_path):
+    """Data from elsewhere must not choose which files of this machine are read."""
+    inside = tmp_path / "set"
+    inside.mkdir()
+    for folder in (inside, tmp_path):
+        Image.new("RGB", (4, 4), "red").save(folder / "a.png")
+    (inside / "link.png").symlink_to(tmp_path / "a.png")
+    (inside / "data.jsonl").write_text("{}")
+    leaving = ["../a.png", str(tmp_path / "a.png"), "link.png", "x/../../a.png"]
+    for data in (inside, inside / "data.jsonl"):
+        source = Source(str(data), box_format="pixels")
+        for path in leaving:
+            for value in (path, {"bytes": None, "path": path}):
+                with pytest.raises(BadRecord, match="^path outside: .*--follow_outside"):
+                    got_data.read_image({"image": value}, source)
+        for path in ("a.png", "./a.png", str(inside / "a.png")):
+            got_data.read_image({"image": path}, source)
+        allowed = dataclasses.replace(source, follow_outside=True)
+        named = dataclasses.replace(source, image_folder=str(tmp_path))
+        for path in leaving[:3]:
+            got_data.read_image({"image": path}, allowed)
+        got_data.read_image({"image": "a.png"}, named)
+    # a set of the hub has no folder here
+    with pytest.raises(BadRecord, match="path outside"):
+        got_data.read_image({"image": leaving[1]}, Source("owner/set", box_format="pixels"))
+
+
 # -------------------------------------------------------------------------------------------------
 # The cache
 
 
 def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]:
     """Plants bad records in 100; returns what is to be counted: cause -> (how many, first one)."""
+    for k in (3, 90, 33, 34, 35, 50, 51):  # rows whose words hold no placeholders any more
+        if "coord" in rows[k]:
+            rows[k]["coord"] = "{}"
     rows[3][text] = "a red ball and nothing else"
     rows[90][text] = "words"
     rows[7][text] = None
@@ -597,15 +755,26 @@ def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
 
 
 def write_files(folder: Path, examples: list[toy.Example], files: int) -> Source:
-    """Files of different lengths, one of them empty."""
+    """Files of different lengths, the first of seven without a record."""
     folder.mkdir()
-    lines = [json.dumps(row | {"image": "p.png"}) + "\n" for row in map(inline, examples)]
+    rows = [inline(example) | {"image": "p.png"} for example in examples]
     (folder / "p.png").write_bytes(png(examples[0].image))
-    stops = [len(lines) * k**2 // files**2 for k in range(files + 1)]
+    stops = [len(rows) * k**2 // files**2 for k in range(files + 1)]
     for file in range(files):
-        part = lines[stops[file] : stops[file + 1]]
-        (folder / f"{file}.jsonl").write_text("".join(part))
+        write_file(folder / f"{file}.parquet", rows[stops[file] : stops[file + 1]])
     return Source(str(folder), box_format="0..999", streaming=True)
+
+
+def write_file(path: Path, rows: list[dict]) -> None:
+    """Parquet, which says what the fields are even where there is no record."""
+    schema = pa.schema([(name, pa.string()) for name in ("prompt", "chain", "image")])
+    with pa.parquet.ParquetWriter(path, schema) as writer:
+        if rows:  # `datasets` cannot read a group of no rows
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return pa.parquet.read_table(path).to_pylist()
 
 
 def prepare_in_processes(source: Source, policy, cache: Path, world: int, log: Path) -> None:
@@ -686,6 +855,8 @@ def test_a_cache_goes_on_as_it_began(tmp_path, policy, monkeypatch):
     across.mkdir()
     (across / "tokens_000000.safetensors").write_bytes(b"")
     assert token_cache.files_apart(rows, source, across, {}, world=2) == 0
+    (across / "tokens_000000.safetensors").rename(across / "old_000000.safetensors")
+    assert token_cache.files_apart(rows, source, across, {}, world=2) == 0, "set aside"
     few = dataclasses.replace(source, max_records=5)
     assert token_cache.files_apart(rows, few, apart, {}, world=2) == 0
     copied = got_data.open_rows(dataclasses.replace(source, streaming=False))
@@ -697,11 +868,10 @@ def test_a_cache_goes_on_as_it_began(tmp_path, policy, monkeypatch):
 def test_a_bad_record_is_named_with_its_file(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(token_cache, "BLOCK", 4)
     source = write_files(tmp_path / "set", make_examples(20), files=2)
-    path = tmp_path / "set" / "1.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    row = json.loads(lines[2])
-    lines[2] = json.dumps(row | {"chain": "nothing"}) + "\n"
-    path.write_text("".join(lines))
+    path = tmp_path / "set" / "1.parquet"
+    rows = read_rows(path)
+    rows[2]["chain"] = "nothing"
+    write_file(path, rows)
     cache = tmp_path / "cache"
     cache.mkdir()
     rows = got_data.open_rows(source)
@@ -766,7 +936,7 @@ def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
     assert chains == [rows[19]["chain"], rows[2]["chain"]]
 
 
-def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
+def test_a_cache_made_otherwise_is_refused(tmp_path, policy, monkeypatch):
     model, tokenizer = policy
     source, rows = write_lines(tmp_path / "set", make_examples(10))
     cache = tmp_path / "cache"
@@ -793,9 +963,234 @@ def test_a_cache_made_otherwise_is_refused(tmp_path, policy):
     other = copy.deepcopy(model)
     other.model.language_model.layers[0].mlp.up_proj.weight.data += 1
     prepare(other)  # what training changes does not matter
-    save_lines(tmp_path / "set", rows[:9])
-    with pytest.raises(ValueError, match="was made with data files"):
+    monkeypatch.setattr(token_cache, "RULES", 2)
+    with pytest.raises(ValueError, match="was made with rules 1 .now 2."):
         prepare()
+    for path in cache.glob("tokens_*"):
+        path.rename(token_cache.old_path(path))  # as a killed run leaves it
+    with pytest.raises(ValueError, match="was made with rules 1 .now 2."):
+        prepare()
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many pictures each call of `encode_images` was given, from now on."""
+    encode = gotr1.encode_images
+    calls = []
+
+    def count(model, images):
+        calls.append(len(images))
+        return encode(model, images)
+
+    monkeypatch.setattr(gotr1, "encode_images", count)
+    return calls
+
+
+def change_picture(folder: Path, rows: list[dict]) -> int:
+    (folder / rows[13]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
+    return 1
+
+
+def touch_picture(folder: Path, rows: list[dict]) -> int:
+    os.utime(folder / rows[13]["file"], (1, 1))
+    return 1
+
+
+def mend_picture(folder: Path, rows: list[dict]) -> int:
+    """One that could not be read before."""
+    (folder / rows[3]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
+    return 1
+
+
+def lose_picture(folder: Path, rows: list[dict]) -> int:
+    (folder / rows[13]["file"]).unlink()
+    return 0
+
+
+def change_prompt(folder: Path, rows: list[dict]) -> int:
+    rows[13]["caption"] = "something else"
+    save_lines(folder, rows)
+    return 1
+
+
+def insert_line(folder: Path, rows: list[dict]) -> int:
+    """All records move on by one; in each block of 8 one is new."""
+    rows.insert(0, rows[-1] | {"caption": "one more"})
+    save_lines(folder, rows)
+    return 4
+
+
+def drop_lines(folder: Path, rows: list[dict]) -> int:
+    save_lines(folder, rows[:11])
+    return 0
+
+
+CHANGES = [change_picture, touch_picture, mend_picture, lose_picture]
+CHANGES += [change_prompt, insert_line, drop_lines]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_has_changed_is_encoded_again(change, tmp_path, policy, monkeypatch, encoded):
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    source, rows = write_lines(tmp_path / "set", make_examples(30))
+    (tmp_path / "set" / rows[3]["file"]).write_bytes(b"no picture")
+
+    def prepare(cache):
+        def opened():
+            return got_data.open_rows(source)
+
+        return token_cache.prepare(opened, *policy, source, tmp_path / cache, batch=4)
+
+    prepare("cache")
+    assert sum(encoded) == 29
+    before = files(tmp_path / "cache")
+    new = change(tmp_path / "set", rows)
+    encoded.clear()
+    again = prepare("cache")
+    assert sum(encoded) == new
+    after = files(tmp_path / "cache")
+    if change in CHANGES[:4]:  # only the block with that picture was written again
+        assert sum(before[name] != after[name] for name in before) == 1
+    whole = prepare("from nothing")
+    assert after == files(tmp_path / "from nothing")
+    assert str(again.report) == str(whole.report)
+    indices = list(range(len(whole)))
+    for a, b in zip(again.batch(indices), whole.batch(indices), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+    # nothing is touched: nothing is read, encoded or written
+    def never(*_, **__):
+        raise AssertionError("data, pictures or files were touched")
+
+    for module, name in [(got_data, "open_rows"), (token_cache.run, "write_whole")]:
+        monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr(gotr1, "encode_images", never)
+    monkeypatch.setattr(token_cache, "read_image", never)
+    prepare("cache")
+
+
+def test_pictures_inside_of_data_files_are_compared(tmp_path, policy, encoded):
+    """Of a parquet file in which one picture is another, one is encoded."""
+    rows = [inline(example) for example in make_examples(20)]
+    source = write_parquet(tmp_path / "set", rows)
+    token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache")
+    encoded.clear()
+    rows[7]["image"]["bytes"] = png(make_examples(1, seed=9)[0].image)
+    shutil.rmtree(tmp_path / "set")
+    write_parquet(tmp_path / "set", rows)
+    token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache")
+    assert encoded == [1]
+
+
+def test_a_kill_while_changes_are_encoded_loses_nothing(tmp_path, policy, monkeypatch, encoded):
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    source, rows = write_lines(tmp_path / "set", make_examples(30))
+
+    def prepare():
+        def opened():
+            return got_data.open_rows(source)
+
+        return token_cache.prepare(opened, *policy, source, tmp_path / "cache", batch=4)
+
+    prepare()
+    rows[1]["caption"] = rows[28]["caption"] = "something else"
+    save_lines(tmp_path / "set", rows)
+    encoded.clear()
+    write = token_cache.run.write_whole
+
+    def killed(path, content):
+        if path.name == "tokens_000002.safetensors":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache.run, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
+    assert encoded == [1]
+    prompts, _, _ = prepare().batch([0, 1, 28])
+    assert encoded == [1, 1]
+    assert prompts == [rows[0]["caption"], "something else", "something else"]
+    assert not list((tmp_path / "cache").glob("old_*"))
+
+
+def change_line(folder: Path) -> int:
+    """One more record in front of 16: in each block of 8, now three, one is new."""
+    rows = read_rows(folder / "3.parquet")
+    write_file(folder / "3.parquet", [rows[0] | {"prompt": "one more"}, *rows])
+    return 3
+
+
+def fill_file(folder: Path) -> int:
+    """The one that held no record."""
+    shutil.copy(folder / "1.parquet", folder / "0.parquet")
+    return 7
+
+
+def add_file(folder: Path) -> int:
+    """The last one: files are in the order of their names."""
+    shutil.copy(folder / "1.parquet", folder / "4.parquet")
+    return 7
+
+
+def remove_file(folder: Path) -> int:
+    (folder / "3.parquet").unlink()
+    return 0
+
+
+@pytest.mark.parametrize("change", [change_line, fill_file, add_file, remove_file])
+def test_streams_split_by_files_encode_again_only_what_has_changed(
+    change, tmp_path, policy, monkeypatch, encoded
+):
+    """Made by 2 processes, brought up to date by 1."""
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    source = write_files(tmp_path / "set", make_examples(36), files=4)  # of 2, 7, 11, 16 records
+    if change is fill_file:
+        write_file(tmp_path / "set" / "0.parquet", [])
+    cache, log = tmp_path / "cache", tmp_path / "read.txt"
+    prepare_in_processes(source, policy, cache, 2, log)
+    before = files(cache)
+    new = change(tmp_path / "set")
+
+    def opened():
+        return got_data.open_rows(source)
+
+    encoded.clear()
+    again = token_cache.prepare(opened, *policy, source, cache, batch=4)
+    assert sum(encoded) == new
+    prepare_in_processes(source, policy, tmp_path / "from nothing", 2, log)
+    after = files(cache)
+    assert before != after == files(tmp_path / "from nothing")
+    whole = token_cache.prepare(opened, *policy, source, tmp_path / "one", batch=4)
+    indices = list(range(len(whole)))
+    assert len(again) == len(whole)
+    for a, b in zip(again.batch(indices), whole.batch(indices), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_changed_picture_of_a_stream_split_by_files(tmp_path, policy, monkeypatch, encoded):
+    """Made by 2 processes; one block is made anew, and all others stay as they were."""
+    monkeypatch.setattr(token_cache, "BLOCK", 8)
+    examples = make_examples(36)
+    source = write_files(tmp_path / "set", examples, files=4)
+    path = tmp_path / "set" / "3.parquet"
+    rows = read_rows(path)
+    rows[9]["image"] = "q.png"
+    write_file(path, rows)
+    picture = tmp_path / "set" / "q.png"
+    picture.write_bytes(png(examples[1].image))
+    cache, log = tmp_path / "cache", tmp_path / "read.txt"
+    prepare_in_processes(source, policy, cache, 2, log)
+    before = files(cache)
+    picture.write_bytes(png(examples[2].image))
+    stream = got_data.open_rows(source)
+    prepared = token_cache.prepare(stream, *policy, source, cache, batch=4)
+    assert sum(encoded) == 1
+    after = files(cache)
+    changed = [name for name in before if before[name] != after[name]]
+    assert before.keys() == after.keys() and changed == ["tokens_00003_000001.safetensors"]
+    want = gotr1.encode_images(policy[0], [examples[2].image])
+    assert torch.equal(prepared.batch([len(prepared) - len(rows) + 9])[2], want)
 
 
 def test_too_many_bad_records_stop_the_run(tmp_path, policy):

@@ -18,7 +18,7 @@ ROOMS = ("benchmarks", "data", "demo", "engine", "toy")
 LAYERS = [
     ["train_grpo", "train_sft", "eval", "demo.__main__"],
     ["benchmarks.run", "benchmarks.speed"],
-    ["benchmarks.geneval", "benchmarks.compbench"],
+    ["benchmarks.geneval", "benchmarks.compbench", "data.annotate"],
     ["benchmarks.networks", "benchmarks.held_out", "data.cache", "toy.model"],
     ["gotr1"],
     ["engine.trainer"],

@@ -21,9 +21,10 @@ import rewards
 import train_grpo
 import train_sft
 from benchmarks import speed
-from data import got
+from data import annotate, got
 from demo import __main__ as demo
 from engine import checkpoints
+from toy import world
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +40,8 @@ COMMANDS = {
     "rewards.py": rewards.Settings,
     "render_boxes.py": render_boxes.Config,
     "-m engine.checkpoints": checkpoints.Args,
+    "-m data.annotate": annotate.Config,
+    "-m toy.world": world.Config,
     "-m demo": demo.Config,
     "-m benchmarks.speed rollout": speed.Rollout,
     "-m benchmarks.speed step": speed.Step,

@@ -300,6 +300,7 @@ BAD_FLAGS = [
     (["--from_scratch", "--model", "other/model"], "--from_scratch builds the toy model"),
     (["--batch_size", "0"], "--batch_size is 0: expected 1 or more"),
     (["--lr", "nan"], "--lr is nan"),
+    (["--condition_dropout", "1.5"], "--condition_dropout is 1.5: expected a share, 0 to 1"),
     (["--model", "/no/such/model"], "/no/such/model"),
     (["--dtype", "bfloat16", "--shard", "no"], "float32 shards"),
 ]

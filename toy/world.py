@@ -19,6 +19,8 @@ import functools
 import re
 import zlib
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -449,3 +451,33 @@ def crispness(prompts: list[str], images: list[Image.Image]) -> list[float]:
         distance = np.minimum(to_palette, to_ground)  # (SIZE, SIZE), in grey levels
         scores.append(float((distance < 40).mean()))
     return scores
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass
+class Config:
+    """Writes pictures of the SFT data, without their prompts and chains."""
+
+    folder: str  # folder to write them to
+    count: int = 2000  # how many
+    seed: int = 0  # of the scenes
+
+
+def main(argv: list[str] | None = None) -> None:
+    from engine import run  # here, so that this file needs render_boxes.py only
+
+    config = run.parse_args(Config, Config.__doc__, argv)
+    run.check_ranges(config, at_least_one="count", not_negative="seed")
+    rng = np.random.default_rng([config.seed, 5])  # not the scenes of the shipped checkpoint
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(config.count):
+        make_example(rng).image.save(folder / f"{k:06d}.png")
+    print(f"wrote {config.count} pictures to {folder}")
+
+
+if __name__ == "__main__":
+    main()
