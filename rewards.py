@@ -150,7 +150,8 @@ def ask(judge, prompts, chains, images, parts=PARTS) -> Asked:
     if "ri" in parts:
         found, answers["ri"] = ground_plans(judge, layouts, images)
     said = getattr(judge, "words", {})
-    words = {part: list(said[part]) for part in answers if part in said}
+    # a part that was not asked about, for want of boxes, has the words of an earlier call
+    words = {part: list(said[part]) for part in answers if answers[part] and part in said}
     return Asked(list(prompts), list(images), layouts, answers, found, words, marks)
 
 

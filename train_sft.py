@@ -282,7 +282,7 @@ def show_data(config: Config, device) -> None:
 def load(config: Config, rank: int, world: int, device) -> Training:
     """Everything that the flags name. Bad input ends the program here, in one line."""
     folder = Path(config.out)
-    saved = run.latest_checkpoint(folder)
+    saved = run.checkpoint_to_resume(folder)
     try:
         rows = functools.partial(read_rows, config)  # read only if the cache is not complete
         if config.data != "toy" and not saved:

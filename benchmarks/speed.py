@@ -1005,7 +1005,8 @@ def choose_sizes(
         samples = sizes["rollout_batch"] * group
         rows = sizes["judge_batch"] if judge_here else 0
         parts = most_bytes(size, lora, gpus, samples, sizes["micro_batch"], rows)
-        return parts["most"] if judge_here else parts["most"] - parts["judge"]
+        elsewhere = 0 if judge_here else parts["judge"] - 4 * HPS_PARAMETERS  # HPS stays
+        return parts["most"] - elsewhere
 
     ladders = {
         "rollout_batch": [number for number in (8, 4, 2) if number <= prompts],

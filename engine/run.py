@@ -263,6 +263,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / (folder / "latest").read_text()
 
 
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """`latest_checkpoint`, asked by every process at once: where they see different ones, the
+    program ends, since the processes would wait for each other forever."""
+    saved = latest_checkpoint(folder)
+    names = gather_list([saved.name if saved else "none"])
+    if len(set(names)) > 1:
+        seen = ", ".join(sorted(set(names)))
+        fail(f"--out {folder} must be one folder that all machines see: they see {seen}")
+    return saved
+
+
 def explain_crashes(folder: Path) -> None:
     """From now on, an exception that ends the program is followed by a line that says what is left
     of the run in `folder` and what to do."""

@@ -118,6 +118,12 @@ def test_sft_from_scratch_learns_and_resumes_bitwise(tmp_path, monkeypatch):
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
+def test_without_hps_that_part_is_left_out_everywhere(tmp_path):
+    flags = ["--steps", "1", "--batch_size", "1", "--group", "2", "--eval_prompts", "2"]
+    train_grpo.main([*flags, "--hps", "", "--out", str(tmp_path)])
+    assert "hps" not in rows(tmp_path)[0] and (tmp_path / "samples_after.png").exists()
+
+
 def test_a_grpo_checkpoint_is_a_model_like_any_other(grpo_run):
     import gotr1
 
@@ -139,6 +145,7 @@ BAD = [
     (["--rewards", "sem", "beauty"], "expected some of sem spa ri pi hps"),
     (["--combine", "median"], "median"),
     (["--model", "/no/such/model"], "/no/such/model"),
+    (["--prompts"], "--prompts is empty"),
     (["--prompts", "/no/such/file"], "cannot read prompts from /no/such/file"),
     (
         ["--max_chain", "600"],

@@ -150,6 +150,17 @@ def test_log_drops_half_a_line_and_what_came_after_the_checkpoint(tmp_path):
     assert rows[-2:] == [(2, 0.666667), (3, 9.0)]
 
 
+def test_processes_that_see_different_checkpoints_are_told_so(tmp_path, monkeypatch, capsys):
+    """As on two machines whose --out is not one folder."""
+    assert run.checkpoint_to_resume(tmp_path) is None
+    run.write_whole(tmp_path / "latest", "step_000007")
+    assert run.checkpoint_to_resume(tmp_path) == tmp_path / "step_000007"
+    monkeypatch.setattr(run, "gather_list", lambda names: [*names, "none"])
+    with pytest.raises(SystemExit) as stop:
+        run.checkpoint_to_resume(tmp_path)
+    assert stop.value.code == 2 and "none, step_000007" in capsys.readouterr().err
+
+
 def test_the_same_settings_go_on_and_others_are_named(tmp_path, capsys):
     run.open_run(str(tmp_path / "run"), Config())
     run.open_run(str(tmp_path / "run"), Config())
