@@ -646,7 +646,7 @@ class PlainJudge(QwenJudge):
             patches_per_token = self.image_processor.merge_size**2
             for i, grid in enumerate(inputs["image_grid_thw"].tolist()):
                 count = grid[1] * grid[2] // patches_per_token
-                rows[i] = Row(questions[i], Seen(tuple(grid), range(count), []))
+                rows[i] = Row(questions[i], Seen(tuple(grid), None, range(count), []))
         texts, frames = self._inputs(rows)
         for name in ("input_ids", "attention_mask"):
             inputs[name] = texts[name]
