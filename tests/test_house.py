@@ -190,8 +190,12 @@ for lifted in (QwenJudge, HPS):
         assert "/no/such/folder" in str(problem)
 """
 SERVED = """
+import functools
+
+from engine import served
 from rewards import ServedJudge
 
+served.Server = functools.partial(served.Server, patience=0.1)  # seconds: nobody answers there
 try:
     ServedJudge("http://127.0.0.1:9/v1")
 except (OSError, ValueError, RuntimeError) as problem:
