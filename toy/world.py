@@ -473,9 +473,12 @@ def main(argv: list[str] | None = None) -> None:
     run.check_ranges(config, at_least_one="count", not_negative="seed")
     rng = np.random.default_rng([config.seed, 5])  # not the scenes of the shipped checkpoint
     folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for k in range(config.count):
-        make_example(rng).image.save(folder / f"{k:06d}.png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for k in range(config.count):
+            make_example(rng).image.save(folder / f"{k:06d}.png")
+    except OSError as problem:
+        run.fail(f"cannot write pictures to {folder}: {problem}")
     print(f"wrote {config.count} pictures to {folder}")
 
 
