@@ -1353,7 +1353,9 @@ class HPS:
 class JudgeFlags:
     """The flags of everything that asks for rewards: the configurations inherit them."""
 
-    judge: str = "toy"  # `toy` (exact), folder or hub id of a Qwen2.5-VL or 3-VL, or http://…/v1
+    # `toy` (exact), `toy:0.2` (a fifth of its answers are wrong), folder or hub id of a Qwen2.5-VL
+    # or 3-VL, or http://…/v1
+    judge: str = "toy"
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served judge's boxes count in
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank
@@ -1367,14 +1369,16 @@ class JudgeFlags:
 
 
 def load_judge(flags: JudgeFlags, device):
-    """(judge, hps) that the flags name; hps is None when it has no part in the reward.
+    """(judge, hps) that the flags name. hps is there for evaluations even when it has no part in
+    the reward; None without a --hps, or when the stand-in cannot judge these pictures.
 
     Raises OSError or ValueError when there is no such judge, or when it cannot be asked."""
     where = flags.judge_device or device
-    if flags.judge == "toy":
+    is_toy = flags.judge.split(":")[0] == "toy"  # toy:0.2 is one, too
+    if is_toy:
         from toy.world import ToyJudge
 
-        judge = ToyJudge()
+        judge = ToyJudge.from_flag(flags.judge)
     elif flags.judge.startswith(("http://", "https://")):
         judge = ServedJudge(
             flags.judge,
@@ -1396,14 +1400,13 @@ def load_judge(flags: JudgeFlags, device):
         )
     if isinstance(judge, VlmJudge):
         judge.try_out()
-    if not flags.hps or "hps" not in flags.rewards:
-        hps = None
-    elif flags.hps == "toy":
+    hps = None
+    if flags.hps and flags.hps != "toy":
+        hps = HPS(flags.hps, device=where)
+    elif flags.hps and (is_toy or "hps" in flags.rewards):
         from toy.world import crispness
 
         hps = crispness
-    else:
-        hps = HPS(flags.hps, device=where)
     return judge, hps
 
 

@@ -1598,7 +1598,9 @@ def test_flags_name_judge_and_hps(monkeypatch):
     judge, score = rewards.load_judge(JudgeFlags(), "cuda:3")
     assert isinstance(judge, ToyJudge) and score is crispness and not asked
     assert rewards.load_judge(JudgeFlags(hps=""), "cpu")[1] is None
-    assert rewards.load_judge(JudgeFlags(rewards=("sem", "ri")), "cpu")[1] is None
+    # evaluations look at all parts, but the stand-in knows toy pictures only
+    assert rewards.load_judge(JudgeFlags(rewards=("sem", "ri")), "cpu")[1] is crispness
+    assert rewards.load_judge(JudgeFlags(judge="qwen", rewards=("ri",)), "cpu")[1] is None
 
     flags = JudgeFlags(judge="qwen", hps="file", scoring="expected", judge_batch=4)
     assert rewards.load_judge(flags, "cuda:3") == ("a judge", "a score")
@@ -1608,6 +1610,20 @@ def test_flags_name_judge_and_hps(monkeypatch):
     assert asked["hps"] == ("file", {"device": "cuda:3"})
     rewards.load_judge(JudgeFlags(judge="qwen", judge_device="cpu", hps="file"), "cuda:3")
     assert asked["judge"][1]["device"] == "cpu" and asked["hps"][1]["device"] == "cpu"
+
+
+def test_a_flag_names_a_toy_judge_that_errs():
+    def judge_of(name):
+        return rewards.load_judge(JudgeFlags(judge=name, hps=""), "cpu")[0]
+
+    assert judge_of("toy") == judge_of("toy:0") == ToyJudge(error=0.0)
+    assert judge_of("toy:0.2") == ToyJudge(error=0.2) and judge_of("toy:1").error == 1
+    for wrong in ("toy:x", "toy:", "toy:1.5", "toy:-1", "toy:nan", "toy:0.2:1"):
+        with pytest.raises(ValueError) as error:
+            judge_of(wrong)
+        message = str(error.value)
+        assert message.startswith(f"no judge {wrong!r}: expected toy, or toy:P")
+        assert len(message.splitlines()) == 1
 
 
 def run(*args, cwd):
@@ -1653,6 +1669,7 @@ def test_script_with_the_toy_judge(tmp_path, monkeypatch, capsys):
         ({"--hps": "missing.pt"}, "HPS_v2.1_compressed.pt"),
         ({"--prompt": " "}, "--prompt is empty"),
         ({"--judge": "nowhere"}, "load the files"),
+        ({"--judge": "toy:1.5"}, "no judge 'toy:1.5'"),
         ({"--judge_batch": "-1"}, "--judge_batch is -1: expected 0 or more"),
     ],
 )

@@ -1,7 +1,9 @@
 """The toy world: its split, its faults, and the exact judge on pictures whose content is known.
 pytest tests/test_toy.py"""
 
-from itertools import combinations
+import zlib
+from collections import Counter
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -150,6 +152,69 @@ def test_faults_come_at_their_rates():
         assert rate * 0.6 < share < rate + 0.03, (fault, share)
 
 
+# crc32 of 200 scenes, by (kind, held out): the shipped model's data and the prompts of its
+# evaluation are drawn like this
+STREAMS = {
+    ("single", False): 4000111022,
+    ("color", False): 1827464373,
+    ("color", True): 2023372547,
+    ("spatial", False): 2635409615,
+    ("spatial", True): 1626209894,
+    ("complex", False): 183368857,
+    ("complex", True): 3750556755,
+}
+
+
+PROMPTS = {False: 440781983, True: 1009090886}  # the same of 240 prompts, by held out
+
+
+def test_scenes_and_prompts_are_what_they_always_were():
+    for (kind, held_out), want in STREAMS.items():
+        rng = np.random.default_rng(3)
+        scenes = [tuple(toy.make_scene(rng, kind, held_out)) for _ in range(200)]
+        assert zlib.crc32(repr(scenes).encode()) == want, (kind, held_out)
+    for held_out, want in PROMPTS.items():
+        prompts = toy.toy_prompts(240, 7, held_out)
+        assert zlib.crc32(repr(prompts).encode()) == want
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_prompts_of_one_kind(kind, held_out):
+    prompts = toy.toy_prompts(60, 1, held_out, kind)
+    assert prompts == toy.toy_prompts(60, 1, held_out, kind)
+    assert prompts != toy.toy_prompts(60, 2, held_out, kind)
+    assert len(set(prompts)) > 15  # of 18 single objects
+    for prompt in prompts:
+        names, relations = toy.read_text(prompt)
+        assert len(names) == len({name.split()[0] for name in names}) == toy.KINDS[kind]
+        others = [] if kind in ("single", "color") else list(range(1, len(names)))
+        assert [(i, j) for i, _, j in relations] == [(0, j) for j in others]
+        assert toy.is_held_out(names) == (held_out and kind != "single")
+
+
+def test_dense_scenes_are_never_trained():
+    dense = {kind for kind, count in toy.KINDS.items() if count > 3}
+    assert dense == {"four", "five"}
+    assert not dense & {*toy.SFT_MIX, *toy.PROMPT_MIX}
+
+
+@pytest.mark.parametrize("kind, longest", [("four", 81), ("five", 102)])
+def test_dense_scenes_satisfy_their_prompts(kind, longest, policy):
+    """Five objects do not fit into the default --max_chain 96: their chains need 102 tokens."""
+    rng = np.random.default_rng(2)
+    lengths = []
+    seen = Counter()
+    for _ in range(100):
+        example = toy.make_example(rng, kind, faults={})
+        row = parts(example.prompt, example.chain, example.image)
+        assert row["total"] == 1, example.prompt
+        lengths.append(len(gotr1.encode_chain(policy[1], example.chain)))
+        seen.update(words for _, words, _ in toy.read_text(example.prompt)[1])
+    assert len(seen) == 4 and min(seen.values()) > 50  # of 300 or 400 relations
+    assert max(lengths) == longest  # with the <begin_of_image>
+
+
 def test_make_scene_refuses_an_unknown_kind():
     message = "unknown kind of scene 'galaxy': expected one of single, color"
     with pytest.raises(ValueError, match=message):
@@ -170,3 +235,226 @@ def test_image_codes_name_every_patch(policy):
     want = np.stack([toy_model.image_codes(image) for image in images])
     got = gotr1.encode_images(policy[0], images).numpy()
     assert want.max() < len(toy_model.codebook()) and (got == want).mean() > 0.999
+
+
+# -------------------------------------------------------------------------------------------------
+# Plans that no model wrote
+
+
+def test_random_plans_are_right_for_every_prompt():
+    """In the words of the SFT data, and satisfied: by the judge, and by the picture of them."""
+    rng = np.random.default_rng(0)
+    for kind in toy.KINDS:
+        for _ in range(30):
+            example = toy.make_example(rng, kind, faults={})
+            chain = toy.random_plan(rng, example.prompt)
+            assert strip_boxes(chain) == strip_boxes(example.chain)
+            boxes = parse_chain(chain)
+            cells = [cells_of(box) for box in boxes]
+            picture = toy.draw_scene([box.name for box in boxes], cells)
+            assert parts(example.prompt, chain, picture)["total"] == 1, chain
+
+
+def cells_of(box):
+    """Column, row, size."""
+    x, y, right, bottom = (round(edge * toy.GRID / 1000) for edge in box[1:])
+    assert right - x == bottom - y
+    return x, y, right - x
+
+
+def test_every_combination_of_relations_has_a_layout():
+    """Also such as no scene has, with relations of some objects only."""
+    rng = np.random.default_rng(0)
+    tried = 0
+    for count in range(1, 6):
+        for chosen in product([None, *toy.RELATIONS], repeat=count - 1):
+            relations = [(0, words, j) for j, words in enumerate(chosen, start=1) if words]
+            cells = toy.random_layout(rng, relations, count)
+            assert toy.is_laid_out(toy.Scene([""] * count, relations, cells))
+            for a, b in combinations(cells, 2):
+                assert not toy.is_touching(a, b)
+            tried += 1
+    assert tried == 1 + 5 + 25 + 125 + 625
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red ball and a blue cube",
+        "a red ball left of a blue cube",
+        "a red ball left of a blue cube and left of a green cone",
+        "a red ball left of a blue cube and above a green cone",
+    ],
+)
+def test_random_plans_are_as_varied_as_the_layouts_of_scenes(prompt):
+    """Two ways to draw a layout: the one of make_scene, which repeats whole draws, and the one of
+    random_plan. How often each object has each size, column and row is the same."""
+    rng = np.random.default_rng(1)
+    names, relations = toy.read_text(prompt)
+    n = 1000
+    drawn = []
+    while len(drawn) < n:
+        cells = toy.random_cells(rng, len(names))
+        if toy.is_laid_out(toy.Scene(names, relations, cells)):
+            drawn.append(cells)
+    plans = []
+    for _ in range(n):
+        boxes = parse_chain(toy.random_plan(rng, prompt))
+        plans.append([cells_of(box) for box in boxes])
+    assert np.abs(shares(drawn) - shares(plans)).max() < 0.09  # 4 standard deviations of a share
+
+
+def shares(layouts):
+    """(objects, 3, GRID): share of layouts in which that object has that column, row or size."""
+    layouts = np.array(layouts)  # (layouts, objects, 3)
+    return (layouts[..., None] == np.arange(toy.GRID)).mean(axis=0)
+
+
+def test_draws_follow_their_weights():
+    rng = np.random.default_rng(0)
+    weights = np.tile([0.0, 1.0, 0.0, 3.0, 0.0], (4000, 1))
+    columns = Counter(toy.draw_columns(rng, weights).tolist())
+    assert columns.keys() == {1, 3} and 0.71 < columns[3] / 4000 < 0.79
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "a photo of a dog",
+        "a red ball left of a dog",
+        "two red balls",
+        " and ".join(f"a {color} ball" for color in toy.COLORS),  # six objects
+    ],
+)
+def test_random_plan_refuses_what_is_no_toy_prompt(prompt):
+    with pytest.raises(ValueError, match="is not a prompt of the toy's world") as wrong:
+        toy.random_plan(np.random.default_rng(0), prompt)
+    assert repr(prompt) in str(wrong.value) and len(str(wrong.value).splitlines()) == 1
+
+
+def test_plans_to_follow_are_held_out_and_right():
+    plans = toy.follow_plans(20, 7)
+    assert plans == toy.follow_plans(20, 7) != toy.follow_plans(20, 8)
+    assert [len(parse_chain(chain)) for _, chain in plans] == [2] * 40 + [3] * 20
+    prompts = [prompt for prompt, _ in plans]
+    for k, prompt in enumerate(prompts):
+        names, relations = toy.read_text(prompt)
+        assert len(relations) == k // 20  # color, spatial, complex
+        assert toy.is_held_out(names)
+    chains = [chain for _, chain in plans]
+    assert JUDGE.semantic(prompts, chains) == [1] * 60
+    assert JUDGE.spatial(prompts, [parse_chain(chain) for chain in chains]) == [1] * 60
+    dense = toy.follow_plans(3, 7, kinds=("four", "five"))
+    assert [len(parse_chain(chain)) for _, chain in dense] == [4] * 3 + [5] * 3
+
+
+# -------------------------------------------------------------------------------------------------
+# A judge that errs
+
+
+def calls(n, seed=0):
+    """name of a call -> (its two lists) about n scenes, many of them with a fault."""
+    rng = np.random.default_rng(seed)
+    examples = [toy.make_example(rng, "complex", {"flip": 0.5, "swap": 0.5}) for _ in range(n)]
+    prompts = [example.prompt for example in examples]
+    chains = [strip_boxes(example.chain) for example in examples]
+    layouts = [parse_chain(example.chain) for example in examples]
+    images = [example.image for example in examples]
+    first_names = [boxes[0].name for boxes in layouts]
+    return {
+        "semantic": (prompts, chains),
+        "spatial": (prompts, layouts),
+        "alignment": (prompts, images),
+        "ground": (images, first_names),
+    }
+
+
+def edges(boxes):
+    return [box[1:] for box in boxes]
+
+
+def test_a_judge_without_errors_is_the_exact_one():
+    for judge in (toy.ToyJudge(0.0, seed=5), toy.ToyJudge(0.4).exact, toy.ToyJudge().exact):
+        assert judge.error == 0
+        for call, asked in calls(40).items():
+            assert getattr(judge, call)(*asked) == getattr(JUDGE, call)(*asked)
+
+
+def test_errors_come_at_their_rate_from_other_rows():
+    """Where each object is differs between nearly all scenes, so nearly every error shows."""
+    images, names = calls(500)["ground"]
+    right = JUDGE.ground(images, names)
+    given = toy.ToyJudge(0.2).ground(images, names)
+    wrong = [edges(a) != edges(b) for a, b in zip(right, given, strict=True)]
+    assert 0.15 < np.mean(wrong) < 0.24
+    known = [edges(boxes) for boxes in right]
+    for boxes, name in zip(given, names, strict=True):
+        assert edges(boxes) in known
+        assert {box.name for box in boxes} == {name}
+
+
+def test_every_call_errs_and_gives_answers_of_its_batch():
+    judge = toy.ToyJudge(0.5)
+    for call, asked in calls(200).items():
+        right = getattr(JUDGE, call)(*asked)
+        given = getattr(judge, call)(*asked)
+        if call != "ground":
+            assert set(given) <= set(right), call
+            # half of the answers are drawn anew from those of the others: the mean stays
+            assert abs(np.mean(given) - np.mean(right)) < 0.1, call
+        wrong = [a != b for a, b in zip(right, given, strict=True)]
+        assert 0.1 < np.mean(wrong) < 0.6, call
+
+
+def test_with_error_1_no_row_keeps_its_own_answer():
+    """Three pictures with boxes of their own each."""
+    names = ["red ball"] * 3
+    images = [toy.draw_scene(["red ball"], [(x, x, 2)]) for x in (0, 2, 5)]
+    right = JUDGE.ground(images, names)
+    for seed in range(20):
+        given = toy.ToyJudge(1.0, seed).ground(images, names)
+        for own, boxes in zip(right, given, strict=True):
+            assert boxes != own and boxes in right
+
+
+def test_a_single_row_has_no_other_whose_answer_it_could_get():
+    for call, asked in calls(1).items():
+        assert getattr(toy.ToyJudge(1.0), call)(*asked) == getattr(JUDGE, call)(*asked)
+        assert getattr(toy.ToyJudge(1.0), call)([], []) == []
+
+
+def test_errors_depend_on_seed_and_content_and_on_nothing_else():
+    """A judge that has answered much before gives the same answers as a new one."""
+    old = toy.ToyJudge(0.3)
+    for call, asked in calls(30, seed=1).items():
+        getattr(old, call)(*asked)
+    for call, asked in calls(60).items():
+        given = getattr(toy.ToyJudge(0.3), call)(*asked)
+        assert given == getattr(old, call)(*asked)
+        assert given != getattr(toy.ToyJudge(0.3, seed=1), call)(*asked)
+
+
+def test_other_content_gets_other_errors():
+    """One pixel, or one word, is enough."""
+    images, names = calls(60)["ground"]
+    right = JUDGE.ground(images, names)
+    changed = [*images[:-1], images[-1].copy()]
+    corner = changed[-1].getpixel((0, 0))
+    changed[-1].putpixel((0, 0), (corner[0] ^ 1, *corner[1:]))
+    assert JUDGE.ground(changed, names) == right
+    assert toy.ToyJudge(0.3).ground(changed, names) != toy.ToyJudge(0.3).ground(images, names)
+    prompts, chains = calls(60)["semantic"]
+    other_words = [*chains[:-1], chains[-1] + " indeed"]
+    assert JUDGE.semantic(prompts, other_words) == JUDGE.semantic(prompts, chains)
+    erring = toy.ToyJudge(0.3)
+    assert erring.semantic(prompts, other_words) != erring.semantic(prompts, chains)
+    # and so is another call
+    as_semantic = erring._with_errors(list(range(60)), "semantic", prompts)
+    assert as_semantic != erring._with_errors(list(range(60)), "spatial", prompts)
+
+
+@pytest.mark.parametrize("error", [-0.1, 1.1, float("nan"), float("inf")])
+def test_an_error_is_a_probability(error):
+    with pytest.raises(ValueError, match="expected a probability from 0 to 1"):
+        toy.ToyJudge(error)

@@ -46,8 +46,15 @@ GRID = 8  # cells per side; a cell is an image token
 CELL = 4  # pixels per side of a cell
 SIZE = GRID * CELL  # pixels per side of a picture
 
-KINDS = {"single": 1, "color": 2, "spatial": 2, "complex": 3}  # objects in a scene of that kind
-SFT_MIX = {"single": 0.25, "color": 0.2, "spatial": 0.35, "complex": 0.2}
+KINDS = {  # kind of scene -> objects in it
+    "single": 1,
+    "color": 2,
+    "spatial": 2,
+    "complex": 3,
+    "four": 4,  # these two are like complex ones; no training shows them
+    "five": 5,
+}
+SFT_MIX = {"single": 0.2, "color": 0.1, "spatial": 0.3, "complex": 0.4}
 PROMPT_MIX = {"color": 0.25, "spatial": 0.5, "complex": 0.25}  # of GRPO's and evaluation's prompts
 FAULTS = {"flip": 0.4, "swap": 0.2, "drift": 0.35}  # share of SFT examples that are to get a fault
 
@@ -104,17 +111,25 @@ def random_place(
     """One draw of a place for one more object: (column, row, size), or None when it is not a free
     cell away from every other object."""
     x, y = (int(value) for value in rng.integers(0, GRID - size + 1, size=2))
-    for other_x, other_y, other_size in taken:
-        touches_in_x = x <= other_x + other_size and other_x <= x + size
-        touches_in_y = y <= other_y + other_size and other_y <= y + size
-        if touches_in_x and touches_in_y:
+    for other in taken:
+        if is_touching((x, y, size), other):
             return None
     return x, y, size
 
 
+def is_touching(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Whether no cell is free between two objects, each (column, row, size)."""
+    x, y, size = a
+    other_x, other_y, other_size = b
+    touches_in_x = x <= other_x + other_size and other_x <= x + size
+    touches_in_y = y <= other_y + other_size and other_y <= y + size
+    return touches_in_x and touches_in_y
+
+
 def make_scene(rng: np.random.Generator, kind: str, held_out: bool = False) -> Scene:
     """A scene of a `kind` (a key of KINDS), its colours all different, with a layout that satisfies
-    its relations. With `held_out`, two of its objects never occur together in training."""
+    its relations. With `held_out`, two of its objects never occur together in training (a single
+    object cannot be held out)."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of scene {kind!r}: expected one of {', '.join(KINDS)}")
     count = KINDS[kind]
@@ -122,9 +137,13 @@ def make_scene(rng: np.random.Generator, kind: str, held_out: bool = False) -> S
     while count > 1 and is_held_out(names) != held_out:
         names = random_names(rng, count)
     relations = []
-    if kind in ("spatial", "complex"):
+    if kind not in ("single", "color"):
         for j in range(1, count):
             relations.append((0, str(rng.choice(RELATIONS)), j))
+    if kind in ("four", "five"):
+        return Scene(names, relations, random_layout(rng, relations, count))
+    # random_layout would do here, too. But then the random numbers, and so the data of the shipped
+    # model and the prompts that it is evaluated with, would be others
     scene = Scene(names, relations, random_cells(rng, count))
     while not is_laid_out(scene):
         scene = Scene(names, relations, random_cells(rng, count))
@@ -156,6 +175,76 @@ def is_laid_out(scene: Scene) -> bool:
     return all(is_related(boxes[i], words, boxes[j]) for i, words, j in scene.relations)
 
 
+@functools.cache
+def all_places() -> list[tuple[int, int, int]]:
+    """Every place that an object can have: (column, row, size)."""
+    places = []
+    for size in (2, 3):
+        for x in range(GRID - size + 1):
+            for y in range(GRID - size + 1):
+                places.append((x, y, size))
+    return places
+
+
+@functools.cache
+def place_chances() -> np.ndarray:
+    """(places,) float: how likely random_cells draws each of all_places for a first object."""
+    return np.array([1 / 2 / (GRID - size + 1) ** 2 for _, _, size in all_places()])
+
+
+@functools.cache
+def place_pairs() -> dict[str | None, np.ndarray]:
+    """For each of RELATIONS: (places, places) bool, whether an object at the first place is
+    <words> one at the second, and does not touch it. Under None: whether they do not touch."""
+    places = all_places()
+    boxes = Scene([""] * len(places), [], places).boxes
+    pairs = {None: np.array([[not is_touching(a, b) for b in places] for a in places])}
+    for words in RELATIONS:
+        is_there = np.array([[is_related(a, words, b) for b in boxes] for a in boxes])
+        pairs[words] = pairs[None] & is_there
+    return pairs
+
+
+def random_layout(
+    rng: np.random.Generator, relations: list[tuple[int, str, int]], count: int
+) -> list[tuple[int, int, int]]:
+    """Cells of `count` objects that satisfy the relations, each of them between object 0 and one
+    other object.
+
+    The layouts are as likely as if `random_cells` were repeated until `is_laid_out`. With five
+    objects that would fail nearly always. Here the others are drawn from the places that suit
+    object 0, and object 0 by how much room it leaves to each of them. What can still fail is that
+    two of the others touch: `tries` layouts are drawn at a time, and the first that fits is the
+    result."""
+    tries = 64
+    relation = {j: words for _, words, j in relations}
+    first_weights = place_chances()
+    other_weights = []  # (places, places) per other object: of its places, given object 0's
+    for j in range(1, count):
+        weights = place_pairs()[relation.get(j)] * place_chances()
+        other_weights.append(weights)
+        first_weights = first_weights * weights.sum(axis=1)
+    while True:
+        first = draw_columns(rng, np.tile(first_weights, (tries, 1)))
+        others = []  # (tries,) per other object: which of all_places it has
+        fits = np.ones(tries, bool)
+        for weights in other_weights:
+            new = draw_columns(rng, weights[first])
+            for earlier in others:
+                fits &= place_pairs()[None][new, earlier]
+            others.append(new)
+        if fits.any():
+            k = fits.argmax()
+            return [all_places()[drawn[k]] for drawn in (first, *others)]
+
+
+def draw_columns(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
+    """(rows, columns) weights, none negative -> (rows,): a column of each row, drawn by weight."""
+    sums = weights.cumsum(axis=1)
+    point = rng.random((len(weights), 1)) * sums[:, -1:]
+    return (sums <= point).sum(axis=1)
+
+
 def sentence(scene: Scene, things: list) -> list:
     """The scene in words, in pieces: "a", thing, "left of a", thing, "and above a", thing. `things`
     are its objects, as names or as boxes."""
@@ -173,11 +262,20 @@ def sentence(scene: Scene, things: list) -> list:
     return pieces
 
 
-def toy_prompts(n: int, seed: int, held_out: bool = False) -> list[str]:
-    """`n` prompts of PROMPT_MIX. Held-out ones each contain a pair of objects that training never
-    shows together."""
-    rng = np.random.default_rng([seed, held_out])
-    kinds = rng.choice(list(PROMPT_MIX), size=n, p=list(PROMPT_MIX.values()))
+def chain_of(scene: Scene) -> str:
+    """The chain that says what the scene says, with the scene's boxes."""
+    return format_chain(["A", *sentence(scene, scene.boxes)[1:]])
+
+
+def toy_prompts(n: int, seed: int, held_out: bool = False, kind: str | None = None) -> list[str]:
+    """`n` prompts of PROMPT_MIX, or all of one `kind` (a key of KINDS). Held-out ones each contain
+    a pair of objects that training never shows together, unless they name a single object."""
+    if kind is None:
+        rng = np.random.default_rng([seed, held_out])
+        kinds = rng.choice(list(PROMPT_MIX), size=n, p=list(PROMPT_MIX.values()))
+    else:
+        rng = np.random.default_rng([seed, held_out, zlib.crc32(kind.encode())])
+        kinds = [kind] * n
     prompts = []
     for kind in kinds:
         scene = make_scene(rng, kind, held_out)
@@ -264,8 +362,7 @@ def make_example(
             names[0] = f"{color_b} {shape_a}"
             names[1] = f"{color_a} {shape_b}"
             made.append("swap")
-    plan = Scene(names, scene.relations, cells).boxes
-    chain = format_chain(["A", *sentence(scene, plan)[1:]])
+    chain = chain_of(Scene(names, scene.relations, cells))
     if drift:
         j = int(rng.integers(len(cells)))
         moved = drifted(rng, cells, j)
@@ -289,6 +386,40 @@ def drifted(
         if moved is None and place and max(abs(place[0] - x), abs(place[1] - y)) > 1:
             moved = place
     return moved
+
+
+# -------------------------------------------------------------------------------------------------
+# Plans that no model wrote
+
+
+def random_plan(rng: np.random.Generator, prompt: str) -> str:
+    """A faultless chain for a toy prompt, in the words of the SFT data: its layout is a random one
+    of all that satisfy the prompt.
+
+    Raises ValueError for a prompt that `sentence` would write otherwise, or with more objects than
+    the largest kind of scene has."""
+    names, relations = read_text(prompt)
+    most = max(KINDS.values())
+    is_toy = 1 <= len(names) <= most
+    if not is_toy or " ".join(sentence(Scene(names, relations, []), names)) != prompt:
+        raise ValueError(
+            f"{prompt!r} is not a prompt of the toy's world: expected 1 to {most} objects, as in "
+            "'a red ball left of a blue cube and above a green cone'"
+        )
+    return chain_of(Scene(names, relations, random_layout(rng, relations, len(names))))
+
+
+def follow_plans(
+    count: int, seed: int, kinds: tuple[str, ...] = tuple(PROMPT_MIX)
+) -> list[tuple[str, str]]:
+    """`count` held-out prompts of each kind, each with a random plan: (prompt, chain). They show
+    how well a model draws a plan that it did not write itself."""
+    plans = []
+    for kind in kinds:
+        rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
+        for prompt in toy_prompts(count, seed, held_out=True, kind=kind):
+            plans.append((prompt, random_plan(rng, prompt)))
+    return plans
 
 
 # -------------------------------------------------------------------------------------------------
@@ -402,9 +533,49 @@ def said_relations(text: str) -> list[tuple[str, str, str]]:
     return [(names[i], words, names[j]) for i, words, j in relations]
 
 
+@dataclass
 class ToyJudge:
     """The judge's contract of rewards.py, answered exactly: text by its grammar, plans by boxes,
-    pictures by pixels."""
+    pictures by pixels.
+
+    error   probability, 0 to 1, that an answer is wrong: that of another row of the same call
+    seed    of these errors; a call with the same content gets the same ones, after a resume, too
+
+    Such errors are noise. They do not depend on what the picture shows: on average a score moves
+    towards the mean of the other rows by the share `error`, which keeps the rows in their order
+    (while `error` is below 1 - 1 / rows), and the next step's errors are new. A policy cannot learn
+    to cause them. The errors of a real judge do depend on the picture: it errs in the same way each
+    time, and a policy can learn to exploit that. That a training stands these errors does not say
+    that it stands those.
+
+    Raises ValueError when `error` is not a probability."""
+
+    error: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.error <= 1:  # nan is not
+            raise ValueError(f"error is {self.error}: expected a probability from 0 to 1")
+
+    @classmethod
+    def from_flag(cls, flag: str) -> "ToyJudge":
+        """The judge that `--judge toy`, which is exact, or `--judge toy:0.2` names. Raises
+        ValueError for anything else."""
+        name, colon, number = flag.partition(":")
+        try:
+            if name == "toy":
+                return cls(error=float(number) if colon else 0.0)
+        except ValueError:
+            pass
+        raise ValueError(
+            f"no judge {flag!r}: expected toy, or toy:P where P, from 0 to 1, is the probability "
+            "that an answer is wrong"
+        )
+
+    @property
+    def exact(self) -> "ToyJudge":
+        """This judge without errors, for evaluation."""
+        return ToyJudge()
 
     def semantic(self, prompts: list[str], chains: list[str]) -> list[float]:
         scores = []
@@ -415,19 +586,19 @@ class ToyJudge:
                 kept = (Counter(wanted) & Counter(said_relations(chain))).total()
                 score *= kept / len(wanted)
             scores.append(score)
-        return scores
+        return self._with_errors(scores, "semantic", prompts, chains)
 
     def spatial(self, prompts: list[str], layouts: list[list[Box]]) -> list[float]:
         scores = []
         for prompt, boxes in zip(prompts, layouts, strict=True):
             scores.append(faithfulness(prompt, boxes))
-        return scores
+        return self._with_errors(scores, "spatial", prompts, layouts)
 
     def alignment(self, prompts: list[str], images: list[Image.Image]) -> list[float]:
         scores = []
         for prompt, image in zip(prompts, images, strict=True):
             scores.append(faithfulness(prompt, detect(image)))
-        return scores
+        return self._with_errors(scores, "alignment", prompts, images)
 
     def ground(self, images: list[Image.Image], names: list[str]) -> list[list[Box]]:
         detected = {}  # a picture comes once for each of its planned objects: look at it once
@@ -436,7 +607,30 @@ class ToyJudge:
             if id(image) not in detected:
                 detected[id(image)] = detect(image)
             answers.append([box for box in detected[id(image)] if box.name == name])
+        answers = self._with_errors(answers, "ground", images, names)
+        for k, name in enumerate(names):  # an error is to say that it found this name
+            answers[k] = [box._replace(name=name) for box in answers[k]]
         return answers
+
+    def _with_errors(self, answers: list, call: str, *asked: list) -> list:
+        """The answers to a call, some of them replaced by another row's. Which ones depends on the
+        seed, the name of the call and what was `asked`, and on nothing else."""
+        count = len(answers)
+        if not self.error or count < 2:  # a single row has no other
+            return answers
+        content = 0
+        for items in asked:
+            for item in items:
+                is_image = isinstance(item, Image.Image)
+                data = item.tobytes() if is_image else repr(item).encode()
+                content = zlib.crc32(data, content)
+        rng = np.random.default_rng([self.seed, zlib.crc32(call.encode()), content])
+        is_wrong = rng.random(count) < self.error
+        other = (np.arange(count) + rng.integers(1, count, size=count)) % count  # never itself
+        given = list(answers)
+        for k in np.flatnonzero(is_wrong):
+            given[k] = answers[other[k]]
+        return given
 
 
 def crispness(prompts: list[str], images: list[Image.Image]) -> list[float]:
