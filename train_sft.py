@@ -50,7 +50,7 @@ class Config(got.Source, trainer.TrainerFlags):
     from_scratch: bool = False  # random weights of the toy; its picture tokenizer is trained first
     out: str = "out/sft"  # folder of this run; the same flags again continue where it stopped
     # Training
-    steps: int = 1500  # optimizer steps of the language model (paper: 70000)
+    steps: int = 2400  # optimizer steps of the language model (paper: 70000)
     batch_size: int = 64  # sequences per step, over all ranks (GoT: 128)
     micro_batch: int = 64  # sequences per pass; changes memory and speed, not the gradient
     lr: float = 3e-3  # peak learning rate, reached after `warmup`, then a cosine to 0 (GoT: 1e-4)
