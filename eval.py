@@ -216,7 +216,8 @@ def run_toy(settings: Settings, rank: int, world: int, device) -> None:
 def draw_and_score_toy(
     settings: Settings, dtype: str, rank: int, world: int, device
 ) -> tuple[list[dict], list[dict]]:
-    """(rows for results.json, cells for the sheets) of all seeds."""
+    """(rows for results.json, cells for the sheets) of all seeds. Rows are of three kinds: held-out
+    prompts, plans that were given, and plans of one prompt that are compared with each other."""
     import gotr1
     import rewards
     from benchmarks import held_out
@@ -225,23 +226,32 @@ def draw_and_score_toy(
 
     model, tokenizer = gotr1.load_policy(settings.model or "toy", device, DTYPES[dtype])
     prompts = toy_prompts(settings.toy_prompts, seed=7, held_out=True)
+    given = held_out.read_plans("toy")
     score = functools.partial(rewards.score, ToyJudge(), crispness)
     rows = []
     cells = []
     for seed in range(settings.seed, settings.seed + settings.toy_seeds):
-        samples = held_out.evaluate(
+        drawing = held_out.Drawing(
             model,
             tokenizer,
-            score,
-            prompts,
             seed=seed,
             cfg=settings.cfg,
             temperature=settings.temperature,
             max_chain=settings.max_chain,
             rank=rank,
             world=world,
-            label=f"seed {seed}",
         )
+        samples = held_out.evaluate(drawing, score, prompts, label=f"seed {seed}")
+        rest = held_out.evaluate_rest(drawing, score, prompts, given, label=f"seed {seed}")
+        for sample in rest:
+            sample["measures"].pop("variety: place entropy", None)  # one number: no interval
+            row = {
+                "index": sample["index"],
+                "sample": seed,
+                "prompt": sample["prompt"],
+                "measures": sample["measures"],
+            }
+            rows.append(row)
         for sample in samples:
             prompt = sample["prompt"]
             boxes = detect(sample["image"])
@@ -251,7 +261,7 @@ def draw_and_score_toy(
                 "prompt": prompt,
                 "reason": held_out.toy_faults(prompt, boxes),
                 "chain": sample["chain"],
-                "measures": held_out.measures(prompt, sample["scores"]),
+                "measures": sample["measures"],
             }
             rows.append(row)
             group = held_out.categories(prompt)[-1]  # of a spatial prompt the place itself

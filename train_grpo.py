@@ -31,6 +31,7 @@ The way of a prompt to its gradient: `main` below; rollout and token_logps in go
 the rollout fast: engine/decode.py); score in rewards.py; Engine in engine/trainer.py.
 """
 
+import functools
 import io
 import json
 import math
@@ -38,7 +39,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,10 +48,10 @@ from tqdm import tqdm
 import gotr1
 import rewards
 from benchmarks import held_out as held_out_prompts
-from benchmarks import speed, stats
+from benchmarks import speed, stats, variety
 from engine import run, trainer
 from render_boxes import parse_chain
-from toy.world import read_text, toy_prompts
+from toy.world import random_plan, read_text, toy_prompts
 
 
 @dataclass
@@ -72,6 +73,11 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     cfg: float = 1.0  # guidance in the rollout; 1 is none: the toy's unconditional half is weak
     max_chain: int = 96  # most chain tokens that are sampled (official code, for Janus-Pro: 600)
     rollout_batch: int = 8  # prompts that a rank draws at a time; 0: what fits into the GPU
+    # Borrowed plans, see `borrow_plans`
+    borrow: float = (
+        0.5  # share of a prompt's samples that draw a plan that the policy did not write
+    )
+    borrow_from: Literal["toy", "reference"] = "toy"  # random layouts; or the reference's best plan
     # Loss
     updates: int = 1  # optimizer steps per rollout, each over all of it
     clip_low: float = 0.2  # the ratio policy / policy that sampled is clipped to 1 - clip_low
@@ -86,8 +92,10 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     warmup: float = 0.1  # share of the steps over which the learning rate rises to its peak
     # Looking at it
     eval_prompts: int = 240  # held-out prompts before and after
+    eval_plans: str = "toy"  # given plans, to see whether pictures follow: `toy`, a .jsonl, or none
     eval_every: int = 0  # steps between evaluations in between; 0: none
     sheet_every: int = 0  # steps between sheets of the first 12 held-out prompts; 0: none
+    gif_every: int = 10  # steps between frames of learning.gif, 4 held-out prompts; 0: none
 
 
 # Stated in section 4.1: group, batch, steps, lr and its cosine, LoRA 32/32, temperatures, judge.
@@ -106,6 +114,8 @@ PRESETS = {
         "logp": "cond",
         "max_chain": 600,
         "rollout_batch": 0,
+        "borrow": 0.0,
+        "borrow_from": "reference",
         "kl": 0.01,
         "lr": 1e-5,
         "lr_floor": 0.0,
@@ -116,6 +126,8 @@ PRESETS = {
         "gradient_checkpointing": True,
         "micro_batch": 0,
         "judge_batch": 0,
+        "eval_plans": "",
+        "gif_every": 50,
     },
 }
 
@@ -226,47 +238,60 @@ def main(argv: list[str] | None = None) -> None:
         indices = list(range(rank * share, (rank + 1) * share))
         batch = [prompts[chosen[index]] for index in indices]
 
-        # 2) Rollout: `group` chains and pictures for each prompt
+        # 2) Rollout: `group` chains and pictures for each prompt; some of the plans are borrowed
+        plans = borrow_plans(training, batch, indices, step)
         rollouts = []
+        groups = []
         with engine.gathered() as model:
             for first in range(0, share, config.rollout_batch):
                 part = slice(first, first + config.rollout_batch)
-                part_rollout = gotr1.rollout(
-                    model,
-                    engine.tokenizer,
-                    batch[part],
-                    group=config.group,
-                    cfg=config.cfg,
-                    temperature=config.temperature,
-                    seed=(config.seed, step),
-                    max_chain=config.max_chain,
-                    indices=indices[part],
-                    logp_mode=config.logp,
-                )
-                rollouts.append(part_rollout)
-                if asker:  # the judge looks at these while the next are drawn
-                    images = gotr1.decode_images(model, part_rollout.image_tokens)
-                    asker.ask(repeat(batch[part], config.group), part_rollout.chains, images)
+                for size, is_borrowed in group_sizes(config):
+                    drawn = gotr1.rollout(
+                        model,
+                        engine.tokenizer,
+                        batch[part],
+                        group=size,
+                        cfg=config.cfg,
+                        temperature=config.temperature,
+                        seed=(config.seed, step, 1) if is_borrowed else (config.seed, step),
+                        max_chain=config.max_chain,
+                        chains=plans[part] if is_borrowed else None,
+                        indices=indices[part],
+                        logp_mode=config.logp,
+                    )
+                    rollouts.append(drawn)
+                    groups += [Group(prompt, size, is_borrowed) for prompt in batch[part]]
+                    if asker:  # the judge looks at these while the next are drawn
+                        images = gotr1.decode_images(model, drawn.image_tokens)
+                        asker.ask(repeat(batch[part], size), drawn.chains, images)
         sampled = gotr1.Rollout.join(rollouts)
         clock.append(time.time())
 
         # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics
         if asker:
-            clock.append(time.time())
-            scores = asker.scores()
+            images = asker.images()
         else:
             images = gotr1.decode_images(engine.model, sampled.image_tokens)
-            clock.append(time.time())
-            scores = score(training, repeat(batch, config.group), sampled.chains, images)
+        clock.append(time.time())
+        if asker:
+            scores = asker.scores()
+        else:
+            asked = [prompt for prompt, size, _ in groups for _ in range(size)]
+            scores = score(training, asked, sampled.chains, images)
         clock.append(time.time())
 
-        # 4) Advantages: within the group of a prompt. From here on groups of equal rewards are out
+        # 4) Advantages: within a group. From here on groups of equal rewards are left out
         totals = torch.tensor([row["total"] for row in scores], device=device)
-        advantages = group_advantages(totals, config.group, std=config.advantage_std)
-        kept = []
-        for first in range(0, len(sampled), config.group):
-            if advantages[first : first + config.group].any():
-                kept += range(first, first + config.group)
+        advantages = []
+        kept = []  # samples
+        first = 0
+        for _, size, _ in groups:
+            rewards_of_group = totals[first : first + size]
+            advantages.append(group_advantages(rewards_of_group, size, std=config.advantage_std))
+            if advantages[-1].any():
+                kept += range(first, first + size)
+            first += size
+        advantages = torch.cat(advantages)
         n_images = sampled.image_tokens.shape[1]  # per sample
         n_tokens = run.all_sum(sampled.mask[kept].sum()).clamp(min=1)
         n_samples = run.all_sum(torch.tensor(float(len(kept)), device=device)).clamp(min=1)
@@ -327,7 +352,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # 7) Log: means over all samples and tokens of all ranks
         row = {"step": step}
-        row.update(mean_row(run.gather_list(sample_rows(sampled, scores, config.group))))
+        sample_rows = run.gather_list(describe_samples(sampled, scores, images, groups))
+        row.update(mean_row(sample_rows, config))
         row["drift_text"] = drift_text
         row["drift_image"] = drift_image
         row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
@@ -345,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # 8) Save and look, now and then
         done = step + 1
+        if is_due(done, config.gif_every):
+            draw_frame(training, done, row["reward"])
         if done < config.steps and is_due(done, config.eval_every):
             look(training, f"step_{done:06d}", done, count=len(training.held_out))
         elif done < config.steps and is_due(done, config.sheet_every):
@@ -354,6 +382,7 @@ def main(argv: list[str] | None = None) -> None:
             engine.save(folder, done, config.keep)
             save_probe(training, done, sampled)
             log.plot(CURVES)
+            join_frames(training)
         if stopping:
             run.say(f"stopped after step {done} of {config.steps}")
             run.say(f"the same command continues from {folder}")
@@ -380,6 +409,7 @@ class Training:
     hps: object  # a function of prompts and images, or None
     prompts: list[str]
     held_out: list[str]  # prompts
+    given_plans: list[tuple[str, str]]  # (prompt, chain), held out as well
     folder: Path
     rank: int
     world: int  # processes
@@ -407,10 +437,11 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
         asked = [gotr1.encode_prompt(engine.tokenizer, prompt) for prompt in held_out]
         gotr1.check_room(engine.model, asked, config.max_chain + 1)
         prompts = drop_too_long(prompts, engine.model, engine.tokenizer, config.max_chain)
+        given_plans = held_out_prompts.read_plans(config.eval_plans)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
     folder = run.open_run(config.out, config)
-    return Training(sized, engine, judge, hps, prompts, held_out, folder, rank, world)
+    return Training(sized, engine, judge, hps, prompts, held_out, given_plans, folder, rank, world)
 
 
 def check(config: Config, world: int) -> None:
@@ -426,6 +457,7 @@ def check(config: Config, world: int) -> None:
         run.fail("--prompts is empty: give toy, or text files with one prompt per line")
     if config.group < 2:
         run.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
+    check_borrow(config)
     if config.batch_size % world:
         run.fail(
             f"--batch_size {config.batch_size} prompts cannot be shared evenly by {world} processes"
@@ -438,6 +470,25 @@ def check(config: Config, world: int) -> None:
             f"--judge_device {config.judge_device} would hold the judges of all {world} processes"
         )
     trainer.check(config)
+
+
+def check_borrow(config: Config) -> None:
+    """Ends the program in one line when plans cannot be borrowed as the flags say."""
+    if not 0 <= config.borrow <= 1:
+        run.fail(f"--borrow is {config.borrow}: expected a share, 0 to 1")
+    for size, is_borrowed in group_sizes(config):
+        if size < 2:
+            kind = "with a borrowed plan" if is_borrowed else "with plans of their own"
+            run.fail(
+                f"--borrow {config.borrow} of --group {config.group} leaves {size} sample {kind}: "
+                "a sample is compared with others of its kind, so none, or 2 or more"
+            )
+    if not config.borrow:
+        return
+    if config.borrow_from == "toy" and config.prompts != ("toy",):
+        run.fail("--borrow_from toy makes layouts for the toy's prompts only: give reference")
+    if config.borrow_from == "reference" and not (config.kl or config.lora):
+        run.fail("--borrow_from reference needs one: --kl above 0, or --lora")
 
 
 def with_sizes(config: Config, model, judge_here: bool, world: int, device: torch.device) -> Config:
@@ -474,7 +525,8 @@ def with_sizes(config: Config, model, judge_here: bool, world: int, device: torc
 
 def check_toy_judge(config: Config, prompts: list[str]) -> None:
     """The toy's judge and stand-in for HPS understand the toy's sentences only."""
-    if config.judge != "toy" and not (config.hps == "toy" and "hps" in config.rewards):
+    is_toy = config.judge.split(":")[0] == "toy"  # toy:0.2 is one, too
+    if not is_toy and not (config.hps == "toy" and "hps" in config.rewards):
         return
     for prompt in prompts:
         names, _ = read_text(prompt)
@@ -555,6 +607,54 @@ def read_column(path: str, column: str) -> list[str]:
 # During the run
 
 
+class Group(NamedTuple):
+    """Samples that are compared with each other: they follow one another in the rollout."""
+
+    prompt: str  # of all of them
+    size: int  # how many they are
+    is_borrowed: bool  # they draw a given plan, else plans of their own
+
+
+def group_sizes(config: Config) -> list[tuple[int, bool]]:
+    """(size, is_borrowed) of the groups that a prompt has: one, or with `--borrow` two."""
+    borrowed = round(config.group * config.borrow)
+    sizes = [(config.group - borrowed, False), (borrowed, True)]
+    return [(size, is_borrowed) for size, is_borrowed in sizes if size]
+
+
+def borrow_plans(training: Training, prompts: list[str], indices: list[int], step: int):
+    """For each prompt a chain that the policy did not write; [] without `--borrow`.
+
+    A policy only ever draws the plans that it writes, and in a long run these become alike. Then it
+    forgets how to draw others, such as those that a person edits. So a part of each prompt's
+    samples draw a given plan. Its text is not trained, their image tokens are, by the same reward,
+    with advantages among themselves.
+
+    The toy has random layouts that do what the prompt says. For other prompts the frozen reference
+    writes 8 plans, and the judge chooses by R_sem + R_spa."""
+    config = training.config
+    if not config.borrow:
+        return []
+    if config.borrow_from == "toy":
+        plans = []
+        for prompt, index in zip(prompts, indices, strict=True):
+            rng = np.random.default_rng([config.seed, step, index, 2])
+            plans.append(random_plan(rng, prompt))
+        return plans
+    with training.engine.gathered(reference=True) as reference:
+        return gotr1.best_plans(
+            reference,
+            training.engine.tokenizer,
+            training.judge,
+            prompts,
+            plans=8,
+            temperature=config.temperature,
+            seed=(config.seed, step, 2),
+            max_chain=config.max_chain,
+            indices=indices,
+        )
+
+
 def score(training: Training, prompts, chains, images) -> list[dict]:
     """`rewards.score` by the judge and the flags of this run."""
     return rewards.score(
@@ -583,10 +683,12 @@ class Asker:
         self.training = training
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.asked = []  # Futures of rewards.Asked and the seconds that it took
+        self.drawn = []  # the images that were asked about
         self.seconds = 0.0  # that the judge was busy with the last step
 
     def ask(self, prompts, chains, images) -> None:
         """Samples to be judged; returns at once."""
+        self.drawn += images
         self.asked.append(self.thread.submit(self._ask, prompts, chains, images))
 
     def _ask(self, prompts, chains, images):
@@ -594,6 +696,11 @@ class Asker:
         parts = self.training.config.rewards
         asked = rewards.ask(self.training.judge, prompts, chains, images, parts)
         return asked, time.time() - begin
+
+    def images(self) -> list:
+        """All that was asked about since the last call."""
+        images, self.drawn = self.drawn, []
+        return images
 
     def scores(self) -> list[dict]:
         """The rewards of all samples since the last call, in the order in which they were asked.
@@ -649,40 +756,78 @@ def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def look(training: Training, label: str, step: int, count: int) -> None:
-    """The first `count` held-out prompts: their mean rewards (when it is all of them), and a sheet
-    of the first 12 with the boxes that the judge found."""
+def without_errors(judge):
+    """The judge of evaluations: `--judge toy:0.2` errs in training only."""
+    return getattr(judge, "exact", judge)
+
+
+def score_all(training: Training, prompts, chains, images) -> list[dict]:
+    """All parts and the product of them, whatever is trained on; `trained` is what is, where that
+    is something else."""
     config = training.config
-    engine = training.engine
-    rows = held_out_prompts.evaluate(
-        engine.model,
-        engine.tokenizer,
-        lambda prompts, chains, images: score(training, prompts, chains, images),
-        training.held_out[:count],
+    judge = without_errors(training.judge)
+    rows = rewards.score(judge, training.hps, prompts, chains, images)
+    if set(config.rewards) < set(rewards.PARTS) or config.combine != "product":
+        for row in rows:
+            trained = {part: row[part] for part in config.rewards if part in row}
+            row["trained"] = rewards.total_reward(trained, config.combine)
+    return rows
+
+
+def drawing(training: Training) -> held_out_prompts.Drawing:
+    """The policy as it is now, and how it draws held-out prompts."""
+    config = training.config
+    return held_out_prompts.Drawing(
+        training.engine.model,
+        training.engine.tokenizer,
         seed=config.seed,
         cfg=config.cfg,
         temperature=config.temperature,
         max_chain=config.max_chain,
         rank=training.rank,
         world=training.world,
-        label=label,
         at_once=config.rollout_batch * config.group,
-        gathered=engine.gathered,  # judging needs the room that gathered weights take
+        gathered=training.engine.gathered,  # judging needs the room that gathered weights take
     )
-    if training.rank > 0:
-        return
-    shown = rows[:12]
-    for row, found in zip(shown, held_out_prompts.found_boxes(training.judge, shown), strict=True):
-        said = []
-        for part in (*config.rewards, "total"):
-            if part in row["scores"]:  # without a --hps that part is not there
-                said.append(f"{part} {row['scores'][part]:.2f}")
-        row["note"] = "  ".join(said)
-        row["found"] = found
-    stats.draw_plans(shown, training.folder / f"samples_{label}.png", side=160)
+
+
+def look(training: Training, label: str, step: int, count: int) -> None:
+    """Draws the first `count` held-out prompts: samples_<label>.png shows 12 of them. When it is
+    all of them: eval_<label>.json and rows_<label>.json, see `held_out.write_evaluation`."""
+    how = drawing(training)
+    score = functools.partial(score_all, training)
+    prompts = training.held_out[:count]
+    rows = held_out_prompts.evaluate(how, score, prompts, label=label)
     if count == len(training.held_out):
-        means = {"step": step, **held_out_prompts.summarise(rows)}
-        run.write_whole(training.folder / f"eval_{label}.json", json.dumps(means, indent=2))
+        rest = held_out_prompts.evaluate_rest(how, score, prompts, training.given_plans, label)
+        if training.rank == 0:
+            held_out_prompts.write_evaluation(
+                training.folder, label, step, training.config.seed, rows + rest
+            )
+    if training.rank == 0:
+        judge = without_errors(training.judge)
+        held_out_prompts.draw_sheet(rows[:12], judge, training.folder / f"samples_{label}.png")
+
+
+def draw_frame(training: Training, step: int, reward: float) -> None:
+    """A frame of learning.gif: the first 4 held-out prompts after `step` steps."""
+
+    def no_score(prompts, chains, images):
+        return [{}] * len(images)
+
+    rows = held_out_prompts.evaluate(drawing(training), no_score, training.held_out[:4], label="")
+    if training.rank == 0:
+        frames = training.folder / "frames"
+        frames.mkdir(exist_ok=True)
+        caption = f"after {step} steps of GRPO: reward {reward:.2f}"
+        stats.draw_frame(rows, caption, frames / f"{step:06d}.png")
+
+
+def join_frames(training: Training) -> None:
+    """learning.gif, of the frames so far."""
+    frames = sorted((training.folder / "frames").glob("*.png"))
+    if training.rank == 0 and frames:
+        stats.join_frames(frames, training.folder / "learning.gif")
 
 
 def summarise_run(training: Training) -> None:
@@ -692,8 +837,15 @@ def summarise_run(training: Training) -> None:
     after = json.loads((folder / "eval_after.json").read_text())
     print(stats.before_after(before, after))
     print(f"\n{len(training.held_out)} held-out prompts, one sample each. Written to {folder}:")
-    for name in ("samples_before.png", "samples_after.png", "curves.png", "log.jsonl"):
-        print(f"  {folder / name}")
+    for name in (
+        "samples_before.png",
+        "samples_after.png",
+        "learning.gif",
+        "curves.png",
+        "log.jsonl",
+    ):
+        if (folder / name).exists():  # a film needs --gif_every
+            print(f"  {folder / name}")
     print(f"  {folder / f'step_{training.config.steps:06d}'}")
 
 
@@ -803,45 +955,79 @@ CURVES = {  # title of a panel of curves.png -> keys of the log
     "its parts": ["sem", "spa", "ri", "pi", "hps"],
     "entropy (nats per token)": ["entropy_text", "entropy_image"],
     "KL to the reference": ["kl"],
+    "variety of plans": ["layout_variety", "place_entropy"],
+    "looks of pictures": ["brightness", "saturation", "edges"],
 }
 PHASES = ("rollout_s", "decode_s", "judge_wait_s", "update_s")
 
 
-def sample_rows(sampled: gotr1.Rollout, scores: list[dict], group: int) -> list[dict]:
+def describe_samples(
+    sampled: gotr1.Rollout, scores: list[dict], images: list, groups: list[Group]
+) -> list[dict]:
     """What the log wants to know of each sample; `group_std` and `zero_var` of a sample are those
     of its group."""
-    images = sampled.image_tokens.shape[1]
-    totals = np.array([row["total"] for row in scores]).reshape(-1, group)
-    text_tokens = sampled.mask[:, :-images].sum(dim=1).clamp(min=1)
-    entropy_text = sampled.entropy[:, :-images].sum(dim=1) / text_tokens
-    entropy_image = sampled.entropy[:, -images:].mean(dim=1)
+    n_images = sampled.image_tokens.shape[1]
+    text_tokens = sampled.mask[:, :-n_images].sum(dim=1).clamp(min=1)
+    entropy_text = sampled.entropy[:, :-n_images].sum(dim=1) / text_tokens
+    entropy_image = sampled.entropy[:, -n_images:].mean(dim=1)
+    looks = variety.looks(images)
     rows = []
-    for k, values in enumerate(scores):
-        group_totals = totals[k // group]
-        row = {"reward": values["total"]}
-        for part, value in values.items():
-            if part != "total":
-                row[part] = value
-        row["group_std"] = float(group_totals.std(ddof=1))
-        row["zero_var"] = float(group_totals.max() == group_totals.min())
-        row["no_box"] = float(not parse_chain(sampled.chains[k]))
-        row["forced"] = float(sampled.forced[k])
-        row["chain_len"] = float(sampled.chain_lens[k])
-        row["entropy_text"] = float(entropy_text[k])
-        row["entropy_image"] = float(entropy_image[k])
-        rows.append(row)
+    for group in groups:
+        members = range(len(rows), len(rows) + group.size)
+        totals = np.array([scores[k]["total"] for k in members])
+        for k in members:
+            row = {"reward": scores[k]["total"]}
+            for part, value in scores[k].items():
+                if part != "total":
+                    row[part] = value
+            row["group_std"] = float(totals.std(ddof=1))
+            row["zero_var"] = float(totals.max() == totals.min())
+            row["no_box"] = float(not parse_chain(sampled.chains[k]))
+            row["forced"] = float(sampled.forced[k])
+            row["chain_len"] = float(sampled.chain_lens[k])
+            row["entropy_text"] = float(entropy_text[k])
+            row["entropy_image"] = float(entropy_image[k])
+            row.update(looks[k])
+            row["chain"] = sampled.chains[k]
+            row["is_borrowed"] = group.is_borrowed
+            rows.append(row)
     return rows
 
 
-def mean_row(rows: list[dict]) -> dict[str, float]:
-    """Means over all samples, and the standard deviations of the rewards: `reward_std`, `sem_std`,
-    …"""
+def mean_row(rows: list[dict], config: Config) -> dict[str, float]:
+    """Means over all samples with plans of their own; standard deviations of their rewards:
+    `reward_std`, `sem_std`, …; how different their plans are; and the mean rewards of samples with
+    a borrowed plan: `borrowed_reward`, …"""
+    own = [row for row in rows if not row["is_borrowed"]]
+    borrowed = [row for row in rows if row["is_borrowed"]]
     means = {}
     for key in rows[0]:
-        means[key] = float(np.mean([row[key] for row in rows]))
+        if key not in ("chain", "is_borrowed"):
+            means[key] = float(np.mean([row[key] for row in own or rows]))
     for key in ("reward", *rewards.PARTS):
         if key in rows[0]:
-            means[f"{key}_std"] = float(np.std([row[key] for row in rows]))
+            means[f"{key}_std"] = float(np.std([row[key] for row in own or rows]))
+            if borrowed:
+                means[f"borrowed_{key}"] = float(np.mean([row[key] for row in borrowed]))
+    if own:
+        size = group_sizes(config)[0][0]
+        means.update(plan_variety([row["chain"] for row in own], size))
+    return means
+
+
+def plan_variety(chains: list[str], group: int) -> dict[str, float]:
+    """How different the plans of a step are, see benchmarks/variety.py."""
+    plans = [parse_chain(chain) for chain in chains]
+    found = {
+        "layout_variety": variety.layout_variety(plans, group),
+        "different_chains": variety.different_chains(chains, group),
+    }
+    means = {}
+    for name, values in found.items():
+        known = [value for value in values if value is not None]
+        if known:
+            means[name] = float(np.mean(known))
+    means["place_entropy"] = variety.place_entropy(plans)
     return means
 
 

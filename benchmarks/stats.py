@@ -24,8 +24,23 @@ from render_boxes import Box, draw_boxes, parse_chain
 RESAMPLES = 4000
 ALPHA = 0.05  # 95 % intervals; of twenty tables one holds a false "real"
 PERCENTILES = (100 * ALPHA / 2, 100 - 100 * ALPHA / 2)
+MOST_FRAMES = 40  # of a GIF
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy", "spacy")
-ORDER = ("color", "spatial", "left of", "right of", "above", "below", "complex")  # the toy's
+ORDER = (  # of categories, the toy's first
+    "color",
+    "spatial",
+    "left of",
+    "right of",
+    "above",
+    "below",
+    "complex",
+    "follow",
+    "follow color",
+    "follow spatial",
+    "follow complex",
+    "variety",
+    "pictures",
+)
 
 
 def place(measure: str) -> int:
@@ -146,8 +161,10 @@ def before_after(before: dict, after: dict) -> str:
     """Two summaries beside each other, for the end of a training run."""
     lines = [f"{'':24} before   after"]
     for name, value in before.items():
-        if name != "step":
-            lines.append(f"{name:24} {value:6.3f}  {after[name]:6.3f}")
+        if name == "step":
+            continue
+        later = f"{after[name]:6.3f}" if name in after else "     -"  # say, no plan has a box
+        lines.append(f"{name:24} {value:6.3f}  {later}")
     return "\n".join(lines)
 
 
@@ -387,6 +404,46 @@ def draw_plans(rows: list[dict], path: Path, side: int = 224, columns: int = 3) 
         frame = (x, y + head, x + panels * side, y + head + side)
         pen.rectangle(frame, outline="lightgray")
     sheet.save(path)
+
+
+def draw_frame(rows: list[dict], caption: str, path: Path, side: int = 160) -> None:
+    """One frame of `join_frames`: plan and picture of each row, under a caption. Rows have prompt,
+    chain and image (PIL)."""
+    small = ImageFont.load_default(size=11)
+    margin = 10
+    head = 30  # room for the caption, and for two lines of a prompt
+    width = 2 * side + margin
+    columns = 2
+    lines = -(-len(rows) // columns)  # rounded up
+    height = head + side + margin
+    size = (columns * width + margin, head + lines * height)
+    frame = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(frame)
+    pen.text((margin, 8), caption, "black", ImageFont.load_default(size=15))
+    for k, row in enumerate(rows):
+        x = margin + k % columns * width
+        y = head + k // columns * height
+        pen.text((x, y), shortened(row["prompt"], width=52, most=2), "black", small)
+        plan = draw_boxes(parse_chain(row["chain"]), size=side)
+        frame.paste(plan, (x, y + head))
+        frame.paste(squared(row["image"], side), (x + side, y + head))
+        pen.rectangle((x, y + head, x + 2 * side, y + head + side), outline="lightgray")
+    frame.save(path)
+
+
+def join_frames(paths: list[Path], target: Path, seconds: float = 0.6) -> None:
+    """A GIF of picture files, which plays forever and stays on the last one for a while. At most
+    MOST_FRAMES, evenly from the whole run, so that the file stays small."""
+    if len(paths) > MOST_FRAMES:
+        chosen = np.linspace(0, len(paths) - 1, MOST_FRAMES).round().astype(int)
+        paths = [paths[k] for k in chosen]
+    frames = []
+    for path in paths:
+        with Image.open(path) as frame:
+            frames.append(frame.quantize(64))
+    milliseconds = [round(1000 * seconds)] * len(frames)
+    milliseconds[-1] *= 4
+    frames[0].save(target, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 # -------------------------------------------------------------------------------------------------

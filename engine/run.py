@@ -362,13 +362,18 @@ def start_wandb(folder: Path, project: str):
 
 
 def plot_curves(rows: list[dict], panels: dict[str, list[str]], path: Path) -> None:
-    """One panel per title of `panels`, with its columns of the log over the step: the values pale,
-    their running means strong. A column may be missing from some rows, or from all."""
+    """One panel per title of `panels`, three side by side, with its columns of the log over the
+    step: the values pale, their running means strong. A column may be missing from some rows, or
+    from all."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="tight")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, columns) in zip(axes, panels.items(), strict=True):
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)  # rounded up
+    figure = Figure(figsize=(5 * across, 3.6 * down), layout="tight")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, columns) in zip(axes, panels.items(), strict=False):
         for column in columns:
             having = [row for row in rows if column in row]
             steps = [row["step"] + 1 for row in having]

@@ -361,19 +361,26 @@ class Engine:
         self.reference = to_device(frozen, self.device, self.dtype, self.sharded, tensors)
 
     @contextlib.contextmanager
-    def gathered(self):
+    def gathered(self, reference: bool = False):
         """The model with all its weights whole on this process, for sampling: one gathering for a
-        whole rollout."""
-        shards = [module for module in self.whole.modules() if isinstance(module, FSDPModule)]
+        whole rollout. `reference`: the frozen policy instead."""
+        whole = self.whole
+        adapter_off = contextlib.nullcontext()
+        if reference and self.lora is not None:
+            adapter_off = self.lora.disable_adapter()
+        elif reference:
+            whole = self.reference
+        shards = [module for module in whole.modules() if isinstance(module, FSDPModule)]
         for module in shards:
             module.unshard()
         try:
-            yield self.model
+            with adapter_off:
+                yield whole.model
         finally:
             for module in shards:
                 module.reshard()
             if shards:  # recorded graphs point at weights that are no longer there
-                decode.KEPT.pop(self.model, None)
+                decode.KEPT.pop(whole.model, None)
 
     def score(self, batch, **settings):
         """`token_logps` of the policy: (logp, mask), both (N, S), with gradients unless they are

@@ -16,7 +16,7 @@ ROOMS = ("benchmarks", "data", "demo", "engine", "toy")
 
 # From top to bottom. A module may import what stands in a lower row, and nothing else of ours
 LAYERS = [
-    ["train_grpo", "train_sft", "eval", "demo.__main__"],
+    ["train_grpo", "train_sft", "eval", "demo.__main__", "toy.ablate"],
     ["benchmarks.run", "benchmarks.speed"],
     ["benchmarks.geneval", "benchmarks.compbench", "data.annotate"],
     ["benchmarks.networks", "benchmarks.held_out", "data.cache", "toy.model"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["engine.decode"],
     ["engine.run"],
     ["rewards"],
-    ["benchmarks.stats", "data.got", "toy.world"],
+    ["benchmarks.stats", "benchmarks.variety", "data.got", "toy.world"],
     ["render_boxes", "engine.served"],
 ]
 

@@ -194,7 +194,7 @@ def keys_of_table(text: str) -> list[str]:
 
 
 def test_glossary_is_what_the_log_holds(tmp_path):
-    flags = ["--steps", "1", "--batch_size", "1", "--group", "2", "--eval_prompts", "2"]
+    flags = "--steps 1 --batch_size 1 --group 4 --borrow 0.5 --eval_prompts 2".split()
     train_grpo.main([*flags, "--out", str(tmp_path)])
     told = keys_of_table(section(GPU, "Every key of the log"))
     four_marks = [f"sem_{name}" for name in rewards.CRITERIA]  # the toy's judge gives none
