@@ -24,6 +24,7 @@ from transformers import GenerationConfig, JanusConfig, JanusForConditionalGener
 from transformers.initialization import no_init_weights
 
 import gotr1
+import rewards
 from engine import run, trainer
 from engine.checkpoints import TOY, janus_pro_config, load_policy
 from engine.trainer import add_lora, trainable_parameters
@@ -724,37 +725,41 @@ def time_networks(settings: Networks, device: torch.device) -> None:
         raise ValueError(f"give the path of a network: --{', --'.join(flags)}")
     noise = np.random.default_rng(0).integers(0, 256, (16, 512, 512, 3), np.uint8)
     images = [Image.fromarray(array) for array in noise]
+    # all are loaded before the first is timed: a wrong path is found at once
+    networks = {flag: load_network(settings, flag, device) for flag in given}
     print(f"pictures/s of 512 x 512 on {device}    batch 1   batch 16   ratio")
-    for flag in given:
-        one = pictures_per_second(load_network(settings, flag, device, batch_size=1), images)
-        many = pictures_per_second(load_network(settings, flag, device, batch_size=16), images)
+    for flag, (network, look) in networks.items():
+        network.batch_size = 1
+        one = pictures_per_second(look, images)
+        network.batch_size = 16
+        many = pictures_per_second(look, images)
         print(f"{flag:34} {one:8.2f}   {many:8.2f}   {many / one:5.2f}")
 
 
-def load_network(
-    settings: Networks, flag: str, device: torch.device, batch_size: int
-) -> Callable[[list[Image.Image]], list]:
-    """The network of a flag, as a function of pictures."""
+def load_network(settings: Networks, flag: str, device: torch.device) -> tuple:
+    """(network, function): the network of a flag, and how it looks at a list of pictures."""
     from benchmarks.compbench import BlipVQA, GroundingDino
     from benchmarks.geneval import Mask2Former
     from benchmarks.networks import Clip
 
     path = getattr(settings, flag)
     if flag == "detector":
-        return Mask2Former(path, device, batch_size)
+        detector = Mask2Former(path, device)
+        return detector, detector
     if flag == "blip":
-        blip = BlipVQA(path, device, batch_size, settings.blip_tokenizer)
-        return lambda images: blip(images, [["a red ball?"]] * len(images))
+        blip = BlipVQA(path, device, tokenizer=settings.blip_tokenizer)
+        return blip, lambda images: blip(images, [["a red ball?"]] * len(images))
     if flag == "gdino":
-        gdino = GroundingDino(path, device, batch_size)
-        return lambda images: gdino(images, [["cat", "tree"]] * len(images))
-    return Clip(path, flag, device, batch_size).images
+        gdino = GroundingDino(path, device)
+        return gdino, lambda images: gdino(images, [["cat", "tree"]] * len(images))
+    clip = Clip(path, flag, device)
+    return clip, clip.images
 
 
-def pictures_per_second(network: Callable, images: list[Image.Image]) -> float:
-    network(images)  # the first call pays for what later ones reuse
+def pictures_per_second(look: Callable, images: list[Image.Image]) -> float:
+    look(images)  # the first call pays for what later ones reuse
     start = time.perf_counter()
-    network(images)
+    look(images)
     return len(images) / (time.perf_counter() - start)
 
 
@@ -1029,13 +1034,15 @@ def choose_sizes(
 
 
 def load_judge(settings: Judge):
-    if settings.judge == "toy":
-        from toy.world import ToyJudge
+    """The judge, in this process.
 
-        return ToyJudge()
-    judge = QwenJudge(settings.judge, settings.device)
-    judge.try_out()
-    return judge
+    Raises ValueError for the address of a server, whose speed depends on who else asks it, and
+    OSError or ValueError when there is no such judge."""
+    if settings.judge.startswith(("http://", "https://")):
+        problem = "a server's judge is not timed here: give a folder or hub id"
+        raise ValueError(f"--judge {settings.judge}: {problem}")
+    flags = rewards.JudgeFlags(judge=settings.judge, hps="")
+    return rewards.load_judge(flags, settings.device)[0]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,8 @@ def refused(capsys, *words) -> str:
     with pytest.raises(SystemExit) as stop:
         speed.main([str(word) for word in words])
     assert stop.value.code == 2
-    message = capsys.readouterr().err
+    printed, message = capsys.readouterr()
+    assert not printed, "no head of a table that never comes"
     assert message.count("\n") == 1
     return message
 
@@ -201,6 +202,11 @@ def test_the_tower_is_counted_and_replies_compared(monkeypatch, capsys, tmp_path
 def test_a_judge_that_is_not_there_is_refused_in_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "load the files" in refused(capsys, "judge", "--judge", "nowhere")
+
+
+def test_a_judge_on_a_server_is_refused_before_it_is_asked(capsys):
+    message = refused(capsys, "judge", "--judge", "http://localhost:9/v1")
+    assert "http://localhost:9/v1: a server's judge is not timed here" in message
 
 
 # Networks of the benchmarks
