@@ -20,15 +20,22 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 
 import gotr1
+import rewards
 from engine import run, trainer
 from engine.checkpoints import TOY, janus_pro_config, load_policy
 from engine.trainer import add_lora, trainable_parameters
 from render_boxes import Box, draw_boxes
-from rewards import QwenJudge, Reply, Row, Seen
+from rewards import HPS, QwenJudge, Reply, Row, Seen
 
 # -------------------------------------------------------------------------------------------------
 # One dataclass per subcommand
@@ -47,12 +54,14 @@ class Rollout:
 
 @dataclass
 class Step:
-    """A whole GRPO step with random weights: seconds, memory and floors of each phase."""
+    """A whole GRPO step with random weights: seconds, floor, memory and what the table of memory
+    says, of each phase."""
 
     size: Literal["", "tiny", "small", "1b", "7b"] = ""  # empty: 1b on a GPU, small elsewhere
     lora: int = 32  # rank of the adapter; 0 trains all weights
     judge: Literal["", "none", "tiny", "small", "3b", "7b"] = ""  # size; empty: 7b, or the model's
     scoring: Literal["reply", "expected"] = "reply"  # the judge writes; or one pass per row
+    hps: bool = True  # HPS takes part: in its real size for 1b and 7b, else a tiny one
     prompts: int = 1  # drawn at a time, as --rollout_batch
     samples: int = 16  # of each prompt
     cfg: float = 5.0  # guidance
@@ -169,22 +178,32 @@ def time_median(name: str, function: Callable, repeats: int) -> tuple[float, tor
 def random_policy(size: str, device: torch.device):
     """(model, the toy's tokenizer) with random weights: Janus-Pro's "1b" or "7b"; "small", which
     has about the 1B's proportions; "tiny", the toy. bfloat16 on GPUs, float32 elsewhere."""
-    if size == "tiny":
-        config = JanusConfig.from_pretrained(TOY)
-    elif size == "small":
-        config = small_config()
-    else:
-        config = janus_pro_config(size)
     with device, no_init_weights():
-        model = JanusForConditionalGeneration(config).eval()
-    # only the parameters are cast: the model's buffers (rotary frequencies) stay float32
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = JanusForConditionalGeneration(policy_config(size)).eval()
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.data = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
-        if "norm" in name:
-            parameter.data += 1
+    fill_randomly(model, usual_dtype(device), device)
     return model, load_policy("toy")[1]
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def fill_randomly(network: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Small random weights; those of norms are about 1. Only parameters are cast: a network's
+    buffers (rotary frequencies) stay as they are."""
+    for name, parameter in network.named_parameters():
+        values = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
+        parameter.data = values + 1 if "norm" in name else values
+
+
+def policy_config(size: str) -> JanusConfig:
+    """See `random_policy`."""
+    if size == "tiny":
+        return JanusConfig.from_pretrained(TOY)
+    if size == "small":
+        return small_config()
+    return janus_pro_config(size)
 
 
 def small_config() -> JanusConfig:
@@ -305,11 +324,67 @@ JUDGE_CALLS = {
     "alignment": JudgeCall(rows=1, side=384, question=250, reply=200),
     "grounding": JudgeCall(rows=3, side=384, question=80, reply=200),
 }
-JUDGES = {  # layers, width, inner width, heads, their keys and values; of the eye: layers, width
-    "tiny": (2, 64, 128, 4, 2, 2, 32),
-    "small": (4, 256, 512, 8, 2, 4, 128),
-    "3b": (36, 2048, 11008, 16, 2, 32, 1280),
-    "7b": (28, 3584, 18944, 28, 4, 32, 1280),
+
+
+class JudgeSize(NamedTuple):
+    """The shape of a Qwen2.5-VL, whose eye is its vision tower."""
+
+    layers: int
+    width: int
+    inner_width: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    eye_layers: int
+    eye_width: int
+    eye_heads: int
+
+
+JUDGES = {
+    "tiny": JudgeSize(
+        layers=2,
+        width=64,
+        inner_width=128,
+        heads=4,
+        kv_heads=2,
+        vocabulary=8192,
+        eye_layers=2,
+        eye_width=32,
+        eye_heads=4,
+    ),
+    "small": JudgeSize(
+        layers=4,
+        width=256,
+        inner_width=512,
+        heads=8,
+        kv_heads=2,
+        vocabulary=8192,
+        eye_layers=4,
+        eye_width=128,
+        eye_heads=4,
+    ),
+    "3b": JudgeSize(
+        layers=36,
+        width=2048,
+        inner_width=11008,
+        heads=16,
+        kv_heads=2,
+        vocabulary=151936,
+        eye_layers=32,
+        eye_width=1280,
+        eye_heads=16,
+    ),
+    "7b": JudgeSize(
+        layers=28,
+        width=3584,
+        inner_width=18944,
+        heads=28,
+        kv_heads=4,
+        vocabulary=152064,
+        eye_layers=32,
+        eye_width=1280,
+        eye_heads=16,
+    ),
 }
 
 
@@ -329,11 +404,11 @@ def time_step(settings: Step, device: torch.device) -> None:
     size = settings.size or ("1b" if gpu else "small")
     judge_size = settings.judge or ("7b" if size in ("1b", "7b") else size)
     chain = settings.chain or {"tiny": 8, "small": 62}.get(size, 250)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    bandwidth = measure_bandwidth(device)  # before memory is taken
-    rate = measure_arithmetic(device, dtype)
+    held_before = 0.0 if gpu else run.peak_gib(device)  # by Python and its libraries
+    rates = measure_rates(device) if gpu else None  # before memory is taken
     engine = random_engine(size, settings.lora, device)
     judge = None if judge_size == "none" else random_judge(judge_size, device)
+    hps = RandomHPS(hps_config(size), engine.tokenizer, device) if settings.hps else None
 
     config = engine.model.config.text_config
     images = gotr1.image_token_count(engine.model)
@@ -373,46 +448,76 @@ def time_step(settings: Step, device: torch.device) -> None:
                 )
 
         sampled = measure("rollout", draw)
-        measure("decode", lambda: gotr1.decode_images(engine.model, sampled.image_tokens))
+        pictures = measure(
+            "decode", lambda: gotr1.decode_images(engine.model, sampled.image_tokens)
+        )
         if judge:
             measure("judge", lambda: ask_judge(judge, batches, device))
+        if hps:
+            measure("hps", lambda: hps([prompt] * samples, pictures))
         measure("update", lambda: update(engine, sampled, settings.micro_batch))
         return phases
 
     if gpu:
         step()
     phases = step()
-    print(f"floors at {bandwidth / 1e12:.3f} TB/s, as measured by large copies,")
-    print(f"and {rate / 1e12:.2f} TFLOP/s, as measured by a large matrix multiplication:")
+    if rates is None:  # only now: what this holds would count as the step's peak
+        rates = measure_rates(device)
+
+    print(f"floors at {rates.memory / 1e12:.3f} TB/s, as measured by large copies,")
+    print(f"and {rates.arithmetic / 1e12:.2f} TFLOP/s, as measured by a large multiplication:")
     floors = {
-        "rollout": rollout_floor(engine.model, samples, settings.cfg, given, chain, bandwidth),
-        "update": update_floor(engine, samples, given + chain + 1 + images, settings.lora, rate),
+        "rollout": rollout_floor(engine.model, samples, settings.cfg, given, chain, rates.memory),
+        "update": update_floor(
+            engine, samples, given + chain + 1 + images, settings.lora, rates.arithmetic
+        ),
     }
     if judge:
-        floors["judge"] = judge_floor(judge, batches, rate, bandwidth)
-    print("phase      seconds     floor   peak GiB")
-    for phase, measured in phases.items():
-        floor = f"{floors[phase]:9.3f}" if phase in floors else " " * 9
-        print(f"{phase:8} {measured.seconds:9.2f} {floor} {measured.gib:10.2f}")
-    seconds = sum(measured.seconds for measured in phases.values())
-    most = max(measured.gib for measured in phases.values())
-    print(f"{'step':8} {seconds:9.2f} {sum(floors.values()):9.3f} {most:10.2f}")
-    print(f"the table of memory says: {table_says(size, judge_size, settings)}")
+        floors["judge"] = judge_floor(judge, batches, rates.arithmetic, rates.memory)
+    if hps:
+        floors["hps"] = hps_floor(hps, samples, rates.float32)
+    _, table = memory(
+        size,
+        settings.lora,
+        gpus=1,
+        samples=samples,
+        cfg=settings.cfg != 1.0,
+        micro_batch=settings.micro_batch,
+        kl=True,
+        judge_batch=settings.judge_batch,
+        judge=judge_size,
+        hps=settings.hps,
+        tokens=Lengths(given, chain, longest_chain=chain, image=images),
+        gpu=gpu,
+        # PyTorch does not count the context of CUDA
+        context=held_before * 2**30,
+    )
+    print_phases(phases, floors, table)
+    if gpu:
+        print(f"peak, table: without the context of CUDA, about {CONTEXT / 2**30:.1f} GiB more")
+    else:
+        print("peak: most memory of this process so far, of the phases before as well;")
+        print(f"table: with {held_before:.2f} GiB that it held before the step")
     if settings.plain:
-        engine, judge = None, None  # their memory is needed
+        engine, judge, hps = None, None, None  # their memory is needed
         time_rollout(Rollout(size, settings.samples, settings.cfg, chain, repeats=1), device)
 
 
-def table_says(size: str, judge_size: str, settings: Step) -> str:
-    """The most GiB of a step by `memory`, which counts a judge of 7B and HPS."""
-    if size not in ("1b", "7b"):
-        return "nothing of this size"
-    samples = settings.prompts * settings.samples
-    cfg = settings.cfg != 1.0
-    parts = memory(size, settings.lora, 1, samples, cfg, settings.micro_batch, kl=True)
-    alone = (parts["most"] - parts["judge"]) / 2**30
-    with_judge = parts["most"] / 2**30
-    return f"{alone:.1f} GiB without a judge, {with_judge:.1f} with one of 7b and HPS"
+def print_phases(
+    phases: dict[str, Measured], floors: dict[str, float], table: dict[str, float]
+) -> None:
+    """A line per phase, and one of the step. `floors` are seconds, `table` bytes; a phase without a
+    floor shows a dash."""
+    print("phase      seconds     floor   peak GiB   table GiB")
+    for phase, measured in phases.items():
+        floor = f"{floors[phase]:.3f}" if phase in floors else "-"
+        planned = table[phase] / 2**30
+        print(f"{phase:8} {measured.seconds:9.2f} {floor:>9} {measured.gib:10.2f} {planned:11.2f}")
+    seconds = sum(measured.seconds for measured in phases.values())
+    most = max(measured.gib for measured in phases.values())
+    planned = max(table[phase] for phase in phases) / 2**30
+    floor = sum(floors.values())
+    print(f"{'step':8} {seconds:9.2f} {floor:9.3f} {most:10.2f} {planned:11.2f}")
 
 
 def random_engine(size: str, lora: int, device: torch.device) -> trainer.Engine:
@@ -454,38 +559,43 @@ def random_judge(size: str, device: torch.device):
     """A Qwen2.5-VL with random weights; 3b and 7b have the published shape."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    layers, width, inner, heads, kv_heads, eye_layers, eye_width = JUDGES[size]
-    half = width // heads // 2  # of a head: split over time, height and width, as 16, 24, 24
+    shape = JUDGES[size]
+    half = shape.width // shape.heads // 2  # of a head
+    sides = 3 * half // 8  # a head is split over time, height and width, as 16, 24, 24
     text = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 152064 if size == "7b" else 151936,
-        "rope_scaling": {
-            "type": "default",
-            "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
-        },
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner_width,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "rope_scaling": {"type": "default", "mrope_section": [half - 2 * sides, sides, sides]},
+        "tie_word_embeddings": size != "7b",
+        # no token ends a reply before its time, and the usual ones may be outside the vocabulary
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     vision = {
-        "depth": eye_layers,
-        "hidden_size": eye_width,
-        "intermediate_size": 3420 * eye_width // 1280,
-        "num_heads": 16 if eye_width == 1280 else 4,
-        "out_hidden_size": width,
+        "depth": shape.eye_layers,
+        "hidden_size": shape.eye_width,
+        "intermediate_size": 3420 * shape.eye_width // 1280,
+        "num_heads": shape.eye_heads,
+        "out_hidden_size": shape.width,
     }
-    text["tie_word_embeddings"] = size != "7b"
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=size != "7b"
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=size != "7b",
+        # any four tokens, which a small vocabulary has, too
+        image_token_id=1,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
     )
     with device, no_init_weights():
         judge = Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
     judge.tie_weights()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, parameter in judge.named_parameters():
-        values = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
-        parameter.data = values + 1 if "norm" in name else values
+    fill_randomly(judge, usual_dtype(device), device)
     return judge
 
 
@@ -535,6 +645,49 @@ def ask_judge(judge, batches: list[tuple], device: torch.device) -> None:
             judge(**inputs, logits_to_keep=2, use_cache=False)
 
 
+def hps_config(size: str) -> CLIPConfig:
+    """The HPS that goes with a policy: as large as HPS v2.1 (ViT-H/14) for the published sizes,
+    tiny for others. A picture has 257 tokens in both."""
+    if size in ("1b", "7b"):
+        eye = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
+        text = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    else:
+        eye = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        text = dict(eye)
+    eye["patch_size"] = 14
+    for tower in (eye, text):
+        tower["intermediate_size"] = 4 * tower["hidden_size"]
+        tower["hidden_act"] = "gelu"
+    return CLIPConfig(projection_dim=text["hidden_size"], text_config=text, vision_config=eye)
+
+
+class RandomHPS(HPS):
+    """HPS with random weights: no file is read, and all that is timed is HPS's own.
+
+    In float32 on a GPU, too, as training has it. The toy's tokenizer stands for CLIP's: it makes
+    about as many tokens of our prompt."""
+
+    def __init__(self, config: CLIPConfig, tokenizer, device: torch.device):
+        with device, no_init_weights():
+            self.model = CLIPModel(config).eval().requires_grad_(False)
+        fill_randomly(self.model, torch.float32, device)
+        self.tokenizer = tokenizer
+        self.antialias = True
+
+
+HPS_TOKENS = (224 // 14) ** 2 + 1  # of a picture
+
+
+def hps_floor(hps: HPS, samples: int, rate: float) -> float:
+    """Seconds of the multiplications by the weights of the layers that see the pictures, at `rate`
+    per second. Prints the arithmetic. The text, once per prompt, is left out."""
+    weights = count(hps.model.vision_model.encoder)
+    seconds = 2 * weights * samples * HPS_TOKENS / rate
+    terms = f"2 x {weights / 1e6:.1f}e6 weights x {samples} x {HPS_TOKENS} tokens"
+    print(f"  hps {terms}, at {rate / 1e12:.2f} TFLOP/s in float32: {seconds:.2f} s")
+    return seconds
+
+
 def update_floor(engine, samples: int, tokens: int, lora: int, rate: float) -> float:
     """Seconds of the multiplications by the layers' weights, `tokens` per sample, at `rate` per
     second. Prints the arithmetic."""
@@ -542,7 +695,7 @@ def update_floor(engine, samples: int, tokens: int, lora: int, rate: float) -> f
     # forward, again for the backward pass, reference, gradients of what comes in; and of weights
     passes = 4 if lora else 5
     seconds = 2 * passes * weights * samples * tokens / rate
-    terms = f"2 x {passes} passes x {weights / 1e9:.3f}e9 weights x {samples} x {tokens} tokens"
+    terms = f"2 x {passes} passes x {weights / 1e6:.1f}e6 weights x {samples} x {tokens} tokens"
     print(f"  update {terms}: {seconds:.2f} s")
     return seconds
 
@@ -560,8 +713,24 @@ def judge_floor(judge, batches: list[tuple], rate: float, bandwidth: float) -> f
         work += 2 * rows * (text_weights * text + eye_weights * call.patches**2)
         written += call.reply if is_written else 0
     seconds = work / rate + written * read / bandwidth
-    print(f"  judge {work / 1e12:.1f} TFLOP + {written} x {read / 1e9:.2f} GB: {seconds:.2f} s")
+    print(f"  judge {work / 1e12:.2f} TFLOP + {written} x {read / 1e9:.3f} GB: {seconds:.2f} s")
     return seconds
+
+
+class Rates(NamedTuple):
+    """What this machine does per second."""
+
+    memory: float  # bytes that are read or written in large copies
+    arithmetic: float  # operations of a large matrix multiplication, in the step's precision
+    float32: float  # the same in float32
+
+
+def measure_rates(device: torch.device) -> Rates:
+    return Rates(
+        memory=measure_bandwidth(device),
+        arithmetic=measure_arithmetic(device, usual_dtype(device)),
+        float32=measure_arithmetic(device, torch.float32),
+    )
 
 
 def measure_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
@@ -724,37 +893,41 @@ def time_networks(settings: Networks, device: torch.device) -> None:
         raise ValueError(f"give the path of a network: --{', --'.join(flags)}")
     noise = np.random.default_rng(0).integers(0, 256, (16, 512, 512, 3), np.uint8)
     images = [Image.fromarray(array) for array in noise]
+    # all are loaded before the first is timed: a wrong path is found at once
+    networks = {flag: load_network(settings, flag, device) for flag in given}
     print(f"pictures/s of 512 x 512 on {device}    batch 1   batch 16   ratio")
-    for flag in given:
-        one = pictures_per_second(load_network(settings, flag, device, batch_size=1), images)
-        many = pictures_per_second(load_network(settings, flag, device, batch_size=16), images)
+    for flag, (network, look) in networks.items():
+        network.batch_size = 1
+        one = pictures_per_second(look, images)
+        network.batch_size = 16
+        many = pictures_per_second(look, images)
         print(f"{flag:34} {one:8.2f}   {many:8.2f}   {many / one:5.2f}")
 
 
-def load_network(
-    settings: Networks, flag: str, device: torch.device, batch_size: int
-) -> Callable[[list[Image.Image]], list]:
-    """The network of a flag, as a function of pictures."""
+def load_network(settings: Networks, flag: str, device: torch.device) -> tuple:
+    """(network, function): the network of a flag, and how it looks at a list of pictures."""
     from benchmarks.compbench import BlipVQA, GroundingDino
     from benchmarks.geneval import Mask2Former
     from benchmarks.networks import Clip
 
     path = getattr(settings, flag)
     if flag == "detector":
-        return Mask2Former(path, device, batch_size)
+        detector = Mask2Former(path, device)
+        return detector, detector
     if flag == "blip":
-        blip = BlipVQA(path, device, batch_size, settings.blip_tokenizer)
-        return lambda images: blip(images, [["a red ball?"]] * len(images))
+        blip = BlipVQA(path, device, tokenizer=settings.blip_tokenizer)
+        return blip, lambda images: blip(images, [["a red ball?"]] * len(images))
     if flag == "gdino":
-        gdino = GroundingDino(path, device, batch_size)
-        return lambda images: gdino(images, [["cat", "tree"]] * len(images))
-    return Clip(path, flag, device, batch_size).images
+        gdino = GroundingDino(path, device)
+        return gdino, lambda images: gdino(images, [["cat", "tree"]] * len(images))
+    clip = Clip(path, flag, device)
+    return clip, clip.images
 
 
-def pictures_per_second(network: Callable, images: list[Image.Image]) -> float:
-    network(images)  # the first call pays for what later ones reuse
+def pictures_per_second(look: Callable, images: list[Image.Image]) -> float:
+    look(images)  # the first call pays for what later ones reuse
     start = time.perf_counter()
-    network(images)
+    look(images)
     return len(images) / (time.perf_counter() - start)
 
 
@@ -763,7 +936,18 @@ def pictures_per_second(network: Callable, images: list[Image.Image]) -> float:
 
 HPS_PARAMETERS = 986_109_441  # HPS v2.1 is a CLIP ViT-H/14
 CONTEXT = 0.6 * 2**30  # of CUDA and its libraries on each GPU: assumed, not computed
-PROMPT, CHAIN, LONGEST_CHAIN, IMAGE = 60, 250, 600, 576  # tokens
+
+
+class Lengths(NamedTuple):
+    """Tokens of a sample."""
+
+    prompt: int
+    chain: int
+    longest_chain: int  # that the cache has room for
+    image: int
+
+
+USUAL_LENGTHS = Lengths(prompt=60, chain=250, longest_chain=600, image=576)
 
 
 def memory(
@@ -775,16 +959,28 @@ def memory(
     micro_batch: int,
     kl: bool,
     judge_batch: int = 16,
-) -> dict[str, float]:
-    """Bytes on each GPU, by what they are for: bfloat16 training of a published size with gradient
-    checkpointing. `lora` is the adapter's rank, 0 trains all weights.
+    judge: str = "7b",
+    hps: bool = True,
+    tokens: Lengths = USUAL_LENGTHS,
+    gpu: bool = True,
+    context: float = CONTEXT,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(by what they are for, by phase of a step with all that is always held): bytes on each GPU
+    that training with gradient checkpointing takes.
 
-    `samples` are drawn at a time on each GPU, each with 60 prompt, 250 chain and 576 image tokens;
-    the cache has room for chains of 600 tokens. `judge_batch` rows are judged at a time. "most" is
-    the most that is held at one time."""
+    size: of the policy, see `policy_config`. judge: one of JUDGES, or "none".
+    lora: the adapter's rank; 0 trains all weights.
+    samples: drawn at a time on each GPU, of so many `tokens`.
+    judge_batch: rows that are judged at a time.
+    gpu: in bfloat16; False: in float32 on the host, where all of Janus lies, and no cache stays.
+
+    The entry "most" of the first is the largest of the second."""
+    config = policy_config(size)
+    number_bytes = 2 if gpu else 4
     with torch.device("meta"):  # shapes only
-        model = JanusForConditionalGeneration(janus_pro_config(size))
+        model = JanusForConditionalGeneration(config)
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+        frozen = count(model.model.vqmodel) if gpu else count(model) - trained
         adapter = 0
         shared = 0  # copies of the adapter's A, see engine/decode.py
         if lora:
@@ -792,37 +988,45 @@ def memory(
             adapter = sum(part.numel() for part in model.parameters() if part.requires_grad)
             for name, part in model.named_parameters():
                 shared += part.numel() if "lora_A" in name else 0
-    vq = count(model.model.vqmodel)
-    parts = lora_bytes(trained, adapter, vq) if lora else full_bytes(trained, vq, gpus, kl)
-    config = model.config.text_config
+    if lora:
+        parts = lora_bytes(trained, adapter, frozen, number_bytes)
+    else:
+        parts = full_bytes(trained, frozen, gpus, kl, number_bytes)
+    text = config.text_config
     parts["weights"] += 4 * shared
-    parts["cache"] = cache_bytes(config, samples, cfg)
-    parts["prefill"] = prefill_bytes(config, samples) if cfg else 0
-    parts["pictures"] = picture_bytes(model.config)
-    parts["activations"] = activation_bytes(config, micro_batch)
-    judge, judging = judge_bytes(judge_batch)
-    parts["judge"] = judge + 4 * HPS_PARAMETERS  # bfloat16; HPS is float32
+    bucket = 128 if gpu else 1  # see `decode.Decoder`
+    parts["cache"] = cache_bytes(text, samples, cfg, tokens, number_bytes, bucket)
+    parts["prefill"] = prefill_bytes(text, samples, tokens, number_bytes) if cfg else 0
+    parts["pictures"] = picture_bytes(config, samples, tokens)
+    parts["activations"] = activation_bytes(text, micro_batch, tokens, number_bytes)
+    judge_weights, judging = judge_bytes(judge, judge_batch, number_bytes)
+    hps_weights, scoring = hps_bytes(size, samples) if hps else (0, 0)
+    parts["judge"] = judge_weights + hps_weights
     parts["judging"] = judging
-    parts["context"] = CONTEXT
+    parts["scoring"] = scoring
+    parts["context"] = context
 
     # The phases of a step take turns: what was gathered is gone after the rollout, and so is the
-    # cache, except under LoRA, which keeps it for the next rollout
-    kept = parts["cache"] if lora else 0
-    phases = [
-        parts["gathered"] + parts["cache"] + parts["prefill"],
-        kept + parts["pictures"],
-        kept + parts["judging"],
-        kept + parts["activations"],
-    ]
+    # cache, except under LoRA on a GPU, which keeps it for the next rollout
+    kept = parts["cache"] if lora and gpu else 0
     always = ("weights", "gradients", "AdamW", "reference", "judge", "context")
-    parts["most"] = sum(parts[name] for name in always) + max(phases)
-    return parts
+    held = sum(parts[name] for name in always)
+    phases = {
+        "rollout": held + parts["gathered"] + parts["cache"] + parts["prefill"],
+        "decode": held + kept + parts["pictures"],
+        "judge": held + kept + parts["judging"],
+        "hps": held + kept + parts["scoring"],
+        "update": held + kept + parts["activations"],
+    }
+    parts["most"] = max(phases.values())
+    return parts, phases
 
 
-def lora_bytes(trained: int, adapter: int, vq: int) -> dict[str, float]:
-    """What an adapter needs, the same on every GPU. `trained` are the weights it is added to."""
+def lora_bytes(trained: int, adapter: int, frozen: int, number_bytes: int) -> dict[str, float]:
+    """What an adapter needs, the same on every GPU. `trained` are the weights it is added to, of
+    `number_bytes` each."""
     return {
-        "weights": 2 * trained + 4 * (vq + adapter),  # bfloat16; what is small is float32
+        "weights": number_bytes * trained + 4 * (frozen + adapter),  # what is small is float32
         "gathered": 0,  # nothing is sharded
         "gradients": 4 * adapter,  # float32
         "AdamW": 8 * adapter,  # two float32 moments
@@ -830,83 +1034,82 @@ def lora_bytes(trained: int, adapter: int, vq: int) -> dict[str, float]:
     }
 
 
-def full_bytes(trained: int, vq: int, gpus: int, kl: bool) -> dict[str, float]:
-    """What training all weights needs on each of the GPUs that share it."""
+def full_bytes(
+    trained: int, frozen: int, gpus: int, kl: bool, number_bytes: int
+) -> dict[str, float]:
+    """What training all weights needs on each of the GPUs that share it. The forward pass takes
+    numbers of `number_bytes`: those of 2 are a copy, those of 4 the weights themselves."""
     return {
-        "weights": 4 * trained / gpus + 4 * vq,  # float32 shards; the picture tokenizer is whole
-        "gathered": 2 * trained,  # bfloat16, whole for the rollout; the update takes one layer
+        "weights": 4 * trained / gpus + 4 * frozen,  # float32 shards; what is frozen is whole
+        # whole for the rollout; the update takes one layer
+        "gathered": number_bytes * trained if number_bytes == 2 else 0,
         "gradients": 4 * trained / gpus,  # float32
         "AdamW": 8 * trained / gpus,  # two float32 moments
-        "reference": 2 * trained / gpus if kl else 0,  # bfloat16
+        "reference": number_bytes * trained / gpus if kl else 0,
     }
 
 
-def token_bytes(config) -> int:
-    """Keys and values of one token in bfloat16; `config` is a language model's."""
+def token_bytes(config, number_bytes: int) -> int:
+    """Keys and values of one token; `config` is a language model's."""
     head_dim = config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * number_bytes
 
 
-def cache_bytes(config, samples: int, cfg: bool) -> int:
-    """The cache for a prompt of 60 tokens, a chain of 600 with its end, and a picture, rounded up
-    to columns of 128."""
-    columns = -(-(PROMPT + LONGEST_CHAIN + 1 + IMAGE) // 128) * 128
+def cache_bytes(
+    config, samples: int, cfg: bool, tokens: Lengths, number_bytes: int, bucket: int
+) -> int:
+    """The cache for a prompt, the longest chain with its end, and a picture, rounded up to whole
+    buckets of columns."""
+    columns = tokens.prompt + tokens.longest_chain + 1 + tokens.image
+    columns = -(-columns // bucket) * bucket
     rows = 2 * samples if cfg else samples  # guidance: conditional and unconditional
-    return rows * columns * token_bytes(config)
+    return rows * columns * token_bytes(config, number_bytes)
 
 
-def prefill_bytes(config, samples: int) -> int:
+def prefill_bytes(config, samples: int, tokens: Lengths, number_bytes: int) -> int:
     """Keys and values of the unconditional rows, before they are copied into the cache: when all
-    chains are of other lengths, and the longest has 600 tokens."""
-    return samples * (PROMPT + LONGEST_CHAIN) * token_bytes(config)
+    chains are of other lengths, up to the longest."""
+    return samples * (tokens.prompt + tokens.longest_chain) * token_bytes(config, number_bytes)
 
 
-def picture_bytes(config) -> int:
+def picture_bytes(config, samples: int, tokens: Lengths) -> int:
     """Pictures that are decoded at a time (see `gotr1.decode_images`): in the last block three
     float32 tensors of all pixels and `base_channels` are there at once."""
     pixels = config.vision_config.image_size**2
-    at_once = 8
+    at_once = min(samples, 32, max(1, 8 * 576 // tokens.image))
     return at_once * 3 * pixels * config.vq_config.base_channels * 4
 
 
-def activation_bytes(config, micro_batch: int) -> int:
-    """What gradient checkpointing keeps, one bfloat16 vector (D,) per token and layer; and the
-    float32 logits of a chunk of 1024 tokens three times."""
-    tokens = PROMPT + CHAIN + IMAGE
-    kept = micro_batch * tokens * config.hidden_size * config.num_hidden_layers * 2
+def activation_bytes(config, micro_batch: int, tokens: Lengths, number_bytes: int) -> int:
+    """What gradient checkpointing keeps, one vector (D,) per token and layer; and the float32
+    logits of a chunk of 1024 tokens three times."""
+    length = tokens.prompt + tokens.chain + tokens.image
+    kept = micro_batch * length * config.hidden_size * config.num_hidden_layers * number_bytes
     return kept + 3 * 1024 * config.vocab_size * 4
 
 
-def judge_bytes(rows: int) -> tuple[int, int]:
-    """(weights, what `rows` rows take while they are judged) of Qwen2.5-VL-7B-Instruct in bfloat16,
-    from the numbers of its config.json.
+def judge_bytes(size: str, rows: int, number_bytes: int) -> tuple[int, int]:
+    """(weights, what `rows` rows take while they are judged) of one of JUDGES; nothing of "none".
 
     A row has about 500 tokens of question and picture and writes 200. It needs keys and values of
     all, and three times the widest activation of the question: gate, up and their product."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text = {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-    }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    with torch.device("meta"):
-        weights = 2 * count(Qwen2_5_VLForConditionalGeneration(config))
+    if size == "none":
+        return 0, 0
+    judge = random_judge(size, torch.device("meta"))  # shapes only
+    config = judge.config.text_config
     question, reply = 500, 200
-    cache = rows * (question + reply) * token_bytes(config.text_config)
-    activations = 3 * rows * question * config.text_config.intermediate_size * 2
-    return weights, cache + activations
+    cache = rows * (question + reply) * token_bytes(config, number_bytes)
+    activations = 3 * rows * question * config.intermediate_size * number_bytes
+    return number_bytes * count(judge), cache + activations
+
+
+def hps_bytes(size: str, pictures: int) -> tuple[int, int]:
+    """(weights, what so many pictures take at once) of the HPS that goes with a policy: float32,
+    with the widest activation twice, before and after its nonlinearity."""
+    config = hps_config(size)
+    with torch.device("meta"):  # shapes only
+        weights = 4 * count(CLIPModel(config))
+    return weights, 2 * pictures * HPS_TOKENS * config.vision_config.intermediate_size * 4
 
 
 def count(module: torch.nn.Module) -> int:
@@ -927,7 +1130,7 @@ def print_memory(settings: Memory) -> None:
     drawn = f"{settings.samples} samples at a time with guidance"
     print(f"GiB on each GPU, bfloat16, {drawn}, update in micro-batches of {settings.micro_batch}")
     for k, (size, lora, gpus) in enumerate(rows):
-        parts = memory(
+        parts, _ = memory(
             size,
             lora,
             gpus,
@@ -960,7 +1163,7 @@ def most_bytes(
     size: str, lora: int, gpus: int, samples: int, micro_batch: int, judge_batch: int
 ) -> dict:
     """`memory` with guidance and KL; a row of the table takes a second."""
-    return memory(size, lora, gpus, samples, True, micro_batch, True, judge_batch)
+    return memory(size, lora, gpus, samples, True, micro_batch, True, judge_batch)[0]
 
 
 def size_of(model) -> str:
@@ -1029,13 +1232,15 @@ def choose_sizes(
 
 
 def load_judge(settings: Judge):
-    if settings.judge == "toy":
-        from toy.world import ToyJudge
+    """The judge, in this process.
 
-        return ToyJudge()
-    judge = QwenJudge(settings.judge, settings.device)
-    judge.try_out()
-    return judge
+    Raises ValueError for the address of a server, whose speed depends on who else asks it, and
+    OSError or ValueError when there is no such judge."""
+    if settings.judge.startswith(("http://", "https://")):
+        problem = "a server's judge is not timed here: give a folder or hub id"
+        raise ValueError(f"--judge {settings.judge}: {problem}")
+    flags = rewards.JudgeFlags(judge=settings.judge, hps="")
+    return rewards.load_judge(flags, settings.device)[0]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,11 @@
 """Time and memory: the tables of benchmarks/speed.py.   pytest tests/test_speed.py"""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from random_networks import small_networks
 from test_rewards import random_judge
 from transformers import JanusForConditionalGeneration
@@ -19,7 +21,8 @@ def refused(capsys, *words) -> str:
     with pytest.raises(SystemExit) as stop:
         speed.main([str(word) for word in words])
     assert stop.value.code == 2
-    message = capsys.readouterr().err
+    printed, message = capsys.readouterr()
+    assert not printed, "no head of a table that never comes"
     assert message.count("\n") == 1
     return message
 
@@ -73,13 +76,20 @@ def short_replies(monkeypatch):
 TINY = "step --size tiny --samples 2 --micro_batch 1 --judge_batch 4".split()
 
 
-def table_of(printed: str) -> dict[str, list[float]]:
+class Cells(NamedTuple):
+    seconds: float
+    floor: float | None
+    peak: float
+    planned: float
+
+
+def table_of(printed: str) -> dict[str, Cells]:
     """Phase -> its numbers."""
     rows = {}
-    lines = printed.split("peak GiB\n")[1].splitlines()
-    for line in lines[: lines.index(next(line for line in lines if "table" in line))]:
-        phase, *numbers = line.split()
-        rows[phase] = [float(number) for number in numbers]
+    lines = printed.split("table GiB\n")[1].splitlines()
+    for line in lines[: lines.index(next(line for line in lines if "peak:" in line))]:
+        phase, *cells = line.split()
+        rows[phase] = Cells(*(None if cell == "-" else float(cell) for cell in cells))
     return rows
 
 
@@ -87,13 +97,45 @@ def test_a_step_prints_time_memory_and_floor_of_each_phase(short_replies, capsys
     speed.main([*TINY, "--lora", "4"])
     printed = capsys.readouterr().out
     rows = table_of(printed)
-    assert list(rows) == ["rollout", "decode", "judge", "update", "step"]
-    phases = [rows[name][0] for name in ("rollout", "decode", "judge", "update")]
-    assert min(phases) > 0 and rows["step"][0] == pytest.approx(sum(phases), abs=0.03)
-    for name in ("rollout", "judge", "update", "step"):
-        seconds, floor, gib = rows[name]
-        assert 0 < floor and 0.05 < gib < 50
+    assert list(rows) == ["rollout", "decode", "judge", "hps", "update", "step"]
+    step = rows.pop("step")
+    assert step.seconds == pytest.approx(sum(row.seconds for row in rows.values()), abs=0.03)
+    assert step.seconds > 0 and step.peak == max(row.peak for row in rows.values())
+    assert rows["decode"].floor is None
+    for name in ("rollout", "judge", "update"):
+        assert rows[name].floor > 0
+    for row in rows.values():
+        assert 0.05 < row.peak < 50
     assert "each 8 + 1 chain and 64 image tokens, cfg 5.0" in printed and "ratio" in printed
+
+
+def test_a_step_stands_beside_the_table_for_its_own_sizes(short_replies, capsys, monkeypatch):
+    asked = {}
+
+    def table(size, lora, **settings):
+        asked.update(settings, size=size, lora=lora)
+        gib = {"rollout": 3, "decode": 1, "judge": 2, "hps": 4, "update": 5}
+        return {}, {phase: number * 2**30 for phase, number in gib.items()}
+
+    monkeypatch.setattr(speed, "memory", table)
+    speed.main([*TINY, "--lora", "4", "--cfg", "1", "--prompts", "2", "--no_plain"])
+    planned = [row.planned for row in table_of(capsys.readouterr().out).values()]
+    assert planned == [3, 1, 2, 4, 5, 5]
+    assert 0.05 * 2**30 < asked.pop("context") < 50 * 2**30, "what Python held before"
+    assert asked == {
+        "size": "tiny",
+        "lora": 4,
+        "gpus": 1,
+        "samples": 4,
+        "cfg": False,
+        "micro_batch": 1,
+        "kl": True,
+        "judge_batch": 4,
+        "judge": "tiny",
+        "hps": True,
+        "tokens": (55, 8, 8, 64),
+        "gpu": False,
+    }
 
 
 def test_a_step_without_a_judge_and_adapter_trains_all_weights(capsys, monkeypatch):
@@ -105,7 +147,7 @@ def test_a_step_without_a_judge_and_adapter_trains_all_weights(capsys, monkeypat
         return engines[0]
 
     monkeypatch.setattr(speed, "random_engine", kept)
-    speed.main([*TINY, "--lora", "0", "--judge", "none", "--no_plain"])
+    speed.main([*TINY, "--lora", "0", "--judge", "none", "--no_hps", "--no_plain"])
     printed = capsys.readouterr().out
     assert list(table_of(printed)) == ["rollout", "decode", "update", "step"]
     assert "ratio" not in printed and "5 passes" in printed
@@ -131,9 +173,34 @@ def test_the_judge_is_asked_as_often_and_about_as_much_as_by_a_step_with_three_b
     assert inputs["pixel_values"].shape == (2 * 28 * 28, 1176)
 
 
-def test_judges_have_the_published_sizes():
+def test_judge_and_hps_have_the_published_sizes():
     for size, parameters in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):
         assert speed.count(speed.random_judge(size, torch.device("meta"))) == parameters
+    hps = speed.RandomHPS(speed.hps_config("7b"), None, torch.device("meta"))
+    assert speed.count(hps.model) == speed.HPS_PARAMETERS
+    assert {weight.dtype for weight in hps.model.parameters()} == {torch.float32}
+
+
+def test_a_written_reply_is_as_long_as_it_may_be():
+    judge = speed.random_judge("tiny", torch.device("cpu"))
+    passes = []
+    judge.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    call = speed.JUDGE_CALLS["semantic"]._replace(question=4, reply=9)
+    speed.ask_judge(judge, [(2, call, True), (2, call, False)], torch.device("cpu"))
+    assert len(passes) == 9 + 1
+
+
+def test_hps_with_random_weights_scores_pictures_as_hps_does(policy):
+    hps = speed.RandomHPS(speed.hps_config("tiny"), policy[1], torch.device("cpu"))
+    images = [Image.new("RGB", (48, 32), colour) for colour in ("red", "blue", "red")]
+    seen = []
+    hps.model.vision_model.encoder.register_forward_hook(
+        lambda module, inputs, keywords, output: seen.append(keywords["inputs_embeds"].shape),
+        with_kwargs=True,
+    )
+    first, second, third = hps(["a ball"] * 3, images)
+    assert -1 <= first <= 1 and first == pytest.approx(third) and first != second
+    assert [shape[:2] for shape in seen] == [(3, speed.HPS_TOKENS)]
 
 
 # Judge
@@ -203,6 +270,11 @@ def test_a_judge_that_is_not_there_is_refused_in_one_line(capsys, tmp_path, monk
     assert "load the files" in refused(capsys, "judge", "--judge", "nowhere")
 
 
+def test_a_judge_on_a_server_is_refused_before_it_is_asked(capsys):
+    message = refused(capsys, "judge", "--judge", "http://localhost:9/v1")
+    assert "http://localhost:9/v1: a server's judge is not timed here" in message
+
+
 # Networks of the benchmarks
 
 
@@ -233,8 +305,8 @@ def test_memory_counts_the_published_models():
     """By hand, from the published sizes: all parameters except image understanding (SigLIP and its
     aligner)."""
     table = {"samples": 16, "cfg": True, "micro_batch": 4}
-    full = speed.memory("7b", 0, 1, kl=True, **table)
-    shared = speed.memory("7b", 0, 8, kl=True, **table)
+    full, phases = speed.memory("7b", 0, 1, kl=True, **table)
+    shared, _ = speed.memory("7b", 0, 8, kl=True, **table)
     blocks = 30 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
     language_heads = 2 * 102400 * 4096  # embedding and lm_head
     image_in = 16384 * 8 + (8 * 4096 + 4096) + (4096**2 + 4096)
@@ -248,25 +320,68 @@ def test_memory_counts_the_published_models():
     assert full["judging"] == 16 * (700 * 2 * 28 * 4 * 128 * 2 + 500 * 3 * 18944 * 2)
     assert full["prefill"] == 2 * 30 * 16 * 660 * 4096 * 2  # 16 rows, the longest chain
     assert full["pictures"] == 8 * 3 * 384 * 384 * 128 * 4  # 227 MB each
+    assert full["scoring"] == 16 * 257 * 2 * 5120 * 4  # 16 pictures, before and after a GELU
     assert full["reference"] > 0
-    assert speed.memory("7b", 0, 1, kl=False, **table)["reference"] == 0
+    assert speed.memory("7b", 0, 1, kl=False, **table)[0]["reference"] == 0
     # every other phase needs less than the rollout here
     parts = sum(full.values()) - full["most"]
-    others = full["activations"] + full["pictures"] + full["judging"]
-    assert full["most"] == pytest.approx(parts - others)
+    others = full["activations"] + full["pictures"] + full["judging"] + full["scoring"]
+    assert full["most"] == phases["rollout"] == pytest.approx(parts - others)
+    assert phases["rollout"] - phases["update"] == pytest.approx(
+        full["gathered"] + full["cache"] + full["prefill"] - full["activations"]
+    )
 
-    lora = speed.memory("7b", 32, 1, kl=True, **table)
+    lora, phases = speed.memory("7b", 32, 1, kl=True, **table)
     adapter = 30 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert lora["AdamW"] == 8 * adapter and lora["reference"] == 0
     copies = 30 * 32 * (6 * 4096 + 11008)  # of A, for the decoding step
     assert lora["weights"] - copies * 4 - adapter * 4 == 2 * trained + (
         full["weights"] - 4 * trained
     )
-    # the cache stays for the next rollout, so that the larger of prefill and update counts
-    more = speed.memory("7b", 32, 1, kl=True, **{**table, "micro_batch": 32})
-    assert more["activations"] > more["prefill"]
-    others = more["prefill"] + more["pictures"] + more["judging"]
-    assert more["most"] == pytest.approx(sum(more.values()) - more["most"] - others)
+    # the cache stays for the next rollout: the phases differ by what each takes beside it
+    held = phases["rollout"] - lora["prefill"]
+    for phase, part in (
+        ("decode", "pictures"),
+        ("judge", "judging"),
+        ("hps", "scoring"),
+        ("update", "activations"),
+    ):
+        assert phases[phase] == pytest.approx(held + lora[part])
+    more, phases = speed.memory("7b", 32, 1, kl=True, **{**table, "micro_batch": 32})
+    assert more["activations"] > more["prefill"] and more["most"] == phases["update"]
+
+
+def test_memory_of_a_step_on_the_host(policy):
+    """float32: the forward pass takes the weights themselves, and no cache stays."""
+    settings = {
+        "samples": 3,
+        "cfg": True,
+        "micro_batch": 2,
+        "kl": True,
+        "judge_batch": 4,
+        "judge": "none",
+        "hps": False,
+        "tokens": speed.Lengths(prompt=20, chain=5, longest_chain=10, image=64),
+        "gpu": False,
+        "context": 1000,
+    }
+    parts, phases = speed.memory("tiny", 0, 1, **settings)
+    assert parts["weights"] == 4 * speed.count(policy[0])
+    assert parts["gathered"] == parts["judge"] == parts["judging"] == parts["scoring"] == 0
+    token = 2 * 4 * 128 * 4  # keys and values, layers, width, bytes
+    assert parts["cache"] == 2 * 3 * (20 + 10 + 1 + 64) * token
+    assert parts["pictures"] == 3 * 3 * 32 * 32 * 32 * 4  # three pictures, three tensors of 32
+    kept = 2 * (20 + 5 + 64) * 4 * 128 * 4  # samples, tokens, layers, width, bytes
+    assert parts["activations"] == kept + 3 * 1024 * 345 * 4
+    trained = parts["AdamW"] / 8
+    held = parts["weights"] + (4 + 8 + 4) * trained + 1000
+    assert phases["decode"] == held + parts["pictures"]
+    assert phases["rollout"] == held + parts["cache"] + parts["prefill"]
+
+    adapted, phases = speed.memory("tiny", 4, 1, **settings)
+    assert adapted["reference"] == 0 < adapted["gradients"] < parts["gradients"]
+    held = adapted["weights"] + adapted["gradients"] + adapted["AdamW"] + 1000
+    assert phases["update"] == held + parts["activations"]
 
 
 def test_memory_table_shows_every_size(capsys):
@@ -276,11 +391,11 @@ def test_memory_table_shows_every_size(capsys):
     assert len(rows) == 7
     assert (
         rows[0].split()
-        == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.9 1.7 1.5 19.1 1.4 0.6 61.0".split()
+        == "1b full 1 6.6 3.2 6.3 12.6 3.2 7.5 1.9 1.7 1.5 19.1 1.4 0.2 0.6 61.0".split()
     )
     assert (
         rows[6].split()
-        == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 4.8 1.7 2.0 19.1 1.4 0.6 71.3".split()
+        == "7b full 8 3.5 13.1 3.3 6.5 1.6 18.8 4.8 1.7 2.0 19.1 1.4 0.2 0.6 71.3".split()
     )
 
 
@@ -304,7 +419,7 @@ def table(monkeypatch):
 def test_what_fits_is_asked_of_the_table():
     parts = speed.most_bytes("1b", 32, 1, 32, 2, 8)
     settings = {"samples": 32, "cfg": True, "micro_batch": 2, "kl": True, "judge_batch": 8}
-    assert parts == speed.memory("1b", 32, 1, **settings)
+    assert parts == speed.memory("1b", 32, 1, **settings)[0]
 
 
 def sizes_for(size: str, gib: int, lora: int = 32, gpus: int = 1, judge_here=True, **given):
