@@ -5,7 +5,7 @@ The model reads a prompt, writes a chain that names each object and its box, the
 tokens. For each prompt it does so `group` times; rewards compare prompt, chain and picture; what
 did better than its group's mean becomes more likely.
 
-    advantage = (reward - mean of the group) / (std of the group + 1e-4)
+    advantage = reward - mean of the group          (the paper divides it by the group's std + 1e-4)
     loss      = mean over all sampled tokens of
                 -min(ratio * advantage, clip(ratio) * advantage) + kl * k3(policy, reference)
 
@@ -23,6 +23,9 @@ Departures from the paper, which leaves these open (equation 2, section 4.1):
    from.
 7. The toy trains all language parameters at 7e-4; the paper uses LoRA (rank 32) at 1e-5.
 8. The judge's instructions are our own wording of the paper's.
+9. The toy does not divide advantages by the standard deviation of the group; `--advantage_std` and
+   `--preset paper` do (equation 1). Divided, differences of a hundredth between good samples count
+   as much as those between right and wrong, and all plans become one layout: docs/toy.md.
 
     torchrun train_grpo.py                          # the toy: two CPU cores, a few minutes
     python train_grpo.py --out out/again --seed 1   # the same without torchrun, another seed
@@ -74,9 +77,7 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     max_chain: int = 96  # most chain tokens that are sampled (official code, for Janus-Pro: 600)
     rollout_batch: int = 8  # prompts that a rank draws at a time; 0: what fits into the GPU
     # Borrowed plans, see `borrow_plans`
-    borrow: float = (
-        0.5  # share of a prompt's samples that draw a plan that the policy did not write
-    )
+    borrow: float = 0.0  # share of the samples that draw a plan that is given to them
     borrow_from: Literal["toy", "reference"] = "toy"  # random layouts; or the reference's best plan
     # Loss
     updates: int = 1  # optimizer steps per rollout, each over all of it
@@ -84,7 +85,7 @@ class Config(rewards.JudgeFlags, trainer.TrainerFlags):
     clip_high: float = 0.2  # and to 1 + clip_high; idle with one update
     kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
     loss_mean: Literal["token", "sequence"] = "token"  # over tokens; or per sample, then samples
-    advantage_std: bool = True  # divide by the standard deviation of the group
+    advantage_std: bool = False  # divide by the standard deviation of the group, as the paper does
     logp: Literal["cond", "guided"] = "cond"  # distribution of image tokens that is scored with cfg
     # Optimisation
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)
@@ -114,9 +115,9 @@ PRESETS = {
         "logp": "cond",
         "max_chain": 600,
         "rollout_batch": 0,
-        "borrow": 0.0,
         "borrow_from": "reference",
         "kl": 0.01,
+        "advantage_std": True,
         "lr": 1e-5,
         "lr_floor": 0.0,
         "warmup": 0.0,

@@ -116,10 +116,10 @@ def test_the_plan_of_three_seeds(tmp_path):
     rewards = ablate.plan(config_of(tmp_path))
     judge = ablate.plan(config_of(tmp_path, study="judge"))
     both = ablate.plan(config_of(tmp_path, study="all"))
-    assert len(rewards) == len({trial.folder for trial in rewards}) == 12 * 3
+    assert len(rewards) == len({trial.folder for trial in rewards}) == 15 * 3
     assert len(judge) == 4 * 3
     shared = {str(trial.folder.relative_to(tmp_path)) for trial in rewards + judge}
-    assert len(shared) == len(both) == 12 * 3 + 3 * 3, "the judge without errors is that of `all`"
+    assert len(shared) == len(both) == 15 * 3 + 3 * 3, "the judge without errors is that of `all`"
     assert {"rewards/all_seed2", "judge/toy_0.1_seed0"} <= shared
     assert [trial.seed for trial in both] == 15 * [0] + 15 * [1] + 15 * [2]
     assert ablate.plan(config_of(tmp_path, study="dense")) == []

@@ -76,12 +76,12 @@ def test_samples_with_a_given_plan_are_compared_among_themselves_and_their_text_
 
     monkeypatch.setattr(train_grpo, "grpo_loss", looking)
     monkeypatch.setattr(rewards, "score", numbered)
-    flags = "--steps 1 --batch_size 1 --group 6 --borrow 0.5 --eval_prompts 2".split()
+    flags = "--steps 1 --batch_size 1 --group 6 --borrow 0.5 --eval_prompts 2 --gif_every 0".split()
     train_grpo.main([*flags, "--out", str(tmp_path)])
     (advantages, mask) = batches[0]
-    own = train_grpo.group_advantages(torch.tensor([1.0, 0, 0]), 3)
-    borrowed = train_grpo.group_advantages(torch.tensor([5.0, 5, 8]), 3)
-    assert advantages.tolist() == pytest.approx([*own.tolist(), *borrowed.tolist()])
+    own = [2 / 3, -1 / 3, -1 / 3]
+    borrowed = [-1, -1, 2]
+    assert advantages.tolist() == pytest.approx(own + borrowed)
     text, image = mask[:, :-64], mask[:, -64:]
     assert (text.sum(dim=1)[:3] > 0).all() and (text[3:] == 0).all() and (image == 1).all()
     row = logged(tmp_path)[0]

@@ -24,7 +24,7 @@ from benchmarks import speed
 from data import annotate, got
 from demo import __main__ as demo
 from engine import checkpoints
-from toy import world
+from toy import ablate, world
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,6 +42,7 @@ COMMANDS = {
     "-m engine.checkpoints": checkpoints.Args,
     "-m data.annotate": annotate.Config,
     "-m toy.world": world.Config,
+    "-m toy.ablate": ablate.Config,
     "-m demo": demo.Config,
     "-m benchmarks.speed rollout": speed.Rollout,
     "-m benchmarks.speed step": speed.Step,

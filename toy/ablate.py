@@ -10,7 +10,7 @@ thread; `--jobs` of them run at a time. Ctrl-C saves and stops them, and the sam
 finished training is never repeated, and the studies share theirs.
 
 rewards  Which rewards does it take (paper tables 3, 6 and 9)? One training per row of ROWS and
-         seed, 36 with three seeds. `ablation.md` has the table and the differences to "all" and to
+         seed, 45 with three seeds. `ablation.md` has the table and the differences to "all" and to
          the SFT model; `ablation.png` stands it beside the paper's gains.
 
 judge    How wrong may the judge be (paper table 7)? Trainings with a judge that gives a share p of
@@ -79,6 +79,8 @@ class Row:
     title: str  # names it in tables
     rewards: tuple[str, ...]
     combine: str = "product"
+    kl: float = 0.02
+    advantage_std: bool = True  # as in the paper's equation 1
     borrow: float = 0.0
     judge: str = "toy"
     study: str = "rewards"
@@ -100,6 +102,10 @@ ROWS = [
     Row("all", "all", ALL_PARTS),
     Row("sum", "all, as a sum", ALL_PARTS, combine="sum"),
     Row("hps", "R_HPS", ("hps",)),
+    # not in the paper: what keeps pictures when only plans are rewarded, what keeps plans different
+    Row("pr_kl_0.1", "R_PR, KL 0.1", ("sem", "spa"), kl=0.1),
+    Row("pr_kl_0.5", "R_PR, KL 0.5", ("sem", "spa"), kl=0.5),
+    Row("mean", "all, not divided by std", ALL_PARTS, advantage_std=False),
     Row("borrow", "all, borrowed plans", ALL_PARTS, borrow=0.5),
 ]
 BY_KEY = {row.key: row for row in ROWS}
@@ -240,6 +246,8 @@ class Trial:
             "eval_prompts": config.eval_prompts,
             "rewards": list(self.row.rewards),
             "combine": self.row.combine,
+            "kl": self.row.kl,
+            "advantage_std": self.row.advantage_std,
             "borrow": self.row.borrow,
             "judge": self.row.judge,
             "gif_every": 0,
@@ -249,6 +257,9 @@ class Trial:
     def command(self, config: Config) -> list[str]:
         words = [sys.executable, str(TRAINER), "--out", str(self.folder)]
         for flag, value in self.settings(config).items():
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no_{flag}")
+                continue
             values = value if isinstance(value, list) else [value]
             words += [f"--{flag}", *map(str, values)]
         return words
