@@ -1353,9 +1353,7 @@ class HPS:
 class JudgeFlags:
     """The flags of everything that asks for rewards: the configurations inherit them."""
 
-    # `toy` (exact), `toy:0.2` (a fifth of its answers are wrong), folder or hub id of a Qwen2.5-VL
-    # or 3-VL, or http://…/v1
-    judge: str = "toy"
+    judge: str = "toy"  # `toy`, toy:0.2 (errs), folder or hub id of a Qwen2.5-VL or 3-VL, http://…
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served judge's boxes count in
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank

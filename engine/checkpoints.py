@@ -251,6 +251,9 @@ def safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
 
 def empty_model(config: JanusConfig, dtype: torch.dtype) -> JanusForConditionalGeneration:
     """A model without weights: memory is reserved, but not written to. Its buffers are there."""
+    # a saved config names a dtype for each part, which wins over the default
+    for part in (config, config.text_config, config.vision_config, config.vq_config):
+        part.dtype = dtype
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

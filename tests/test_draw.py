@@ -32,8 +32,9 @@ def test_several_prompts_and_the_same_pictures_in_any_batch(tmp_path):
         flags = ["--n", "2", "--batch_size", size, "--out", str(tmp_path / size)]
         gotr1.main([str(tmp_path / "prompts.txt"), *flags])
     for name in ("000_0", "000_1", "001_0", "001_1"):
-        a, b = ((tmp_path / size / f"{name}.png").read_bytes() for size in ("1", "64"))
-        assert a == b
+        a, b = (np.array(Image.open(tmp_path / size / f"{name}.png")) for size in ("1", "64"))
+        # pixels are cut off to whole numbers: sums in another order may end one below
+        assert np.abs(a.astype(int) - b).max() <= 1
     assert (tmp_path / "1" / "000_0.png").read_bytes() != (
         tmp_path / "1" / "000_1.png"
     ).read_bytes()

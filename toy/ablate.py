@@ -51,7 +51,7 @@ TRAINER = Path(__file__).parent.parent / "train_grpo.py"
 
 @dataclass
 class Config:
-    study: Literal["rewards", "judge", "dense", "all"] = "rewards"
+    study: Literal["rewards", "judge", "dense", "all"] = "rewards"  # see above
     out: str = "out/ablate"  # folder of the trainings, tables and figures; finished ones stay
     rows: tuple[str, ...] = ()  # of study rewards: only these, by the names of their folders
     seeds: int = 3  # trainings per row: their seeds are 0, 1, …

@@ -575,7 +575,7 @@ class ToyJudge:
     @property
     def exact(self) -> "ToyJudge":
         """This judge without errors, for evaluation."""
-        return ToyJudge()
+        return ToyJudge() if self.error else self
 
     def semantic(self, prompts: list[str], chains: list[str]) -> list[float]:
         scores = []
