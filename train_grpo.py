@@ -438,7 +438,7 @@ def load(config: Config, rank: int, world: int, device: torch.device) -> Trainin
         asked = [gotr1.encode_prompt(engine.tokenizer, prompt) for prompt in held_out]
         gotr1.check_room(engine.model, asked, config.max_chain + 1)
         prompts = drop_too_long(prompts, engine.model, engine.tokenizer, config.max_chain)
-        given_plans = held_out_prompts.read_plans(config.eval_plans)
+        given_plans = read_given_plans(config, engine)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
     folder = run.open_run(config.out, config)
@@ -535,6 +535,21 @@ def check_toy_judge(config: Config, prompts: list[str]) -> None:
             run.fail(
                 f"--judge toy and --hps toy know only the toy's world, not {prompt!r}: give others"
             )
+
+
+def read_given_plans(config: Config, engine: trainer.Engine) -> list[tuple[str, str]]:
+    """(prompt, chain) of each of `--eval_plans`; the toy's only beside the toy's prompts. Raises
+    OSError or ValueError, also when one leaves no room for the image."""
+    if config.eval_plans == "toy" and config.eval_file != "toy":
+        return []
+    plans = held_out_prompts.read_plans(config.eval_plans)
+    given = []
+    for prompt, chain in plans:
+        ids = gotr1.encode_prompt(engine.tokenizer, prompt)
+        given.append(ids + gotr1.encode_chain(engine.tokenizer, chain))
+    if given:
+        gotr1.check_room(engine.model, given, 0)
+    return plans
 
 
 def join_prompts(sources: tuple[str, ...]) -> list[str]:

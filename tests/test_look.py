@@ -77,6 +77,25 @@ def test_plans_are_read_from_a_file_or_refused_by_line(tmp_path):
             held_out.read_plans(str(path))
 
 
+def test_plans_that_cannot_be_drawn_end_the_program_before_it_begins(tmp_path, capsys):
+    plan = world.chain_of(world.Scene(["red ball"], [], [(0, 0, 2)]))
+    path = tmp_path / "plans.jsonl"
+    cases = (plan * 60, "this model holds 512"), ("A red ball", "line 1")
+    for chain, words in cases:
+        path.write_text(json.dumps({"prompt": "a red ball", "chain": chain}))
+        with pytest.raises(SystemExit) as stop:
+            train_grpo.main([*TINY, "--eval_plans", str(path), "--out", str(tmp_path / "run")])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_toys_plans_are_left_out_beside_other_prompts(policy):
+    engine = SimpleNamespace(model=policy[0], tokenizer=policy[1])
+    assert len(train_grpo.read_given_plans(train_grpo.Config(), engine)) == 180
+    other = train_grpo.Config(eval_file="held_out.txt")
+    assert train_grpo.read_given_plans(other, engine) == []
+
+
 def test_the_log_and_the_evaluation_have_measures_of_variety(tmp_path):
     after = start(tmp_path, "--steps", "1")
     row = json.loads((tmp_path / "log.jsonl").read_text())
