@@ -99,7 +99,9 @@ def test_the_log_tells_both_kinds_apart_and_processes_of_one_seed_agree(tmp_path
     assert not [key for key in logged(tmp_path / "none")[0] if key.startswith("borrowed")]
 
 
-@pytest.mark.parametrize("mode", [[], ["--lora", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "mode", [[], ["--lora", "4"], ["--shard", "yes"]], ids=["full", "lora", "shards"]
+)
 def test_the_reference_writes_the_plans_and_the_judge_chooses(tmp_path, monkeypatch, mode):
     """The policy is made unable to write plans after the first step: the borrowed ones stay
     good."""
