@@ -86,7 +86,7 @@ def evaluate(
         batch = [prompts[i] for i in indices]
         images = gotr1.decode_images(drawing.model, sampled.image_tokens)
         scores = score(batch, sampled.chains, images)
-        looks = variety.looks(images)
+        looks = [] if plans else variety.looks(images)
         for k, index in enumerate(indices):
             if plans:
                 measures = follow_measures(batch[k], scores[k])
@@ -126,16 +126,18 @@ def plan_variety(drawing: Drawing, prompts: list[str]) -> list[dict]:
             ).chains
             for k, index in enumerate(indices):
                 found.append((index, chains[k * VARIETY_PLANS : (k + 1) * VARIETY_PLANS]))
-    found = sorted(run.gather_list(found))
-    layouts = []
-    for _, chains in found:
-        layouts += [parse_chain(chain) for chain in chains]
+    indices = []
+    chains = []
+    for index, chains_of_prompt in sorted(run.gather_list(found)):
+        indices.append(index)
+        chains += chains_of_prompt
+    layouts = [parse_chain(chain) for chain in chains]
+    counts = variety.different_chains(chains, VARIETY_PLANS)
+    varieties = variety.layout_variety(layouts, VARIETY_PLANS)
     entropy = variety.place_entropy(layouts)  # of all prompts together: the same in each row
     rows = []
-    for index, chains in found:
-        measures = {"variety: chains": variety.different_chains(chains, VARIETY_PLANS)[0]}
-        plans = [parse_chain(chain) for chain in chains]
-        layout = variety.layout_variety(plans, VARIETY_PLANS)[0]
+    for index, count, layout in zip(indices, counts, varieties, strict=True):
+        measures = {"variety: chains": count}
         if layout is not None:
             measures["variety: layout"] = layout
         measures["variety: place entropy"] = entropy
