@@ -28,12 +28,12 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks import stats
 from engine import run
+from evaluation import stats
 
 
 @dataclass
-class Settings:
+class Config:
     # What is done
     bench: Literal["toy", "geneval", "compbench"] = "toy"  # which prompts and scores
     model: str = ""  # `toy`, or a folder or hub id; with --images only a name in the report
@@ -66,99 +66,97 @@ class Settings:
     toy_seeds: int = 3  # runs over them; their spread is reported
 
 
-def check(settings: Settings) -> None:
+def check(config: Config) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
     run.check_ranges(
-        settings,
+        config,
         at_least_one="max_chain draw_batch score_batch toy_prompts toy_seeds",
         not_negative="samples cfg temperature seed",
     )
-    if settings.bench == "toy":
-        refused = [
-            name for name in ("images", "prompts", "generate_only") if getattr(settings, name)
-        ]
-        if not settings.chain:
+    if config.bench == "toy":
+        refused = [name for name in ("images", "prompts", "generate_only") if getattr(config, name)]
+        if not config.chain:
             refused.append("no_chain")
         if refused:
             run.fail(f"--bench toy has its own prompts and scores chains: no --{refused[0]}")
         return
-    if bool(settings.images) == bool(settings.prompts):
+    if bool(config.images) == bool(config.prompts):
         wanted = "give --prompts and --model to draw, or --images to score"
-        run.fail(f"--bench {settings.bench}: {wanted}")
-    if settings.images and settings.generate_only:
+        run.fail(f"--bench {config.bench}: {wanted}")
+    if config.images and config.generate_only:
         run.fail("--generate_only draws, --images does not")
-    if settings.prompts and not settings.model:
+    if config.prompts and not config.model:
         run.fail("--model is missing: a folder or hub id of the checkpoint that draws, or toy")
-    if settings.bench == "geneval" and len(settings.prompts) > 1:
+    if config.bench == "geneval" and len(config.prompts) > 1:
         run.fail("--prompts: GenEval has one file, evaluation_metadata.jsonl")
 
 
-def precision(settings: Settings, device) -> str:
+def precision(config: Config, device) -> str:
     """The precision that `--dtype` stands for on this device."""
-    if settings.dtype == "auto":
+    if config.dtype == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
-    return settings.dtype
+    return config.dtype
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = run.parse_args(Settings, __doc__, argv)
-    check(settings)
+    config = run.parse_args(Config, __doc__, argv)
+    check(config)
     try:
-        if settings.compare:
-            compare(settings)
+        if config.compare:
+            compare(config)
             return
         rank, world, device = run.start_processes()
-        if settings.bench == "toy":
-            run_toy(settings, rank, world, device)
+        if config.bench == "toy":
+            run_toy(config, rank, world, device)
         else:
-            run_benchmark(settings, rank, world, device)
+            run_benchmark(config, rank, world, device)
     except (OSError, ValueError) as problem:
         run.fail(" ".join(str(problem).split()))
 
 
-def compare(settings: Settings) -> None:
-    from benchmarks.geneval import TAGS
+def compare(config: Config) -> None:
+    from evaluation.geneval import TAGS
 
-    if len(settings.compare) != 2:
+    if len(config.compare) != 2:
         raise ValueError("--compare: give two files results.json")
-    print(stats.compare_files(settings.compare, overall=TAGS))
+    print(stats.compare_files(config.compare, overall=TAGS))
 
 
 # -------------------------------------------------------------------------------------------------
 # GenEval and T2I-CompBench
 
 
-def run_benchmark(settings: Settings, rank: int, world: int, device) -> None:
-    from benchmarks import run as steps  # loads the benchmarks
+def run_benchmark(config: Config, rank: int, world: int, device) -> None:
+    from evaluation import run as steps  # loads the evaluation
 
-    bench = steps.RUNNERS[settings.bench](settings, device)
-    out = Path(settings.out)
+    bench = steps.RUNNERS[config.bench](config, device)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if settings.images:
-        folder = Path(settings.images)
+    if config.images:
+        folder = Path(config.images)
         pictures = bench.find_pictures(folder)
     else:
         folder = out / "images"
         pictures = bench.plan_pictures(folder)
     if not pictures:
-        source = settings.images or settings.prompts[0]
-        raise ValueError(f"{source} holds nothing for {settings.bench} to look at")
-    if not settings.generate_only:
+        source = config.images or config.prompts[0]
+        raise ValueError(f"{source} holds nothing for {config.bench} to look at")
+    if not config.generate_only:
         bench.prepare(pictures)  # what cannot be scored is not drawn either
 
     # 1) Pictures
-    if not settings.images:
-        dtype = precision(settings, device)
-        steps.generate(settings, pictures, folder, dtype, rank, world, device)
+    if not config.images:
+        dtype = precision(config, device)
+        steps.generate(config, pictures, folder, dtype, rank, world, device)
         run.gather_list([])  # nobody looks before all have drawn
-    if settings.generate_only:
+    if config.generate_only:
         if rank == 0:
-            layout = f"the official layout of {settings.bench}"
+            layout = f"the official layout of {config.bench}"
             print(f"{folder}: {len(pictures)} pictures in {layout}")
         return
 
     # 2) Scores
-    batch_size = settings.score_batch
+    batch_size = config.score_batch
     rows = steps.score_pictures(bench, pictures, folder, out, batch_size, rank, world)
 
     # 3) Report
@@ -172,36 +170,36 @@ def run_benchmark(settings: Settings, rank: int, world: int, device) -> None:
         tags = [name for name in bench.overall if name in summary]
         if len(tags) < len(bench.overall) and tags:
             summary["overall"]["notes"] = [f"of {len(tags)} of {len(bench.overall)} tags"]
-        report(settings, about, summary, rows, cells)
+        report(config, about, summary, rows, cells)
 
 
 # -------------------------------------------------------------------------------------------------
 # The toy: pictures and scores in one step, several seeds
 
 
-def run_toy(settings: Settings, rank: int, world: int, device) -> None:
-    out = Path(settings.out)
+def run_toy(config: Config, rank: int, world: int, device) -> None:
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    dtype = precision(settings, device)
+    dtype = precision(config, device)
 
     # 1) and 2) Pictures and scores
-    rows, cells = draw_and_score_toy(settings, dtype, rank, world, device)
+    rows, cells = draw_and_score_toy(config, dtype, rank, world, device)
 
     # 3) Report
     if rank > 0:
         return
     from engine.checkpoints import policy_files
 
-    model = settings.model or "toy"
+    model = config.model or "toy"
     generation = {
         "model": model,
         "weights": run.digest(run.file_stamps(policy_files(model))),
-        "cfg": settings.cfg,
-        "temperature": settings.temperature,
-        "max_chain": settings.max_chain,
-        "seed": settings.seed,
-        "toy_seeds": settings.toy_seeds,
-        "toy_prompts": settings.toy_prompts,
+        "cfg": config.cfg,
+        "temperature": config.temperature,
+        "max_chain": config.max_chain,
+        "seed": config.seed,
+        "toy_seeds": config.toy_seeds,
+        "toy_prompts": config.toy_prompts,
         "dtype": dtype,
     }
     about = {"generation": generation, "scoring": {"judge": "toy (exact)"}, "notes": []}
@@ -210,34 +208,34 @@ def run_toy(settings: Settings, rank: int, world: int, device) -> None:
         means = stats.by_seed(rows, name)
         line["seeds"] = means
         line["notes"] = [f"{min(means):.3f} to {max(means):.3f} over {len(means)} seeds"]
-    report(settings, about, summary, rows, cells)
+    report(config, about, summary, rows, cells)
 
 
 def draw_and_score_toy(
-    settings: Settings, dtype: str, rank: int, world: int, device
+    config: Config, dtype: str, rank: int, world: int, device
 ) -> tuple[list[dict], list[dict]]:
     """(rows for results.json, cells for the sheets) of all seeds. Rows are of three kinds: held-out
     prompts, plans that were given, and plans of one prompt that are compared with each other."""
     import gotr1
     import rewards
-    from benchmarks import held_out
     from engine.checkpoints import DTYPES
+    from evaluation import held_out
     from toy.world import ToyJudge, crispness, detect, toy_prompts
 
-    model, tokenizer = gotr1.load_policy(settings.model or "toy", device, DTYPES[dtype])
-    prompts = toy_prompts(settings.toy_prompts, seed=7, held_out=True)
+    model, tokenizer = gotr1.load_policy(config.model or "toy", device, DTYPES[dtype])
+    prompts = toy_prompts(config.toy_prompts, seed=7, held_out=True)
     given = held_out.read_plans("toy")
     score = functools.partial(rewards.score, ToyJudge(), crispness)
     rows = []
     cells = []
-    for seed in range(settings.seed, settings.seed + settings.toy_seeds):
+    for seed in range(config.seed, config.seed + config.toy_seeds):
         drawing = held_out.Drawing(
             model,
             tokenizer,
             seed=seed,
-            cfg=settings.cfg,
-            temperature=settings.temperature,
-            max_chain=settings.max_chain,
+            cfg=config.cfg,
+            temperature=config.temperature,
+            max_chain=config.max_chain,
             rank=rank,
             world=world,
         )
@@ -276,18 +274,16 @@ def draw_and_score_toy(
 # 3) Report
 
 
-def report(
-    settings: Settings, about: dict, summary: dict, rows: list[dict], cells: list[dict]
-) -> None:
+def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: list[dict]) -> None:
     """Writes results.json and sheets of right and wrong pictures, and prints the table.
 
     `about` says what the numbers were made with: "generation" and "scoring" (dicts) and "notes"
     (sentences). `cells`: see `stats.draw_sheet`; there is a sheet for each of their groups."""
-    out = Path(settings.out)
+    out = Path(config.out)
     names = sorted(summary, key=stats.place)
     summary = {name: summary[name] for name in names}
     results = {
-        "bench": settings.bench,
+        "bench": config.bench,
         "summary": summary,
         "generation": about["generation"],
         "scoring": about["scoring"],

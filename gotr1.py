@@ -732,7 +732,7 @@ def best_plans(model, tokenizer, judge, prompts: list[str], plans: int, **sampli
 
 
 @dataclass
-class Args:
+class Config:
     prompt: str  # what to draw, or a text file (.txt) with one prompt per line
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     n: int = 4  # pictures per prompt
@@ -751,17 +751,17 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     from engine import run
 
-    args = run.parse_args(Args, __doc__, argv)
+    config = run.parse_args(Config, __doc__, argv)
     _, _, device = run.start_processes()
     run.check_ranges(
-        args, at_least_one="n max_chain plans batch_size", not_negative="cfg temperature seed"
+        config, at_least_one="n max_chain plans batch_size", not_negative="cfg temperature seed"
     )
-    if args.plans > 1 and (args.chain or not args.judge):
+    if config.plans > 1 and (config.chain or not config.judge):
         run.fail("--plans needs a --judge that chooses among them, and no --chain")
     try:
-        prompts = read_prompts(args.prompt)
-        chain = read_chain(args.chain) if args.chain else None
-        draw_prompts(args, prompts, chain, device)
+        prompts = read_prompts(config.prompt)
+        chain = read_chain(config.chain) if config.chain else None
+        draw_prompts(config, prompts, chain, device)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
 
@@ -790,43 +790,44 @@ def read_chain(path: str) -> str:
     return chain
 
 
-def draw_prompts(args: Args, prompts: list[str], chain: str | None, device) -> None:
-    """Draws `args.n` pictures of each prompt and writes them to `args.out`. `chain`: the plan of
-    all."""
+def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) -> None:
+    """Draws `config.n` pictures of each prompt and writes them to `config.out`.
+
+    `chain`: the plan of all."""
     from tqdm import tqdm
 
     import rewards
 
     judge = None
-    if args.judge:
-        flags = rewards.JudgeFlags(judge=args.judge, judge_model=args.judge_model, hps="")
+    if config.judge:
+        flags = rewards.JudgeConfig(judge=config.judge, judge_model=config.judge_model, hps="")
         judge, _ = rewards.load_judge(flags, device)
-    model, tokenizer = load_policy(args.model, device)
-    out = Path(args.out)
+    model, tokenizer = load_policy(config.model, device)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    asked = [prompt for prompt in prompts for _ in range(args.n)]
-    batch_size = max(1, args.batch_size // args.plans)
+    asked = [prompt for prompt in prompts for _ in range(config.n)]
+    batch_size = max(1, config.batch_size // config.plans)
     starts = range(0, len(asked), batch_size)
-    most_tokens = args.max_chain + 1 + image_token_count(model)  # per batch
+    most_tokens = config.max_chain + 1 + image_token_count(model)  # per batch
     drawings = []
     with tqdm(total=most_tokens * len(starts), desc="tokens") as bar:
         for done, start in enumerate(starts, start=1):
             batch = asked[start : start + batch_size]
             sampling = {
-                "temperature": args.temperature,
-                "seed": args.seed,
-                "max_chain": args.max_chain,
+                "temperature": config.temperature,
+                "seed": config.seed,
+                "max_chain": config.max_chain,
                 "indices": list(range(start, start + len(batch))),
             }
             chains = [chain] * len(batch) if chain else None
-            if args.plans > 1:
-                chains = best_plans(model, tokenizer, judge, batch, args.plans, **sampling)
+            if config.plans > 1:
+                chains = best_plans(model, tokenizer, judge, batch, config.plans, **sampling)
             sampled = rollout(
                 model,
                 tokenizer,
                 batch,
-                cfg=args.cfg,
+                cfg=config.cfg,
                 chains=chains,
                 progress=bar.update,
                 **sampling,
@@ -834,7 +835,7 @@ def draw_prompts(args: Args, prompts: list[str], chain: str | None, device) -> N
             pictures = decode_images(model, sampled.image_tokens)
             drawings += zip(batch, sampled.chains, pictures, strict=True)
             bar.update(done * most_tokens - bar.n)  # chains end before their cap
-    save_drawings(drawings, judge, out, args.n)
+    save_drawings(drawings, judge, out, config.n)
 
 
 def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
@@ -843,7 +844,7 @@ def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
     from PIL import Image
 
     import rewards
-    from benchmarks.stats import draw_plans
+    from evaluation.stats import draw_plans
     from render_boxes import draw_boxes, parse_chain
 
     prompts, chains, pictures = map(list, zip(*drawings, strict=True))

@@ -24,18 +24,15 @@ Not stated in the paper, decided here:
     python rewards.py … --judge http://localhost:8000/v1    # the same judge on a server
 """
 
-import inspect
 import json
 import math
 import operator
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from render_boxes import Box, draw_boxes, iou, parse_chain, strip_boxes
 
@@ -729,31 +726,6 @@ def expected_mark(first: list[float], after_one: list[float]) -> tuple[float, fl
     return mean, mass
 
 
-# -------------------------------------------------------------------------------------------------
-# The judge of the paper, in this process
-
-FRAMES = {  # what the boxes of a judge count in: pixels of the resized picture, or the 0..1000 grid
-    "qwen2_5_vl": "pixels",
-    "qwen3_vl": "grid",
-    "qwen3_vl_moe": "grid",
-}
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # where a picture stands in a message
-
-
-class Seen(NamedTuple):
-    """One picture after the vision tower: tensors on the model's device."""
-
-    grid: tuple[int, int, int]  # frames (1), height and width, in patches
-    pixels: object  # (patches, values of one): what the tower was given
-    features: object  # (image tokens, D)
-    deep: list  # of Qwen3-VL: more of that shape, which its first layers add; else empty
-
-
-class Row(NamedTuple):
-    question: Question
-    seen: Seen | None  # its picture
-
-
 def check_finite(questions: list[str], logits, network: str = "the judge") -> None:
     """Raises ValueError with the first question whose row of the logits (rows, V) holds nan or inf:
     greedy decoding would make words of it."""
@@ -765,592 +737,12 @@ def check_finite(questions: list[str], logits, network: str = "the judge") -> No
         raise ValueError(f"{message} (nan or inf): {questions[broken[0]]!r}")
 
 
-class QwenJudge(VlmJudge):
-    """A VlmJudge by Qwen2.5-VL (the paper's: 7B) or Qwen3-VL, loaded here.
-
-    name_or_path        folder or hub id; or a loaded (model, tokenizer, image processor)
-    batch_size          rows at a time; halved, with a message, when memory runs out. Replies do not
-                        depend on it, except for near ties in bfloat16.
-    scoring, spatial_as, semantic_as: see VlmJudge
-
-    Each distinct picture goes through the vision tower once for all that is asked about it.
-    """
-
-    def __init__(
-        self,
-        name_or_path,
-        device="cpu",
-        dtype="auto",
-        batch_size=16,
-        scoring="reply",
-        spatial_as="boxes",
-        semantic_as="four",
-    ):
-        super().__init__(scoring, spatial_as, semantic_as)
-        loaded = name_or_path
-        if isinstance(name_or_path, str | Path):
-            loaded = self._load(name_or_path, dtype)
-        self.model, self.tokenizer, self.image_processor = loaded
-        self.model.to(device).eval().requires_grad_(False)
-        kind = self.model.config.model_type
-        if kind not in FRAMES:
-            raise ValueError(f"no judge of type {kind}: expected one of {', '.join(FRAMES)}")
-        self.batch_size = batch_size
-        self.seen = {}  # the pictures of the last call: pixels -> Seen
-        # transformers before 5.20 takes no features: each row's picture goes through the tower
-        # again
-        forward = inspect.signature(self.model.model.forward)
-        self.takes_features = "mm_encoder_outputs" in forward.parameters
-
-        # Qwen ships "right": what it writes would come after the padding (transformers#36100)
-        self.tokenizer.padding_side = "left"
-        chat_markers = map(re.escape, self.tokenizer.get_added_vocab())
-        self.markers = re.compile("|".join([CHAT_MARKERS.pattern, *chat_markers]))
-        self.image_marker = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        self.digit_ids = self.tokenizer.convert_tokens_to_ids(list("0123456789"))
-        begun = BEGUN % "score"
-        begun_ids = self.tokenizer(begun).input_ids
-        if self.tokenizer(begun + "1").input_ids != [*begun_ids, self.digit_ids[1]]:
-            raise ValueError("this judge's tokenizer does not write numbers digit by digit")
-        ends = self.model.generation_config.eos_token_id
-        self.ends = ends if isinstance(ends, list) else [ends]
-
-    @staticmethod
-    def _load(name_or_path, dtype):
-        """(model, tokenizer, image processor) of a folder or hub id."""
-        from transformers import (
-            AutoModelForImageTextToText,
-            AutoTokenizer,
-            Qwen2VLImageProcessorPil,
-        )
-        from transformers.utils import cached_file
-
-        # Not AutoProcessor, which wants torchvision. It would hold the same tokenizer and the same
-        # image processor, for Qwen2.5-VL and for Qwen3-VL.
-        model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path)
-        # Of Qwen2.5-VL's two templates the one in this file was made for pictures; it is the
-        # processor's, and a server's. The other, the tokenizer's, differs in the system's message.
-        template = cached_file(
-            name_or_path, "chat_template.json", _raise_exceptions_for_missing_entries=False
-        )
-        if template:
-            tokenizer.chat_template = json.loads(Path(template).read_text("utf-8"))["chat_template"]
-        return model, tokenizer, image_processor
-
-    def write(self, questions):
-        return self._answer(self._write_batch, questions)
-
-    def digits(self, questions):
-        return self._answer(self._digits_batch, questions)
-
-    def _answer(self, answer_batch, questions):
-        """The answers to the questions of a call, rows of about one length together."""
-        rows = self._look(questions)
-
-        def length(i):  # in characters, of which a token has about four
-            question, seen = rows[i]
-            return len(question.text) + 4 * (len(seen.features) if seen else 0)
-
-        # the longest first: when memory is short, that shows at once
-        order = sorted(range(len(rows)), key=length, reverse=True)
-        in_order = self._in_batches(answer_batch, [rows[i] for i in order])
-        answer_to = dict(zip(order, in_order, strict=True))
-        return [answer_to[i] for i in range(len(rows))]
-
-    def _look(self, questions):
-        """The rows of a call. Each distinct picture goes through the vision tower, unless the last
-        call saw it too: alignment and grounding follow each other and ask about the same ones."""
-        keys = {}  # id of a picture -> its pixels
-        pictures = {}
-        for question in questions:
-            image = question.image
-            if image is not None and id(image) not in keys:
-                keys[id(image)] = (image.mode, image.size, image.tobytes())
-                pictures[keys[id(image)]] = image
-        new = [key for key in pictures if key not in self.seen]
-        seen = self._in_batches(self._see_batch, [pictures[key] for key in new])
-        known = {key: self.seen[key] for key in pictures if key in self.seen}
-        self.seen = known | dict(zip(new, seen, strict=True))
-        rows = []
-        for question in questions:
-            has_picture = question.image is not None
-            rows.append(Row(question, self.seen[keys[id(question.image)]] if has_picture else None))
-        return rows
-
-    def _in_batches(self, work, items):
-        """What `work` makes of all items, `batch_size` at a time."""
-        import torch
-
-        results = []
-        while len(results) < len(items):
-            batch = items[len(results) : len(results) + self.batch_size]
-            out_of_memory = False
-            try:
-                results += work(batch)
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                out_of_memory = True
-            if out_of_memory:  # not inside `except`: there the error holds the tensors that failed
-                self._halve_batch()
-        return results
-
-    def _halve_batch(self):
-        import torch
-
-        self.batch_size //= 2
-        torch.cuda.empty_cache()
-        message = f"judge: out of memory, going on with {self.batch_size} rows at a time"
-        print(message, file=sys.stderr)
-
-    def _see_batch(self, images):
-        """Pictures, of any sizes, through the vision tower."""
-        import torch
-
-        rgb = [image.convert("RGB") for image in images]
-        inputs = self.image_processor(rgb, return_tensors="pt").to(self.model.device)
-        grids = inputs["image_grid_thw"]
-        with torch.inference_mode():
-            tower = self.model.model.get_image_features(
-                inputs["pixel_values"], grids, return_dict=True
-            )
-        sizes = grids.prod(dim=1).tolist()
-        pixels = inputs["pixel_values"].split(sizes)
-        batch = []
-        for i, grid in enumerate(grids.tolist()):
-            deep = [layer[i].clone() for layer in getattr(tower, "deepstack_features", [])]
-            # a copy: a slice would keep the features of the whole batch alive
-            features = tower.pooler_output[i].clone()
-            batch.append(Seen(tuple(grid), pixels[i].clone(), features, deep))
-        return batch
-
-    def _inputs(self, rows, written=""):
-        """Left-padded model inputs of one batch; and per row the frame that its boxes count in.
-
-        Either all rows have a picture, or none. `written` follows what the reply begins with.
-        """
-        import torch
-
-        chats = []
-        for question, seen in rows:
-            # A string, not a list of parts: the template of Qwen2.5-VL's tokenizer takes no lists,
-            # and those that do take a string just as well.
-            marker = PICTURE if seen else ""
-            chats.append([{"role": "user", "content": marker + question.text}])
-        chats = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True
-        )
-        patch = self.image_processor.patch_size  # side of a patch in pixels
-        frames = [(1000, 1000)] * len(rows)
-        for i, (question, seen) in enumerate(rows):
-            if seen:
-                # the message has one marker per picture, the model wants one per image token
-                markers = self.image_marker * len(seen.features)
-                chats[i] = chats[i].replace(self.image_marker, markers)
-                if FRAMES[self.model.config.model_type] == "pixels":
-                    frames[i] = (seen.grid[2] * patch, seen.grid[1] * patch)
-            chats[i] += question.begun + written
-        encoded = self.tokenizer(chats, padding=True, return_tensors="pt")
-        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        pictures = [seen for _, seen in rows if seen]
-        if pictures:
-            is_image = inputs["input_ids"] == self.model.config.image_token_id
-            inputs["position_ids"], _ = self.model.model.get_rope_index(
-                inputs["input_ids"],
-                is_image.int(),
-                image_grid_thw=torch.tensor([seen.grid for seen in pictures]),
-                attention_mask=inputs["attention_mask"],
-            )
-        else:
-            counted = inputs["attention_mask"].cumsum(dim=1) - 1
-            inputs["position_ids"] = counted.clamp(min=0).expand(3, -1, -1)
-        for name, tensor in inputs.items():
-            inputs[name] = tensor.to(self.model.device)
-        if pictures and not self.takes_features:
-            grids = torch.tensor([seen.grid for seen in pictures])
-            inputs["image_grid_thw"] = grids.to(self.model.device)
-            inputs["pixel_values"] = torch.cat([seen.pixels for seen in pictures])
-        elif pictures:
-            deep = list(zip(*[seen.deep for seen in pictures], strict=True))
-            tower = SimpleNamespace(
-                pooler_output=[seen.features for seen in pictures], deepstack_features=deep
-            )
-            inputs["mm_encoder_outputs"] = {"image": tower}
-        return inputs, frames
-
-    def _write_batch(self, rows):
-        """Greedy decoding. Rows that have ended leave the batch.
-
-        Not `generate`, which sees each row to the end of the longest, and which does what the
-        checkpoint asks for: Qwen's repetition penalty would bend the digits of boxes."""
-        import torch
-
-        inputs, frames = self._inputs(rows)
-        limit = rows[0].question.max_tokens
-        tokens = [[] for _ in rows]  # of each reply
-        going = list(range(len(rows)))  # the rows that are still in the batch
-        mask = inputs["attention_mask"]
-        position = inputs["position_ids"].amax(dim=(0, 2)) + 1  # of the next token
-        with torch.inference_mode():
-            output = self.model(**inputs, logits_to_keep=1, use_cache=True)
-            cache = output.past_key_values
-            while True:
-                check_finite([rows[k].question.text for k in going], output.logits[:, -1])
-                next_tokens = output.logits[:, -1].argmax(dim=-1)
-                stays = []  # places in the batch
-                for k, token in enumerate(next_tokens.tolist()):
-                    reply = tokens[going[k]]
-                    reply.append(token)
-                    if token not in self.ends and len(reply) < limit:
-                        stays.append(k)
-                if not stays:
-                    break
-                if len(stays) < len(going):
-                    going = [going[k] for k in stays]
-                    places = torch.tensor(stays, device=mask.device)
-                    cache.batch_select_indices(places)
-                    mask = mask[places]
-                    position = position[places]
-                    next_tokens = next_tokens[places]
-                mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-                output = self.model(
-                    input_ids=next_tokens[:, None],
-                    attention_mask=mask,
-                    position_ids=position.expand(3, -1)[..., None],
-                    past_key_values=cache,
-                    logits_to_keep=1,
-                )
-                position = position + 1
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        replies = []
-        for text, reply, frame in zip(texts, tokens, frames, strict=True):
-            replies.append(Reply(text if reply[-1] in self.ends else text + "…", frame))
-        return replies
-
-    def _digits_batch(self, rows):
-        """The mark 10 is two tokens, so rows are fed with a 1 already written. One pass then gives
-        the probabilities of the first digit (position -2) and of a digit after a 1 (position -1).
-        """
-        import torch
-
-        inputs, _ = self._inputs(rows, written="1")
-        with torch.inference_mode():
-            logits = self.model(**inputs, logits_to_keep=2, use_cache=False).logits
-            check_finite([row.question.text for row in rows], logits[:, -1])
-            digits = logits.float().softmax(dim=-1)[..., self.digit_ids]  # (rows, 2, 10)
-        return [(first, after_one) for first, after_one in digits.tolist()]
-
-
-# -------------------------------------------------------------------------------------------------
-# The judge of the paper, on a server
-
-GRIDS = {  # what boxes count in -> (a side of a picture is a multiple of this, fewest pixels)
-    "pixels": (28, 56 * 56),  # Qwen2.5-VL: tokens of 28 x 28 pixels
-    "grid": (32, 256 * 256),  # Qwen3-VL: of 32 x 32
-}
-SHOWN = Box("red square", 500, 125, 875, 500)  # by which a served judge shows what boxes count in
-
-
-class ServedJudge(VlmJudge):
-    """A VlmJudge on a server of the chat-completions protocol: vLLM or SGLang, see docs/gpu.md.
-
-    url        of the API: http://host:8000/v1
-    model      its name there; "": the only one that there is
-    in_flight  most rows at a time
-    frame      what its boxes count in: "pixels" of the resized picture (Qwen2.5-VL), or the 0..1000
-               "grid" (Qwen3-VL). "ask": it is asked for a square that is drawn for it
-    scoring, spatial_as, semantic_as: see VlmJudge. "expected" needs a server that continues a begun
-        reply (continue_final_message) and gives log-probabilities (top_logprobs). A digit that is
-        not among the 20 likeliest tokens counts as impossible.
-
-    Raises ValueError when the server cannot do what is needed, and what Server raises.
-    """
-
-    def __init__(
-        self,
-        url,
-        model="",
-        in_flight=64,
-        frame="ask",
-        scoring="reply",
-        spatial_as="boxes",
-        semantic_as="four",
-    ):
-        from engine.served import Server
-
-        super().__init__(scoring, spatial_as, semantic_as)
-        self.server = Server(url, model, in_flight)
-        self.frame = frame if frame != "ask" else self._ask_for_frame()
-        if scoring == "expected":
-            self._check_begun_replies()
-
-    def write(self, questions):
-        requests = []
-        frames = []
-        for question in questions:
-            picture = self._resized(question.image)
-            request = self._request(question.text, picture)
-            requests.append({**request, "max_tokens": question.max_tokens})
-            frames.append(picture.size if picture and self.frame == "pixels" else (1000, 1000))
-        replies = []
-        for answer, frame in zip(self.server.complete(requests), frames, strict=True):
-            replies.append(Reply(answer.text + "…" if answer.is_cut else answer.text, frame))
-        return replies
-
-    def digits(self, questions):
-        first = self._digits_behind(questions, "")
-        # The mark 10 is two tokens. Only where 1 is likely at all is it asked what follows it.
-        may_be_ten = [k for k, chances in enumerate(first) if chances[1] > 0]
-        after_one = [[0.0] * 10 for _ in questions]
-        asked = self._digits_behind([questions[k] for k in may_be_ten], "1")
-        for k, chances in zip(may_be_ten, asked, strict=True):
-            after_one[k] = chances
-        return list(zip(first, after_one, strict=True))
-
-    def _digits_behind(self, questions, written):
-        """Per question, the probability of each digit behind the begun reply and `written`."""
-        requests = []
-        for question in questions:
-            picture = self._resized(question.image)
-            requests.append(self._request(question.text, picture, question.begun + written))
-        rows = []
-        for answer in self.server.complete(requests):
-            if not answer.likeliest:
-                raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
-            logps = answer.likeliest[0]
-            rows.append([math.exp(logps.get(digit, -math.inf)) for digit in "0123456789"])
-        return rows
-
-    def _request(self, text, picture, begun=""):
-        """What is sent for one row. With `begun`, the reply is begun so, and one token is asked."""
-        from engine.served import data_url
-
-        content = text
-        if picture:
-            shown = {"type": "image_url", "image_url": {"url": data_url(picture)}}
-            content = [shown, {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        if not begun:
-            return {"messages": messages}
-        messages.append({"role": "assistant", "content": begun})
-        return {
-            "messages": messages,
-            "max_tokens": 1,
-            "logprobs": True,
-            "top_logprobs": 20,  # the most that servers give
-            # else the server closes this turn and begins another one, without a word
-            "extra_body": {"continue_final_message": True, "add_generation_prompt": False},
-        }
-
-    def _resized(self, image):
-        """The picture in the size that the judge sees: the server then has nothing to resize.
-
-        As the processors of Qwen-VL resize: both sides to the nearest multiple of a token's, and
-        more when that is too small; with the same filter. Theirs also shrink what is above 12
-        million pixels; our pictures are far from it."""
-        if image is None:
-            return None
-        side, fewest = GRIDS[self.frame]
-        wide = round(image.width / side) * side
-        high = round(image.height / side) * side
-        if wide * high < fewest:
-            scale = math.sqrt(fewest / (image.width * image.height))
-            wide = math.ceil(image.width * scale / side) * side
-            high = math.ceil(image.height * scale / side) * side
-        return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
-
-    # What a server has to show before it is believed
-
-    def _ask_for_frame(self):
-        """What the boxes of this judge count in, found out by a square that is drawn for it."""
-        side = 448  # a multiple of 28 and of 32: no judge resizes it
-        corners = [edge * side / 1000 for edge in SHOWN[1:]]
-        picture = Image.new("RGB", (side, side), "white")
-        ImageDraw.Draw(picture).rectangle(corners, fill="red")
-        task = TASKS["ri"]
-        text = self._question(task, name=SHOWN.name) + ANSWER % task.answer
-        request = {**self._request(text, picture), "max_tokens": task.max_tokens}
-        reply = self.server.complete([request])[0].text
-        for frame, size in {"pixels": (side, side), "grid": (1000, 1000)}.items():
-            boxes = parse_bboxes(reply, *size) or []
-            if len(boxes) == 1 and iou(boxes[0], SHOWN) > 0.7:
-                return frame
-        pixels = [round(edge) for edge in corners]
-        raise ValueError(
-            f"the judge at {self.server.url} does not find a red square at {pixels} of {side} x "
-            f"{side} pixels, {[*map(round, SHOWN[1:])]} of 1000: it replies {reply[:200]!r}. "
-            "Expected a Qwen2.5-VL or Qwen3-VL (or say with --judge_frame what its boxes count in)"
-        )
-
-    def _check_begun_replies(self):
-        """That the server continues a begun reply and gives log-probabilities."""
-        plain = self._request("Hi", None)
-        begun = self._request("Hi", None, begun="1")
-        try:
-            open_turn, answer = self.server.complete([{**plain, "max_tokens": 1}, begun])
-        except ValueError as error:
-            raise ValueError(self._cannot_expect(f"does not take a begun reply: {error}")) from None
-        if not answer.likeliest:
-            raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
-        # "1" is one token. A turn that is closed and opened anew has several more.
-        if answer.prompt_tokens is None or answer.prompt_tokens != open_turn.prompt_tokens + 1:
-            raise ValueError(
-                self._cannot_expect("closes a begun reply (it needs continue_final_message)")
-            )
-
-    def _cannot_expect(self, what):
-        return f"the server at {self.server.url} {what}: use --scoring reply"
-
-
-# -------------------------------------------------------------------------------------------------
-# The preference score
-
-# open_clip's names of weights -> transformers': regular expressions, applied in this order
-CLIP_NAMES = {
-    "^(token_|positional_)": r"text_model.embeddings.\1",
-    "positional_embedding": "position_embedding.weight",
-    r"^visual\.transformer.resblocks": "vision_model.encoder.layers",
-    r"^visual\.conv1": "visual.patch_embedding",
-    r"^visual\.ln_pre": "vision_model.pre_layrnorm",
-    r"^visual\.ln_post": "vision_model.post_layernorm",
-    r"^visual\.proj": "visual_projection.weight",
-    r"^visual\.": "vision_model.embeddings.",
-    "attn": "self_attn",
-    "^transformer.resblocks": "text_model.encoder.layers",
-    "^ln_final": "text_model.final_layer_norm",
-    "c_fc": "fc1",
-    "^text_projection": "text_projection.weight",
-    "ln_": "layer_norm",
-    "c_proj": "fc2",
-}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip_from_open_clip(weights: dict) -> dict:
-    """The weights of an open_clip checkpoint under the names of transformers' CLIPModel."""
-    renamed = {}
-    for name, tensor in weights.items():
-        for old, new in CLIP_NAMES.items():
-            name = re.sub(old, new, name)
-        if "in_proj_" in name:  # query, key and value are one matrix in open_clip
-            query, key, value = tensor.chunk(3)
-            renamed[name.replace("in_proj_", "q_proj.")] = query
-            renamed[name.replace("in_proj_", "k_proj.")] = key
-            renamed[name.replace("in_proj_", "v_proj.")] = value
-        elif "_projection" in name:  # open_clip multiplies from the other side
-            renamed[name] = tensor.T
-        else:
-            renamed[name] = tensor
-    return renamed
-
-
-class HPS:
-    """HPS v2.1: hps(prompts, images) -> the cosine of each picture with its prompt, not times 100.
-
-    path_or_id  the published file, or the hub id that has it (xswu/HPSv2)
-    antialias   of the resizing. With and without it are two different measures: today's hpsv2
-                package has it, published tables seem to be without (HPSv2 issue 43).
-    base        the CLIP that HPS was trained from; only its sizes and its tokenizer are taken
-
-    Raises FileNotFoundError when there is no such checkpoint, ValueError when it cannot be read as
-    weights alone: nothing is ever unpickled.
-    """
-
-    FILE = "HPS_v2.1_compressed.pt"
-    BASE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
-    def __init__(self, path_or_id, device="cpu", dtype=None, antialias=True, base=BASE):
-        import torch
-        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-
-        weights = self._read(self._find(path_or_id))
-        config = CLIPConfig.from_pretrained(base)
-        with torch.device(device):
-            self.model = CLIPModel(config).to(dtype).eval().requires_grad_(False)
-        # strict: every weight is there, and no other
-        self.model.load_state_dict(clip_from_open_clip(weights))
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.antialias = antialias
-
-    def _find(self, path_or_id):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            if Path(path_or_id).is_file():
-                return path_or_id
-            return hf_hub_download(str(path_or_id), self.FILE)
-        except (OSError, ValueError) as error:
-            source = f"fetch {self.FILE} from huggingface.co/xswu/HPSv2"
-            raise FileNotFoundError(
-                f"no HPS v2.1 checkpoint at {path_or_id}: {source}, or leave hps out of --rewards"
-            ) from error
-
-    def _read(self, path):
-        """The checkpoint's weights, by open_clip's names."""
-        import pickle
-
-        import torch
-
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return checkpoint["state_dict"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            source = f"fetch {self.FILE} anew from huggingface.co/xswu/HPSv2"
-            alone = "torch.save({'state_dict': weights}, file)"
-            raise ValueError(
-                f"{path} is cut off or holds more than weights, which would run as code: "
-                f"{source}, or where you trust it save its weights alone, {alone}"
-            ) from error
-
-    def __call__(self, prompts, images):
-        import torch
-
-        unique = list(dict.fromkeys(prompts))  # the samples of a group share their prompt
-        tokens = self.tokenizer(
-            unique, padding=True, truncation=True, max_length=77, return_tensors="pt"
-        ).to(self.model.device)
-        pixels = torch.stack([self.pixels(image) for image in images])
-        with torch.inference_mode():
-            text = self.model.get_text_features(**tokens).pooler_output  # (unique prompts, D)
-            image = self.model.get_image_features(pixels).pooler_output  # (rows, D)
-        text = text[[unique.index(prompt) for prompt in prompts]]  # (rows, D)
-        cosines = torch.cosine_similarity(image.float(), text.float())
-        check_finite(prompts, cosines[:, None], network="HPS")
-        return cosines.tolist()
-
-    def pixels(self, image):
-        """(3, 224, 224) network input of one picture, prepared as HPS was trained.
-
-        The longest side becomes 224, bicubic on the float tensor; zeros fill up the square.
-        """
-        import numpy as np
-        import torch
-
-        rgb = torch.from_numpy(np.array(image.convert("RGB"))).to(self.model.device)
-        rgb = rgb.permute(2, 0, 1) / 255  # (3, height, width)
-        high = round(image.height * 224 / max(image.size))
-        wide = round(image.width * 224 / max(image.size))
-        resized = torch.nn.functional.interpolate(
-            rgb[None], (high, wide), mode="bicubic", antialias=self.antialias
-        )[0]
-        top = (224 - high) // 2
-        left = (224 - wide) // 2
-        margins = (left, 224 - wide - left, top, 224 - high - top)
-        square = torch.nn.functional.pad(resized, margins)
-        mean = square.new_tensor(CLIP_MEAN)[:, None, None]
-        std = square.new_tensor(CLIP_STD)[:, None, None]
-        return ((square - mean) / std).to(self.model.dtype)
-
-
 # -------------------------------------------------------------------------------------------------
 # Flags, and the command line
 
 
 @dataclass
-class JudgeFlags:
+class JudgeConfig:
     """The flags of everything that asks for rewards: the configurations inherit them."""
 
     judge: str = "toy"  # `toy`, toy:0.2 (errs), folder or hub id of a Qwen2.5-VL or 3-VL, http://…
@@ -1366,7 +758,24 @@ class JudgeFlags:
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
 
 
-def load_judge(flags: JudgeFlags, device):
+def __getattr__(name: str):
+    """`rewards.QwenJudge`, `rewards.ServedJudge` and `rewards.HPS`: loaded when they are named."""
+    if name == "QwenJudge":
+        from judges.qwen import QwenJudge
+
+        return QwenJudge
+    if name == "ServedJudge":
+        from judges.served import ServedJudge
+
+        return ServedJudge
+    if name == "HPS":
+        from judges.hps import HPS
+
+        return HPS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_judge(flags: JudgeConfig, device):
     """(judge, hps) that the flags name. hps is there for evaluations even when it has no part in
     the reward; None without a --hps, or when the stand-in cannot judge these pictures.
 
@@ -1378,6 +787,8 @@ def load_judge(flags: JudgeFlags, device):
 
         judge = ToyJudge.from_flag(flags.judge)
     elif flags.judge.startswith(("http://", "https://")):
+        from judges.served import ServedJudge
+
         judge = ServedJudge(
             flags.judge,
             model=flags.judge_model,
@@ -1388,6 +799,8 @@ def load_judge(flags: JudgeFlags, device):
             semantic_as=flags.semantic,
         )
     else:
+        from judges.qwen import QwenJudge
+
         judge = QwenJudge(
             flags.judge,
             device=where,
@@ -1400,6 +813,8 @@ def load_judge(flags: JudgeFlags, device):
         judge.try_out()
     hps = None
     if flags.hps and flags.hps != "toy":
+        from judges.hps import HPS
+
         hps = HPS(flags.hps, device=where)
     elif flags.hps and (is_toy or "hps" in flags.rewards):
         from toy.world import crispness
@@ -1409,7 +824,7 @@ def load_judge(flags: JudgeFlags, device):
 
 
 @dataclass
-class Settings(JudgeFlags):
+class Config(JudgeConfig):
     judge_device: str = "cpu"  # where judge and HPS are: cpu or cuda
     hps: str = ""  # file or hub id of HPS v2.1, or `toy` (stand-in); without one, it is left out
     prompt: str = ""  # what the picture should show
@@ -1434,24 +849,24 @@ def draw_matches(judge, plan: list[Box], image: Image.Image) -> Image.Image:
 def main(argv: list[str] | None = None) -> None:
     from engine import run
 
-    args = run.parse_args(Settings, __doc__, argv)
-    run.check_ranges(args, not_negative="judge_batch")
-    if not args.prompt.strip():
+    config = run.parse_args(Config, __doc__, argv)
+    run.check_ranges(config, not_negative="judge_batch")
+    if not config.prompt.strip():
         run.fail("--prompt is empty: say what the picture should show")
     try:
-        judge, hps = load_judge(args, args.judge_device)
-        chain = args.chain.read_text("utf-8")
-        image = Image.open(args.image).convert("RGB")
+        judge, hps = load_judge(config, config.judge_device)
+        chain = config.chain.read_text("utf-8")
+        image = Image.open(config.image).convert("RGB")
         row = score(
             judge,
             hps,
-            prompts=[args.prompt],
+            prompts=[config.prompt],
             chains=[chain],
             images=[image],
-            parts=args.rewards,
-            combine=args.combine,
+            parts=config.rewards,
+            combine=config.combine,
         )[0]
-        draw_matches(judge, parse_chain(chain), image).save(args.out)
+        draw_matches(judge, parse_chain(chain), image).save(config.out)
     except (OSError, ValueError, RuntimeError) as error:
         run.fail(" ".join(str(error).split()))  # in one line
     words = getattr(judge, "words", {})
@@ -1459,7 +874,7 @@ def main(argv: list[str] | None = None) -> None:
     for part, value in row.items():
         said = " ".join(words.get(part, [])).split()
         print(f"{part:{width}} {value:6.3f}", *said)
-    print(f"wrote {args.out}: planned and found boxes over the picture")
+    print(f"wrote {config.out}: planned and found boxes over the picture")
 
 
 if __name__ == "__main__":

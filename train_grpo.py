@@ -35,7 +35,6 @@ the rollout fast: engine/decode.py); score in rewards.py; Engine in engine/train
 """
 
 import functools
-import io
 import json
 import math
 import time
@@ -50,17 +49,19 @@ from tqdm import tqdm
 
 import gotr1
 import rewards
-from benchmarks import held_out as held_out_prompts
-from benchmarks import speed, stats, variety
-from engine import run, trainer
+from data.prompts import join_prompts, read_prompts
+from engine import run, speed, trainer
+from engine.drift import Drifts, check_drift, drift_limits, self_test
+from evaluation import held_out as held_out_prompts
+from evaluation import stats, variety
 from render_boxes import parse_chain
-from toy.world import random_plan, read_text, toy_prompts
+from toy.world import random_plan, read_text
 
 
 @dataclass
-class Config(rewards.JudgeFlags, trainer.TrainerFlags):
-    """The flags: these, those of every trainer (TrainerFlags) and those of the judge
-    (JudgeFlags)."""
+class Config(rewards.JudgeConfig, trainer.TrainerConfig):
+    """The flags: these, those of every trainer (TrainerConfig) and those of the judge
+    (JudgeConfig)."""
 
     preset: Literal["toy", "paper"] = "toy"  # defaults of all flags: the toy's, or the paper's
     # Model and data
@@ -218,8 +219,6 @@ def main(argv: list[str] | None = None) -> None:
     stopped = run.watch_signals(device)
     if engine.first_step == 0:
         look(training, "before", step=0, count=len(training.held_out))
-    else:
-        check_resumed(training)
 
     # a served judge leaves this process free to draw on
     asker = Asker(training) if isinstance(training.judge, rewards.ServedJudge) else None
@@ -313,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
                 if update == 0:
                     old_logps.append(mb_logp.detach())
                     ref_logps.append(engine.score_reference(mb)[0] if config.kl else None)
-                    drifts.add(old_logps[k], mb.logp, ref_logps[k], mb_mask, n_images)
+                    drifts.add(old_logps[k], mb.logp, mb_mask, n_images)
                     if step == 0:
                         exact = config.dtype == "float32"
                         self_test(old_logps[k], mb.logp, ref_logps[k], mb_mask, exact)
@@ -334,9 +333,11 @@ def main(argv: list[str] | None = None) -> None:
 
             if update == 0:
                 drift_text, drift_image = drifts.means()
-                check_drift(drift_text, drift_image, *drift_limits(config))
-                if config.kl and engine.optimizer.state:  # AdamW has none before its first step
-                    check_reference(drifts)
+                check_drift(
+                    drift_text,
+                    drift_image,
+                    *drift_limits(config.dtype, config.temperature, config.cfg, config.logp),
+                )
 
             # 6) Step: the gradient is summed over ranks, then clipped; none if it is not finite
             norm = engine.step(lr, config.clip_grad)
@@ -381,7 +382,6 @@ def main(argv: list[str] | None = None) -> None:
         stopping = stopped()
         if stopping or is_due(done, config.save_every) or done == config.steps:
             engine.save(folder, done, config.keep)
-            save_probe(training, done, sampled)
             log.plot(CURVES)
             join_frames(training)
         if stopping:
@@ -494,7 +494,7 @@ def check_borrow(config: Config) -> None:
 
 def with_sizes(config: Config, model, judge_here: bool, world: int, device: torch.device) -> Config:
     """The flags with every size that is 0 chosen for the memory of the GPU, by the table of
-    benchmarks/speed.py; printed. These sizes change the speed and nothing else, so a run may be
+    evaluation/speed.py; printed. These sizes change the speed and nothing else, so a run may be
     continued on another GPU."""
     sizes = {name: getattr(config, name) for name in speed.USUAL_SIZES}
     if config.rollout_batch and config.micro_batch:  # the judge knows its own usual size
@@ -552,20 +552,6 @@ def read_given_plans(config: Config, engine: trainer.Engine) -> list[tuple[str, 
     return plans
 
 
-def join_prompts(sources: tuple[str, ...]) -> list[str]:
-    """The prompts of all sources in their order, each once; says how many of each there are."""
-    if sources == ("toy",):
-        return read_prompts("toy", held_out=False, count=2000)
-    prompts = {}  # as keys, which keep their order and are there once
-    for source in sources:
-        found = read_prompts(source, held_out=False, count=2000)
-        before = len(prompts)
-        prompts.update(dict.fromkeys(found))
-        again = len(found) - (len(prompts) - before)
-        run.say(f"{source}: {len(found)} prompts" + (f", {again} of them again" if again else ""))
-    return list(prompts)
-
-
 def drop_too_long(prompts: list[str], model, tokenizer, max_chain: int) -> list[str]:
     """The prompts that leave room for a chain and the image; says how many do not. Raises
     ValueError when none does."""
@@ -582,41 +568,6 @@ def drop_too_long(prompts: list[str], model, tokenizer, max_chain: int) -> list[
     if len(kept) < len(prompts):
         run.say(f"{len(prompts) - len(kept)} prompts of more than {room} tokens are left out")
     return kept
-
-
-def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
-    """The prompts of one source, of held-out ones the first `count`: `toy`, the non-empty lines of
-    a text file, or a column of a parquet file (`captions.parquet:TEXT`)."""
-    if source == "toy":
-        return toy_prompts(count, seed=7, held_out=held_out)
-    path, parquet, column = source.rpartition(".parquet")
-    try:
-        if parquet:
-            lines = read_column(path + parquet, column.removeprefix(":"))
-        else:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as problem:  # a UnicodeDecodeError is a ValueError
-        run.fail(f"cannot read prompts from {source}: {problem}")
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        run.fail(f"{source} holds no prompt: expected one per line")
-    return prompts[:count] if held_out else prompts
-
-
-def read_column(path: str, column: str) -> list[str]:
-    """The texts of a column of a parquet file, each in one line; empty where there is none. Raises
-    OSError or ValueError."""
-    from pyarrow import parquet, types  # which `datasets` brings
-
-    file = parquet.ParquetFile(path)
-    texts = []
-    for field in file.schema_arrow:
-        if types.is_string(field.type) or types.is_large_string(field.type):
-            texts.append(field.name)
-    if column not in texts:
-        raise ValueError(f"name a column of texts behind a colon, one of {', '.join(texts)}")
-    values = file.read(columns=[column])[column].to_pylist()
-    return [" ".join((value or "").split()) for value in values]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -747,26 +698,6 @@ def split_evenly(kept: list[int], micro_batch: int) -> list[tuple[list[int], boo
     return batches
 
 
-def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
-    """At step 0 the policy that is trained is the one that sampled, and it is the reference.
-    Anything else is a bug, and stops the run. All (N, S).
-
-    exact: float32, where each token must agree. In bfloat16 sampling and scoring round
-    differently; there only the means count, see `check_drift`."""
-    gap = ((logp - recorded) * mask).abs().max()
-    if exact and not gap < 1e-3:  # nan is not
-        raise RuntimeError(
-            f"self-test: log-probabilities differ by {gap:.2g} between rollout and training"
-        )
-    if logp_ref is not None:
-        gaps = ((logp - logp_ref) * mask).abs()
-        gap = gaps.max() if exact else gaps.sum() / mask.sum().clamp(min=1)
-        if not gap <= (1e-5 if exact else 1e-2):
-            raise RuntimeError(
-                "self-test: the reference is not the model that training starts from"
-            )
-
-
 def is_due(done: int, every: int) -> bool:
     """Whether something that happens `every` so many steps (0: never) happens after step `done`."""
     return every > 0 and done % every == 0
@@ -866,102 +797,6 @@ def summarise_run(training: Training) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Drift: what the sampler recorded against what the training pass says of the same tokens. Between
-# them stand a cache, hand-written layers, graphs and adapters: each may silently be another policy
-
-
-# Largest healthy mean of |logp - recorded|, in nats per token at temperature 1. In float32 only the
-# order of sums differs. bfloat16 has 8 bits: a logit near 16 is off by up to 0.06, in either pass.
-DRIFT_LIMITS = {"float32": 1e-3, "bfloat16": 0.2}
-
-
-class Drifts:
-    """Sums over the tokens that are trained in a step: how far apart log-probabilities are that
-    should be equal, policy and sampler, and that should not be, policy and reference."""
-
-    def __init__(self, device: torch.device):
-        self.gaps = torch.zeros(2, device=device)  # of text, of image
-        self.tokens = torch.zeros(2, device=device)
-        self.reference = torch.zeros(1, device=device)
-
-    def add(self, logp, recorded, logp_ref, mask, n_images: int) -> None:
-        """A micro-batch: all (N, S), the image's `n_images` last; `logp_ref` may be None."""
-        gap = ((logp - recorded) * mask).abs()
-        self.gaps += torch.stack([gap[:, :-n_images].sum(), gap[:, -n_images:].sum()])
-        self.tokens += torch.stack([mask[:, :-n_images].sum(), mask[:, -n_images:].sum()])
-        if logp_ref is not None:
-            self.reference += ((logp - logp_ref) * mask).abs().sum()
-
-    def means(self) -> list[float]:
-        """[text, image]: mean |logp - recorded| per token over all ranks; 0 without tokens."""
-        return (run.all_sum(self.gaps) / run.all_sum(self.tokens).clamp(min=1)).tolist()
-
-
-def drift_limits(config: Config) -> tuple[float, float]:
-    """(text, image): the largest healthy drift, in nats per token.
-
-    Guided logits are u + cfg * (c - u) = cfg * c - (cfg - 1) * u. When c and u have independent
-    rounding errors of one size, the error of the guided logit is sqrt(cfg^2 + (cfg - 1)^2) times as
-    large (6.4 times at cfg 5), and so is the limit. Dividing logits by the temperature divides
-    their errors, too."""
-    limit = DRIFT_LIMITS[config.dtype] * max(1.0, 1 / config.temperature)
-    guidance = 1.0
-    if config.logp == "guided" and config.dtype != "float32":
-        guidance = max(1.0, math.hypot(config.cfg, config.cfg - 1))
-    return limit, limit * guidance
-
-
-def check_drift(text: float, image: float, text_limit: float, image_limit: float) -> None:
-    """Stops the run when the policy is not the one whose log-probabilities were recorded."""
-    for kind, drift, limit in (("text", text, text_limit), ("image", image, image_limit)):
-        if not drift <= limit:  # nan is not
-            raise RuntimeError(
-                f"drift: the policy is not the one that was recorded: log-probabilities of {kind} "
-                f"tokens differ by {drift:.2g} on average (at most {limit:.2g} is rounding)"
-            )
-
-
-def check_reference(drifts: Drifts) -> None:
-    """Stops the run when policy and reference agree to the last bit although the policy has moved.
-    Every rank has to call it, after `means`."""
-    gap = run.all_sum(drifts.reference).item()
-    if gap == 0 and drifts.tokens.sum() > 0:
-        raise RuntimeError(
-            "drift: the reference is the policy itself, although that has been trained: "
-            "is the adapter on in both?"
-        )
-
-
-def save_probe(training: Training, step: int, sampled: gotr1.Rollout) -> None:
-    """Into the checkpoint of this step: two samples, and what its policy says of them. Every rank
-    has to call it; rank 0 writes."""
-    probe = sampled.select([0, 1])
-    with torch.no_grad():
-        logp, _ = training.engine.score(probe)
-    content = io.BytesIO()
-    torch.save(vars(replace(probe, logp=logp)), content)
-    if training.rank == 0:
-        run.write_whole(training.folder / f"step_{step:06d}" / "probe.pt", content.getvalue())
-
-
-def check_resumed(training: Training) -> None:
-    """Stops the run when the weights that were loaded say something else of the probe than those
-    that were saved."""
-    saved = run.latest_checkpoint(training.folder)
-    if not (saved / "probe.pt").exists():  # killed between checkpoint and probe
-        return
-    device = training.engine.device
-    probe = gotr1.Rollout(**torch.load(saved / "probe.pt", device, weights_only=True))
-    with torch.no_grad():
-        logp, mask = training.engine.score(probe)
-    drifts = Drifts(device)
-    drifts.add(logp, probe.logp, None, mask, probe.image_tokens.shape[1])
-    try:
-        check_drift(*drifts.means(), *drift_limits(training.config))
-    except RuntimeError as problem:
-        raise RuntimeError(f"{saved} was not loaded as it was saved; {problem}") from problem
-
-
 # ------------------------------------------------------------------------------------------------
 # The log
 
@@ -1032,7 +867,7 @@ def mean_row(rows: list[dict], config: Config) -> dict[str, float]:
 
 
 def plan_variety(chains: list[str], group: int) -> dict[str, float]:
-    """How different the plans of a step are, see benchmarks/variety.py."""
+    """How different the plans of a step are, see evaluation/variety.py."""
     plans = [parse_chain(chain) for chain in chains]
     found = {
         "layout_variety": variety.layout_variety(plans, group),

@@ -28,18 +28,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import gotr1
-from benchmarks import held_out as held_out_prompts
-from benchmarks import stats
 from data import cache as token_cache
 from data import got
 from engine import run, trainer
+from evaluation import held_out as held_out_prompts
+from evaluation import stats
 from toy import model as toy_model
 from toy.world import toy_prompts
 
 
 @dataclass
-class Config(got.Source, trainer.TrainerFlags):
-    """These flags, those of every trainer (TrainerFlags) and those of the data (Source)."""
+class Config(got.Source, trainer.TrainerConfig):
+    """These flags, those of every trainer (TrainerConfig) and those of the data (Source)."""
 
     # Data
     data: str = "toy"  # `toy`, a hub id, a folder of .parquet, .jsonl or .tar, or one such file

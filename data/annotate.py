@@ -639,7 +639,7 @@ def load_annotator(config: Config):
     if config.model == "toy":
         return ToyAnnotator()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flags = rewards.JudgeFlags(
+    flags = rewards.JudgeConfig(
         judge=config.model,
         judge_model=config.judge_model,
         judge_frame=config.judge_frame,

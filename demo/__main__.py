@@ -105,7 +105,7 @@ def load_studio(config: Config, device, out: Path = Path("out")) -> Studio:
     is_toy = image_token_count(first_model) == GRID**2
     judge = None
     if config.judge or is_toy:
-        flags = rewards.JudgeFlags(judge=config.judge or "toy", hps="")
+        flags = rewards.JudgeConfig(judge=config.judge or "toy", hps="")
         judge, _ = rewards.load_judge(flags, device)
     return Studio(policies, judge, is_toy, config.cfg, config.max_chain)
 

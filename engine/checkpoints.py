@@ -172,7 +172,7 @@ def config_from_deepseek(deepseek: dict) -> JanusConfig:
 
 def janus_pro_config(size: str) -> JanusConfig:
     """The published sizes, "1b" or "7b", as config.json of deepseek-ai/Janus-Pro-1B and -7B has
-    them: for models with random weights, in benchmarks and memory tables."""
+    them: for models with random weights, in evaluation and memory tables."""
     sizes = {
         "1b": {
             "hidden_size": 2048,
@@ -501,28 +501,28 @@ def merge(folder: Path, dtype: str):
 
 
 @dataclass
-class Args:
+class Config:
     source: str  # an adapter, a folder or a hub id: whatever `--model` takes
     out: str  # new folder for the whole model and its tokenizer, in transformers' format
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 with an adapter
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = run.parse_args(Args, __doc__, argv)
-    if Path(args.out).exists():
-        run.fail(f"{args.out} exists: name a new folder")
+    config = run.parse_args(Config, __doc__, argv)
+    if Path(config.out).exists():
+        run.fail(f"{config.out} exists: name a new folder")
     try:
-        folder = find_folder(args.source)
+        folder = find_folder(config.source)
         if (folder / "adapter_config.json").exists():
-            model, tokenizer = merge(folder, args.dtype)
+            model, tokenizer = merge(folder, config.dtype)
         else:
-            dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-            model, tokenizer = load_policy(args.source, dtype=DTYPES[dtype])
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
+            dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+            model, tokenizer = load_policy(config.source, dtype=DTYPES[dtype])
+        model.save_pretrained(config.out)
+        tokenizer.save_pretrained(config.out)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
-    print(f"wrote {args.out}: --model {args.out} uses it")
+    print(f"wrote {config.out}: --model {config.out} uses it")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ FROZEN = ("model.vqmodel.", "model.vision_model.", "model.aligner.")  # what is 
 
 
 @dataclass
-class TrainerFlags:
+class TrainerConfig:
     """The flags that both trainers have."""
 
     out: str = "out/run"  # folder of this run; the same flags again continue where it stopped
@@ -304,7 +304,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class Engine:
-    """A model that is trained, with its optimizer. Sizes, flags and names as in TrainerFlags.
+    """A model that is trained, with its optimizer. Sizes, flags and names as in TrainerConfig.
 
     model, tokenizer: what `checkpoints.load_policy` gives on the CPU: float32 when all weights are
         trained, the forward pass's precision under LoRA.
@@ -504,7 +504,7 @@ def remove_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check(flags: TrainerFlags) -> None:
+def check(flags: TrainerConfig) -> None:
     """Ends the program in one line when flags contradict each other."""
     if flags.dtype == "bfloat16" and flags.shard == "no" and not flags.lora:
         run.fail(
@@ -519,7 +519,7 @@ def check(flags: TrainerFlags) -> None:
 
 
 def load(
-    flags: TrainerFlags,
+    flags: TrainerConfig,
     device: torch.device,
     token_logps: Callable,
     base: str,

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import geneval, networks  # noqa: E402
+from evaluation import geneval, networks  # noqa: E402
 
 M2F = ROOT / "tests" / "golden_eval" / "mask2former"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789."

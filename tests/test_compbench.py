@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from random_networks import noise
 
-from benchmarks import compbench, networks
+from evaluation import compbench, networks
 
 GOLDEN = Path(__file__).resolve().parent / "golden_eval"
 COMP = json.loads((GOLDEN / "compbench.json").read_text())

@@ -250,7 +250,7 @@ def test_checkpoints_are_pruned_and_a_later_one_from_before_a_kill_is_not_taken_
 
 def test_weights_that_are_read_by_their_owner_are_those_of_a_whole_model():
     """For the policy and, rounded, for the reference."""
-    flags = engines.TrainerFlags(shard="yes", dtype="bfloat16")
+    flags = engines.TrainerConfig(shard="yes", dtype="bfloat16")
     engine = engines.load(flags, torch.device("cpu"), gotr1.token_logps, "toy", None)
     engines.load_reference(engine, "toy")
     assert all(isinstance(parameter, DTensor) for parameter in engine.parameters)
@@ -430,7 +430,7 @@ def field(name):
 rank, _, device = run.start_processes()
 if MODE == "whole":
     checkpoints.open_policy = lambda *arguments: None
-flags = trainer.TrainerFlags(shard="yes")
+flags = trainer.TrainerConfig(shard="yes")
 before = resting()
 engine = trainer.load(flags, device, gotr1.token_logps, CHECKPOINT, None)
 measured = {"loading": field("VmHWM") - before, "loaded": field("VmRSS") - before}
@@ -459,7 +459,7 @@ Path(f"{OUT}.{MODE}.{rank}.json").write_text(json.dumps(measured))
 def test_host_memory_of_two_processes(tmp_path, capsys):
     """A checkpoint of 1.2 GB, in shards on two processes: each reads its half, and rank 0 saves
     without ever holding a whole tensor of the other's. Prints the numbers of docs/gpu.md."""
-    from benchmarks.speed import small_config
+    from engine.speed import small_config
 
     config = small_config()
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18}

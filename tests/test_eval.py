@@ -21,8 +21,8 @@ from random_networks import noise
 import eval as evaluation
 import gotr1
 import rewards
-from benchmarks import compbench, geneval, held_out, networks
 from engine import run as engine_run
+from evaluation import compbench, geneval, held_out, networks
 from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -718,7 +718,7 @@ def test_scoring_never_touches_the_network(geneval_run, compbench_run, tmp_path,
 def test_a_benchmark_is_loaded_only_when_it_is_asked_for():
     code = "import sys, eval; print([name for name in sys.modules if name.startswith('bench')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "['benchmarks', 'benchmarks.stats']", done.stderr
+    assert done.stdout.strip() == "['evaluation', 'evaluation.stats']", done.stderr
 
 
 def test_bad_flags_are_one_line(geneval_run, tmp_path, capsys):
@@ -771,12 +771,12 @@ def test_bad_prompts_are_one_line(geneval_run, tmp_path, capsys):
 
 
 def test_every_setting_is_explained():
-    lines = inspect.getsource(evaluation.Settings).splitlines()
+    lines = inspect.getsource(evaluation.Config).splitlines()
     fields = [line for line in lines if re.match(r"    \w+: ", line)]
-    assert len(fields) == len(dataclasses.fields(evaluation.Settings))
+    assert len(fields) == len(dataclasses.fields(evaluation.Config))
     assert all("  # " in line for line in fields)
 
 
 def test_default_weights_are_those_that_are_named_when_missing():
     for flag in ("clip", "clip_b32", "blip_tokenizer", "gdino"):
-        assert getattr(evaluation.Settings(), flag) == networks.WEIGHTS[flag].name
+        assert getattr(evaluation.Config(), flag) == networks.WEIGHTS[flag].name

@@ -13,7 +13,7 @@ from PIL import Image
 from random_networks import noise
 from safetensors.torch import load_file
 
-from benchmarks import geneval, networks
+from evaluation import geneval, networks
 from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,22 +12,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train_grpo", "train_sft", "eval", "gotr1", "rewards", "render_boxes"}
-ROOMS = ("benchmarks", "data", "demo", "engine", "toy")
+ROOMS = ("data", "demo", "engine", "evaluation", "judges", "toy")
 
 # From top to bottom. A module may import what stands in a lower row, and nothing else of ours
 LAYERS = [
     ["train_grpo", "train_sft", "eval", "demo.__main__", "toy.ablate"],
-    ["benchmarks.run", "benchmarks.speed"],
-    ["benchmarks.geneval", "benchmarks.compbench", "data.annotate"],
-    ["benchmarks.networks", "benchmarks.held_out", "data.cache", "toy.model"],
+    ["evaluation.run", "engine.speed"],
+    ["evaluation.geneval", "evaluation.compbench", "data.annotate"],
+    ["evaluation.networks", "evaluation.held_out", "data.cache", "toy.model"],
     ["gotr1"],
     ["engine.trainer"],
     ["engine.checkpoints"],
     ["engine.decode"],
     ["engine.run"],
+    ["judges.qwen", "judges.served", "judges.hps"],
     ["rewards"],
-    ["benchmarks.stats", "benchmarks.variety", "data.got", "toy.world"],
-    ["render_boxes", "engine.served"],
+    ["evaluation.stats", "evaluation.variety", "data.got", "toy.world"],
+    ["render_boxes"],
 ]
 
 
@@ -89,7 +90,7 @@ def test_imports_go_downwards():
 
 
 def test_the_trainer_loads_no_benchmark_and_the_engine_no_policy():
-    assert not imports("train_grpo") & {"eval", "benchmarks.geneval", "benchmarks.compbench"}
+    assert not imports("train_grpo") & {"eval", "evaluation.geneval", "evaluation.compbench"}
     for module in modules():
         if module.startswith("engine."):
             assert "gotr1" not in imports(module)
@@ -192,7 +193,7 @@ for lifted in (QwenJudge, HPS):
 SERVED = """
 import functools
 
-from engine import served
+from judges import served
 from rewards import ServedJudge
 
 served.Server = functools.partial(served.Server, patience=0.1)  # seconds: nobody answers there

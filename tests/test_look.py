@@ -9,7 +9,7 @@ from PIL import Image
 
 import rewards
 import train_grpo
-from benchmarks import held_out, stats
+from evaluation import held_out, stats
 from toy import world
 
 TINY = "--batch_size 1 --group 4 --borrow 0.5 --eval_prompts 4".split()

@@ -20,10 +20,9 @@ import render_boxes
 import rewards
 import train_grpo
 import train_sft
-from benchmarks import speed
 from data import annotate, got
 from demo import __main__ as demo
-from engine import checkpoints
+from engine import checkpoints, speed
 from toy import ablate, world
 
 ROOT = Path(__file__).parent.parent
@@ -35,20 +34,20 @@ GPU = TEXT[ROOT / "docs" / "gpu.md"]
 COMMANDS = {
     "train_grpo.py": train_grpo.Config,
     "train_sft.py": train_sft.Config,
-    "eval.py": evaluation.Settings,
-    "gotr1.py": gotr1.Args,
-    "rewards.py": rewards.Settings,
+    "eval.py": evaluation.Config,
+    "gotr1.py": gotr1.Config,
+    "rewards.py": rewards.Config,
     "render_boxes.py": render_boxes.Config,
-    "-m engine.checkpoints": checkpoints.Args,
+    "-m engine.checkpoints": checkpoints.Config,
     "-m data.annotate": annotate.Config,
     "-m toy.world": world.Config,
     "-m toy.ablate": ablate.Config,
     "-m demo": demo.Config,
-    "-m benchmarks.speed rollout": speed.Rollout,
-    "-m benchmarks.speed step": speed.Step,
-    "-m benchmarks.speed judge": speed.Judge,
-    "-m benchmarks.speed networks": speed.Networks,
-    "-m benchmarks.speed memory": speed.Memory,
+    "-m engine.speed rollout": speed.Rollout,
+    "-m engine.speed step": speed.Step,
+    "-m engine.speed judge": speed.Judge,
+    "-m engine.speed networks": speed.Networks,
+    "-m engine.speed memory": speed.Memory,
 }
 SETTINGS = [*COMMANDS.values(), got.Source]
 OTHERS_FLAGS = {"nproc_per_node", "shutdown_timeout"}  # torchrun's own
@@ -163,7 +162,7 @@ def test_every_file_of_the_code_has_its_line():
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", table))
     for path in ROOT.glob("*.py"):
         assert path.name in named
-    for folder in ("engine", "toy", "data", "benchmarks"):
+    for folder in ("engine", "toy", "data", "evaluation"):
         row = re.search(rf"^\| `{folder}/` \|.*$", table, re.M)[0]
         told = set(re.findall(r"`(\w+\.py)`", row))
         files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}

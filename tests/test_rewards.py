@@ -27,12 +27,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the command above
 
 import rewards
-from benchmarks.speed import PlainJudge
+from engine.speed import PlainJudge
 from render_boxes import Box, format_chain, iou, parse_chain
 from rewards import (
     CRITERIA,
     HPS,
-    JudgeFlags,
+    JudgeConfig,
     QwenJudge,
     Reply,
     VlmJudge,
@@ -1355,7 +1355,7 @@ def test_a_judge_is_tried_out_when_it_is_loaded(parts, monkeypatch):
         return Tried(parts, **settings)
 
     monkeypatch.setattr(rewards, "QwenJudge", load)
-    judge, _ = rewards.load_judge(JudgeFlags(judge="folder", hps=""), "cpu")
+    judge, _ = rewards.load_judge(JudgeConfig(judge="folder", hps=""), "cpu")
     assert list(asked.values()) == [(4, False), (4, True), (4, True), (4, True)]
     assert judge.words == {} and judge.marks == {} and judge.most_tokens is None
     judge.semantic(["a"], ["b"])
@@ -1595,26 +1595,26 @@ def test_flags_name_judge_and_hps(monkeypatch):
 
     monkeypatch.setattr(rewards, "QwenJudge", qwen_judge)
     monkeypatch.setattr(rewards, "HPS", hps)
-    judge, score = rewards.load_judge(JudgeFlags(), "cuda:3")
+    judge, score = rewards.load_judge(JudgeConfig(), "cuda:3")
     assert isinstance(judge, ToyJudge) and score is crispness and not asked
-    assert rewards.load_judge(JudgeFlags(hps=""), "cpu")[1] is None
+    assert rewards.load_judge(JudgeConfig(hps=""), "cpu")[1] is None
     # evaluations look at all parts, but the stand-in knows toy pictures only
-    assert rewards.load_judge(JudgeFlags(rewards=("sem", "ri")), "cpu")[1] is crispness
-    assert rewards.load_judge(JudgeFlags(judge="qwen", rewards=("ri",)), "cpu")[1] is None
+    assert rewards.load_judge(JudgeConfig(rewards=("sem", "ri")), "cpu")[1] is crispness
+    assert rewards.load_judge(JudgeConfig(judge="qwen", rewards=("ri",)), "cpu")[1] is None
 
-    flags = JudgeFlags(judge="qwen", hps="file", scoring="expected", judge_batch=4)
+    flags = JudgeConfig(judge="qwen", hps="file", scoring="expected", judge_batch=4)
     assert rewards.load_judge(flags, "cuda:3") == ("a judge", "a score")
     settings = {"batch_size": 4, "scoring": "expected", "spatial_as": "boxes"}
     settings["semantic_as"] = "four"
     assert asked["judge"] == ("qwen", {"device": "cuda:3", **settings})
     assert asked["hps"] == ("file", {"device": "cuda:3"})
-    rewards.load_judge(JudgeFlags(judge="qwen", judge_device="cpu", hps="file"), "cuda:3")
+    rewards.load_judge(JudgeConfig(judge="qwen", judge_device="cpu", hps="file"), "cuda:3")
     assert asked["judge"][1]["device"] == "cpu" and asked["hps"][1]["device"] == "cpu"
 
 
 def test_a_flag_names_a_toy_judge_that_errs():
     def judge_of(name):
-        return rewards.load_judge(JudgeFlags(judge=name, hps=""), "cpu")[0]
+        return rewards.load_judge(JudgeConfig(judge=name, hps=""), "cpu")[0]
 
     assert judge_of("toy") == judge_of("toy:0") == ToyJudge(error=0.0)
     assert judge_of("toy:0.2") == ToyJudge(error=0.2) and judge_of("toy:1").error == 1

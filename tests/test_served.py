@@ -30,9 +30,9 @@ from test_rewards import LAYOUTS, PARTS_TEMPLATE, PROMPTS, ask_all, images, rand
 import gotr1
 import rewards
 import train_grpo
-from engine import served
+from judges import served
 from render_boxes import Box, format_chain
-from rewards import JudgeFlags, QwenJudge, ServedJudge
+from rewards import JudgeConfig, QwenJudge, ServedJudge
 
 ROOT = Path(__file__).resolve().parent.parent
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
@@ -339,12 +339,12 @@ def readable():
 
 def test_flags_name_a_served_judge(readable):
     flags = {"judge": readable.url, "hps": ""}
-    judge, _ = rewards.load_judge(JudgeFlags(judge_frame="grid", **flags), "cpu")
+    judge, _ = rewards.load_judge(JudgeConfig(judge_frame="grid", **flags), "cpu")
     assert isinstance(judge, ServedJudge)
     assert (judge.server.free._value, judge.frame, judge.scoring) == (64, "grid", "reply")
     assert judge.server.model == "judge"
     settings = {"scoring": "expected", "spatial_as": "text", "semantic": "one", "judge_batch": 3}
-    flags = JudgeFlags(judge_frame="pixels", judge_model="judge", **settings, **flags)
+    flags = JudgeConfig(judge_frame="pixels", judge_model="judge", **settings, **flags)
     judge, _ = rewards.load_judge(flags, "cpu")
     assert (judge.server.free._value, judge.scoring, judge.spatial_as) == (3, "expected", "text")
     assert judge.semantic_as == "one"

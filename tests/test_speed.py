@@ -1,4 +1,4 @@
-"""Time and memory: the tables of benchmarks/speed.py.   pytest tests/test_speed.py"""
+"""Time and memory: the tables of evaluation/speed.py.   pytest tests/test_speed.py"""
 
 import copy
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from test_rewards import random_judge
 from transformers import JanusForConditionalGeneration
 
 import gotr1
-from benchmarks import speed
+from engine import speed
 from engine.checkpoints import janus_pro_config
 from toy.world import ToyJudge
 
@@ -275,7 +275,7 @@ def test_a_judge_on_a_server_is_refused_before_it_is_asked(capsys):
     assert "http://localhost:9/v1: a server's judge is not timed here" in message
 
 
-# Networks of the benchmarks
+# Networks of the evaluation
 
 
 def test_each_network_that_is_given_is_timed(tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import geneval, stats
+from evaluation import geneval, stats
 from toy import world as toy
 
 

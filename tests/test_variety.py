@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import variety
+from evaluation import variety
 from render_boxes import Box, format_chain
 
 LEFT = Box("ball", 0, 0, 200, 200)
@@ -202,7 +202,7 @@ def test_pictures_of_other_sizes_and_modes():
 
 
 def test_comes_without_torch():
-    code = "import sys, benchmarks.variety; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys, evaluation.variety; print('torch' in sys.modules, 'numpy' in sys.modules)"
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stderr

@@ -42,8 +42,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import stats
 from engine import run
+from evaluation import stats
 from toy.world import KINDS, ToyJudge, chain_of, crispness, make_scene, toy_prompts
 
 TRAINER = Path(__file__).parent.parent / "train_grpo.py"
@@ -403,7 +403,7 @@ class Result:
 
     title: str
     means: list[dict[str, float]]  # one per seed: the mean of each measure
-    rows: list[dict]  # one per seed and sample, see benchmarks/stats.py
+    rows: list[dict]  # one per seed and sample, see evaluation/stats.py
 
 
 def read_result(title: str, trials: list[Trial], when: str) -> Result:
@@ -822,7 +822,7 @@ def draw_dense(model, tokenizer, prompts: list[str], plans: int, max_chain: int)
     """One picture per prompt, of its own plan or of the best of several: rows for stats."""
     import gotr1
     import rewards
-    from benchmarks import held_out
+    from evaluation import held_out
 
     chosen = None
     if plans > 1:

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import gotr1
 import rewards
-from benchmarks import stats, variety
 from engine import run
+from evaluation import stats, variety
 from render_boxes import Box, chain_problems, parse_chain
 from toy.world import RELATIONS, ToyJudge, crispness, follow_plans, is_related, read_text
 
@@ -106,7 +106,7 @@ def evaluate(
 
 def plan_variety(drawing: Drawing, prompts: list[str]) -> list[dict]:
     """How different VARIETY_PLANS plans of each of the first VARIETY_PROMPTS prompts are: rows as
-    those of `evaluate`, without pictures. See benchmarks/variety.py."""
+    those of `evaluate`, without pictures. See evaluation/variety.py."""
     mine = list(range(drawing.rank, min(len(prompts), VARIETY_PROMPTS), drawing.world))
     at_once = max(1, drawing.at_once // VARIETY_PLANS)
     found = []  # (index, chains)

@@ -19,8 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import gotr1
-from benchmarks import compbench, geneval
-from benchmarks.networks import (
+from engine import run
+from engine.checkpoints import DTYPES, policy_files
+from evaluation import compbench, geneval
+from evaluation.networks import (
     Clip,
     NotFinite,
     Picture,
@@ -29,11 +31,9 @@ from benchmarks.networks import (
     network_stamps,
     read_lines,
 )
-from engine import run
-from engine.checkpoints import DTYPES, policy_files
 
 # -------------------------------------------------------------------------------------------------
-# The two benchmarks: what is their own on the way from prompts to a table. Both have
+# The two evaluation: what is their own on the way from prompts to a table. Both have
 #   groups                          tags or categories, in the order of the report
 #   overall                         the groups whose scores are averaged for the headline, if any
 #   plan_pictures(folder)           the pictures of --prompts

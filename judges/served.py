@@ -14,14 +14,18 @@ import asyncio
 import base64
 import io
 import json
+import math
 import os
 import threading
 import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from render_boxes import Box, iou
+from rewards import ANSWER, TASKS, Reply, VlmJudge, parse_bboxes
 
 # Sent with every request. vLLM would take a penalty on repetition from the folder of the model
 # (Qwen2.5-VL's has 1.05), which bends the digits of boxes.
@@ -197,3 +201,160 @@ def data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+# -------------------------------------------------------------------------------------------------
+# The judge
+
+GRIDS = {  # what boxes count in -> (a side of a picture is a multiple of this, fewest pixels)
+    "pixels": (28, 56 * 56),  # Qwen2.5-VL: tokens of 28 x 28 pixels
+    "grid": (32, 256 * 256),  # Qwen3-VL: of 32 x 32
+}
+SHOWN = Box("red square", 500, 125, 875, 500)  # by which a served judge shows what boxes count in
+
+
+class ServedJudge(VlmJudge):
+    """A VlmJudge on a server of the chat-completions protocol: vLLM or SGLang, see docs/gpu.md.
+
+    url        of the API: http://host:8000/v1
+    model      its name there; "": the only one that there is
+    in_flight  most rows at a time
+    frame      what its boxes count in: "pixels" of the resized picture (Qwen2.5-VL), or the 0..1000
+               "grid" (Qwen3-VL). "ask": it is asked for a square that is drawn for it
+    scoring, spatial_as, semantic_as: see VlmJudge. "expected" needs a server that continues a begun
+        reply (continue_final_message) and gives log-probabilities (top_logprobs). A digit that is
+        not among the 20 likeliest tokens counts as impossible.
+
+    Raises ValueError when the server cannot do what is needed, and what Server raises.
+    """
+
+    def __init__(
+        self,
+        url,
+        model="",
+        in_flight=64,
+        frame="ask",
+        scoring="reply",
+        spatial_as="boxes",
+        semantic_as="four",
+    ):
+        super().__init__(scoring, spatial_as, semantic_as)
+        self.server = Server(url, model, in_flight)
+        self.frame = frame if frame != "ask" else self._ask_for_frame()
+        if scoring == "expected":
+            self._check_begun_replies()
+
+    def write(self, questions):
+        requests = []
+        frames = []
+        for question in questions:
+            picture = self._resized(question.image)
+            request = self._request(question.text, picture)
+            requests.append({**request, "max_tokens": question.max_tokens})
+            frames.append(picture.size if picture and self.frame == "pixels" else (1000, 1000))
+        replies = []
+        for answer, frame in zip(self.server.complete(requests), frames, strict=True):
+            replies.append(Reply(answer.text + "…" if answer.is_cut else answer.text, frame))
+        return replies
+
+    def digits(self, questions):
+        first = self._digits_behind(questions, "")
+        # The mark 10 is two tokens. Only where 1 is likely at all is it asked what follows it.
+        may_be_ten = [k for k, chances in enumerate(first) if chances[1] > 0]
+        after_one = [[0.0] * 10 for _ in questions]
+        asked = self._digits_behind([questions[k] for k in may_be_ten], "1")
+        for k, chances in zip(may_be_ten, asked, strict=True):
+            after_one[k] = chances
+        return list(zip(first, after_one, strict=True))
+
+    def _digits_behind(self, questions, written):
+        """Per question, the probability of each digit behind the begun reply and `written`."""
+        requests = []
+        for question in questions:
+            picture = self._resized(question.image)
+            requests.append(self._request(question.text, picture, question.begun + written))
+        rows = []
+        for answer in self.server.complete(requests):
+            if not answer.likeliest:
+                raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
+            logps = answer.likeliest[0]
+            rows.append([math.exp(logps.get(digit, -math.inf)) for digit in "0123456789"])
+        return rows
+
+    def _request(self, text, picture, begun=""):
+        """What is sent for one row. With `begun`, the reply is begun so, and one token is asked."""
+        content = text
+        if picture:
+            shown = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+            content = [shown, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        if not begun:
+            return {"messages": messages}
+        messages.append({"role": "assistant", "content": begun})
+        return {
+            "messages": messages,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 20,  # the most that servers give
+            # else the server closes this turn and begins another one, without a word
+            "extra_body": {"continue_final_message": True, "add_generation_prompt": False},
+        }
+
+    def _resized(self, image):
+        """The picture in the size that the judge sees: the server then has nothing to resize.
+
+        As the processors of Qwen-VL resize: both sides to the nearest multiple of a token's, and
+        more when that is too small; with the same filter. Theirs also shrink what is above 12
+        million pixels; our pictures are far from it."""
+        if image is None:
+            return None
+        side, fewest = GRIDS[self.frame]
+        wide = round(image.width / side) * side
+        high = round(image.height / side) * side
+        if wide * high < fewest:
+            scale = math.sqrt(fewest / (image.width * image.height))
+            wide = math.ceil(image.width * scale / side) * side
+            high = math.ceil(image.height * scale / side) * side
+        return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
+
+    # What a server has to show before it is believed
+
+    def _ask_for_frame(self):
+        """What the boxes of this judge count in, found out by a square that is drawn for it."""
+        side = 448  # a multiple of 28 and of 32: no judge resizes it
+        corners = [edge * side / 1000 for edge in SHOWN[1:]]
+        picture = Image.new("RGB", (side, side), "white")
+        ImageDraw.Draw(picture).rectangle(corners, fill="red")
+        task = TASKS["ri"]
+        text = self._question(task, name=SHOWN.name) + ANSWER % task.answer
+        request = {**self._request(text, picture), "max_tokens": task.max_tokens}
+        reply = self.server.complete([request])[0].text
+        for frame, size in {"pixels": (side, side), "grid": (1000, 1000)}.items():
+            boxes = parse_bboxes(reply, *size) or []
+            if len(boxes) == 1 and iou(boxes[0], SHOWN) > 0.7:
+                return frame
+        pixels = [round(edge) for edge in corners]
+        raise ValueError(
+            f"the judge at {self.server.url} does not find a red square at {pixels} of {side} x "
+            f"{side} pixels, {[*map(round, SHOWN[1:])]} of 1000: it replies {reply[:200]!r}. "
+            "Expected a Qwen2.5-VL or Qwen3-VL (or say with --judge_frame what its boxes count in)"
+        )
+
+    def _check_begun_replies(self):
+        """That the server continues a begun reply and gives log-probabilities."""
+        plain = self._request("Hi", None)
+        begun = self._request("Hi", None, begun="1")
+        try:
+            open_turn, answer = self.server.complete([{**plain, "max_tokens": 1}, begun])
+        except ValueError as error:
+            raise ValueError(self._cannot_expect(f"does not take a begun reply: {error}")) from None
+        if not answer.likeliest:
+            raise ValueError(self._cannot_expect("gives no log-probabilities (top_logprobs)"))
+        # "1" is one token. A turn that is closed and opened anew has several more.
+        if answer.prompt_tokens is None or answer.prompt_tokens != open_turn.prompt_tokens + 1:
+            raise ValueError(
+                self._cannot_expect("closes a begun reply (it needs continue_final_message)")
+            )
+
+    def _cannot_expect(self, what):
+        return f"the server at {self.server.url} {what}: use --scoring reply"

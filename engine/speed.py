@@ -1,10 +1,10 @@
 """How fast the parts are on this machine, and how much memory training takes on a GPU.
 
-    python -m benchmarks.speed rollout --size 1b         # our rollout beside a straightforward one
-    python -m benchmarks.speed step --size 7b            # a whole GRPO step: does it fit, how long
-    python -m benchmarks.speed judge --judge FOLDER      # rows per second of the judge's four calls
-    python -m benchmarks.speed networks --detector FILE  # pictures per second of a scoring network
-    python -m benchmarks.speed memory                    # GiB per GPU, computed without loading
+    python -m engine.speed rollout --size 1b         # our rollout beside a straightforward one
+    python -m engine.speed step --size 7b            # a whole GRPO step: does it fit, how long
+    python -m engine.speed judge --judge FOLDER      # rows per second of the judge's four calls
+    python -m engine.speed networks --detector FILE  # pictures per second of a scoring network
+    python -m engine.speed memory                    # GiB per GPU, computed without loading
 
 Rollout and step run with random weights: how long they take does not depend on the values.
 """
@@ -34,8 +34,10 @@ import rewards
 from engine import run, trainer
 from engine.checkpoints import TOY, janus_pro_config, load_policy
 from engine.trainer import add_lora, trainable_parameters
+from judges.hps import HPS
+from judges.qwen import QwenJudge, Row, Seen
 from render_boxes import Box, draw_boxes
-from rewards import HPS, QwenJudge, Reply, Row, Seen
+from rewards import Reply
 
 # -------------------------------------------------------------------------------------------------
 # One dataclass per subcommand
@@ -880,7 +882,7 @@ def time_pictures(judge: QwenJudge, pictures: int, tokens: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Networks of the benchmarks
+# Networks of the evaluation
 
 
 def time_networks(settings: Networks, device: torch.device) -> None:
@@ -906,9 +908,9 @@ def time_networks(settings: Networks, device: torch.device) -> None:
 
 def load_network(settings: Networks, flag: str, device: torch.device) -> tuple:
     """(network, function): the network of a flag, and how it looks at a list of pictures."""
-    from benchmarks.compbench import BlipVQA, GroundingDino
-    from benchmarks.geneval import Mask2Former
-    from benchmarks.networks import Clip
+    from evaluation.compbench import BlipVQA, GroundingDino
+    from evaluation.geneval import Mask2Former
+    from evaluation.networks import Clip
 
     path = getattr(settings, flag)
     if flag == "detector":
@@ -1239,7 +1241,7 @@ def load_judge(settings: Judge):
     if settings.judge.startswith(("http://", "https://")):
         problem = "a server's judge is not timed here: give a folder or hub id"
         raise ValueError(f"--judge {settings.judge}: {problem}")
-    flags = rewards.JudgeFlags(judge=settings.judge, hps="")
+    flags = rewards.JudgeConfig(judge=settings.judge, hps="")
     return rewards.load_judge(flags, settings.device)[0]
 
 

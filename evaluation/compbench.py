@@ -30,7 +30,8 @@ from transformers import (
     GroundingDinoForObjectDetection,
 )
 
-from benchmarks.networks import (
+from engine import run
+from evaluation.networks import (
     Clip,
     Picture,
     check_finite,
@@ -43,8 +44,7 @@ from benchmarks.networks import (
     read_lines,
     upright,
 )
-from benchmarks.stats import pixels_to_grid
-from engine import run
+from evaluation.stats import pixels_to_grid
 from render_boxes import Box, iou
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from benchmarks.networks import (
+from evaluation.networks import (
     Clip,
     Picture,
     check_finite,
@@ -38,7 +38,7 @@ from benchmarks.networks import (
     read_lines,
     upright,
 )
-from benchmarks.stats import pixels_to_grid
+from evaluation.stats import pixels_to_grid
 
 # -------------------------------------------------------------------------------------------------
 # The rules
