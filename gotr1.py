@@ -103,6 +103,28 @@ def image_token_count(model) -> int:
     return model.config.vq_config.num_patches**2
 
 
+def default_sampling(model) -> dict:
+    """Guidance and most chain tokens that suit a model, for flags that were left out.
+
+    Janus-Pro, which has 576 image tokens: those of the official inference code. The toy: no
+    guidance, since its unconditional half is weak, and room for three objects."""
+    if image_token_count(model) == 576:
+        return {"cfg": 5.0, "max_chain": 600}
+    return {"cfg": 1.0, "max_chain": 96}
+
+
+def with_defaults(config, model):
+    """A configuration whose `cfg` and `max_chain` are set where they were None; prints them."""
+    chosen = {}
+    for name, value in default_sampling(model).items():
+        if getattr(config, name) is None:
+            chosen[name] = value
+    if chosen:
+        flags = " ".join(f"--{name} {value:g}" for name, value in chosen.items())
+        print(f"{flags}: as suits this model")
+    return replace(config, **chosen)
+
+
 # ------------------------------------------------------------------------------------------------
 # Samples
 
