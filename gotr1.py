@@ -12,9 +12,9 @@ Letters, here and in every other file:
     V text vocabulary, K image codes, D width of the language model.
 
 Classifier-free guidance runs two rows per sample: the conditional half first, the unconditional
-half second. The unconditional row keeps bos and <begin_of_image> and has the pad token everywhere
-between, attended, chain included: the released checkpoints were trained that way. Guided logits are
-u + cfg * (c - u).
+half second. In an unconditional row every prompt and chain token between bos and <begin_of_image>
+is replaced by the pad token, which is still attended to: the released checkpoints were trained that
+way. Guided logits are u + cfg * (c - u).
 
     python gotr1.py "a red ball left of a blue cube" --n 4    # the toy model, in seconds
 
@@ -300,8 +300,7 @@ def gather_logps(logits, tokens, temperature: float = 1.0):
 
 
 def unconditional_ids(length: int, bos: int, pad: int, boi: int) -> list[int]:
-    """What stands in place of prompt and chain, `length` tokens, when guidance asks for no
-    condition."""
+    """An unconditional row in place of prompt and chain, `length` tokens."""
     return [bos] + [pad] * (length - 2) + [boi]
 
 
@@ -370,44 +369,47 @@ class Sampling:
     boi: int
 
 
-def text_step(model, s: decode.Decoder, width: int) -> None:
-    """One chain token for each sample. A finished row waits: it is fed pads that it never sees, and
-    keeps its last hidden state. A chain that has not ended at the cap is ended for it, and that
-    token is not trained."""
-    how = s.settings
-    hidden = s.hidden[: s.samples]  # text has no unconditional rows
-    token, logp, entropy = sample_token(model.lm_head(hidden), s.text.number(), how.temperature)
-    at_cap = s.text.place == s.cap  # (1,)
-    token = token.masked_fill(at_cap, how.boi).masked_fill(s.done, how.pad)
-    s.text.record(token=token, logp=logp, entropy=entropy, sampled=~(s.done | at_cap))
-    s.forced |= at_cap & ~s.done
+def text_step(model, buffers: decode.Decoder, width: int) -> None:
+    """Samples one chain token per row; finished rows get pad tokens, which are masked, and keep
+    their last hidden state. At the cap <begin_of_image> is forced, and not trained."""
+    sampling = buffers.settings
+    done = buffers.done
+    hidden = buffers.hidden[: buffers.samples]  # text has no unconditional rows
+    logits = model.lm_head(hidden)
+    token, logp, entropy = sample_token(logits, buffers.text.number(), sampling.temperature)
+    at_cap = buffers.text.place == buffers.cap  # (1,)
+    token = token.masked_fill(at_cap, sampling.boi).masked_fill(done, sampling.pad)
+    buffers.text.record(token=token, logp=logp, entropy=entropy, sampled=~(done | at_cap))
+    buffers.forced |= at_cap & ~done
 
     embeds = model.get_input_embeddings()(token)
-    new = s.feed(model, embeds, shown=~s.done, width=width)
-    hidden.copy_(torch.where(s.done[:, None], hidden, new))
-    s.done |= token == how.boi
+    new_hidden = buffers.feed(model, embeds, visible=~done, width=width)
+    hidden.copy_(torch.where(done[:, None], hidden, new_hidden))
+    buffers.done |= token == sampling.boi
 
 
-def draw_code(model, s: decode.Decoder):
-    """One image token for each sample (N,), under guidance, from the hidden states of the last
-    ones."""
-    how = s.settings
-    logits = at_least_float32(model.model.generation_head(s.hidden))
-    cond, guided = guide(logits, how.cfg)
-    code, logp, entropy = sample_token(guided, s.image.number(), how.temperature)
-    if how.logp_mode == "cond" and how.cfg != 1.0:
-        logp = gather_logps(cond, code, how.temperature)
-    s.image.record(token=code, logp=logp, entropy=entropy, sampled=torch.ones_like(s.done))
+def sample_code(model, buffers: decode.Decoder):
+    """Samples one image token per sample (N,), under guidance, from the rows' last hidden
+    states."""
+    sampling = buffers.settings
+    logits = at_least_float32(model.model.generation_head(buffers.hidden))
+    cond, guided = guide(logits, sampling.cfg)
+    code, logp, entropy = sample_token(guided, buffers.image.number(), sampling.temperature)
+    if sampling.logp_mode == "cond" and sampling.cfg != 1.0:
+        logp = gather_logps(cond, code, sampling.temperature)
+    sampled = torch.ones_like(buffers.done)
+    buffers.image.record(token=code, logp=logp, entropy=entropy, sampled=sampled)
     return code
 
 
-def image_step(model, s: decode.Decoder, width: int) -> None:
-    """One image token for each sample, and with guidance the same one for its unconditional row."""
-    code = draw_code(model, s)
-    both = code.repeat(len(s.hidden) // s.samples)
-    embeds = model.prepare_embeddings_for_image_generation(both[:, None])[:, 0]
-    shown = torch.ones_like(both, dtype=torch.bool)
-    s.hidden.copy_(s.feed(model, embeds, shown, width))
+def image_step(model, buffers: decode.Decoder, width: int) -> None:
+    """Samples one image token per sample; with guidance its unconditional row gets the same one."""
+    code = sample_code(model, buffers)
+    rows_per_sample = len(buffers.hidden) // buffers.samples
+    cond_and_uncond = code.repeat(rows_per_sample)
+    embeds = model.prepare_embeddings_for_image_generation(cond_and_uncond[:, None])[:, 0]
+    visible = torch.ones_like(cond_and_uncond, dtype=torch.bool)
+    buffers.hidden.copy_(buffers.feed(model, embeds, visible=visible, width=width))
 
 
 def check_room(model, given: list[list[int]], chain: int) -> int:
@@ -423,7 +425,6 @@ def check_room(model, given: list[list[int]], chain: int) -> int:
     return longest
 
 
-@torch.no_grad()
 def rollout(
     model,
     tokenizer,
@@ -438,6 +439,8 @@ def rollout(
     logp_mode: str = "cond",
     draw: bool = True,
     progress=None,
+    at_once: int = 0,
+    each=None,
 ) -> Rollout:
     """Samples `group` chains and pictures for each of B prompts: text, then image, from one cache.
 
@@ -448,9 +451,55 @@ def rollout(
     logp_mode: which distribution of an image token is recorded: "cond", the conditional one, or
         "guided", the one it was sampled from.
     draw: False stops after the chains; I is then 0.
-    progress: called as progress(1) after each token, at most `max_chain` + 1 + I times.
+    progress: called as progress(1) after each token, at most `max_chain` + 1 + I times per part.
+    at_once: prompts per part; 0: all. Memory grows with it, samples do not depend on it.
+    each: called as each(first, part) with every finished part: the place of its first prompt among
+        `prompts`, and its Rollout.
 
     Raises ValueError when the sequence would not fit the model's context."""
+    indices = indices or list(range(len(prompts)))
+    at_once = at_once or len(prompts)
+    parts = []
+    for first in range(0, len(prompts), at_once):
+        places = slice(first, first + at_once)
+        part = sample_together(
+            model,
+            tokenizer,
+            prompts[places],
+            group=group,
+            cfg=cfg,
+            temperature=temperature,
+            seed=seed,
+            max_chain=max_chain,
+            chains=chains[places] if chains is not None else None,
+            indices=indices[places],
+            logp_mode=logp_mode,
+            draw=draw,
+            progress=progress,
+        )
+        parts.append(part)
+        if each:
+            each(first, part)
+    return Rollout.join(parts)
+
+
+@torch.no_grad()
+def sample_together(
+    model,
+    tokenizer,
+    prompts: list[str],
+    group: int,
+    cfg: float,
+    temperature: float,
+    seed,
+    max_chain: int,
+    chains: list[str] | None,
+    indices: list[int],
+    logp_mode: str,
+    draw: bool,
+    progress,
+) -> Rollout:
+    """One part of `rollout`: all samples of its prompts in step."""
     images = image_token_count(model)
     bos, pad, boi = special_ids(tokenizer)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -465,39 +514,41 @@ def rollout(
 
     # 1) Buffers, and the random numbers: the image's first, then the chain's
     n = len(prompts) * group
-    s = decode.decoder_for(
+    buffers = decode.decoder_for(
         model,
         samples=n,
         rows=n if cfg == 1.0 else 2 * n,
         columns=columns,
         images=images,
-        settings=Sampling(cfg, temperature, logp_mode, pad, boi),
+        settings=Sampling(
+            cfg=cfg, temperature=temperature, logp_mode=logp_mode, pad=pad, boi=boi
+        ),
     )
-    device = s.hidden.device
-    numbers = uniforms(seed, indices or range(len(prompts)), group, images + max_chain)
-    s.image.u[:] = numbers[:, :images]
-    s.text.u[:, :max_chain] = numbers[:, images:]
-    s.cap.fill_(max_chain)
+    device = buffers.hidden.device
+    numbers = uniforms(seed, indices, group, images + max_chain)
+    buffers.image.u[:] = numbers[:, :images]
+    buffers.text.u[:, :max_chain] = numbers[:, images:]
+    buffers.cap.fill_(max_chain)
 
     # 2) Prompts, and given chains: once per prompt, then copied to its G samples
     prompt_width = max(map(len, prefixes))
-    s.rewind(prompt_width)
-    s.load(0, torch.arange(n, device=device) // group, *decode.prefill(model, prefixes, pad))
+    buffers.rewind(prompt_width)
+    buffers.load(0, torch.arange(n, device=device) // group, *decode.prefill(model, prefixes, pad))
 
     # 3) Chains: all rows in step, until the last one has ended
     for t in range(most_text_steps):
-        # the question makes a GPU wait for the answer, so it is asked seldom
-        if t % s.patience == 0 and bool(s.done.all()):
+        # a GPU has to finish before the host can know, so it looks only now and then
+        if t % buffers.patience == 0 and bool(buffers.done.all()):
             break
-        s.step(text_step, model)
+        buffers.step(text_step, model)
         if progress:
             progress(1)
 
     if chains is None:
-        chain_lens = s.text.sampled.sum(-1) + s.forced
-        chain_ids = s.text.token[:, : int(chain_lens.max())].clone()
+        chain_lens = buffers.text.sampled.sum(-1) + buffers.forced
+        chain_ids = buffers.text.token[:, : int(chain_lens.max())].clone()
         # columns that were filled after the last chain had ended are used again
-        s.rewind(prompt_width + chain_ids.shape[1])
+        buffers.rewind(prompt_width + chain_ids.shape[1])
     else:
         chain_lens = torch.tensor([len(ids) for ids in given], device=device)
         chain_lens = chain_lens.repeat_interleave(group)
@@ -505,25 +556,25 @@ def rollout(
 
     # 4) Unconditional rows, each as long as its sample; equal lengths are computed once
     if cfg != 1.0 and draw:
-        lengths, which = s.position[:n].unique(return_inverse=True)
+        lengths, which = buffers.position[:n].unique(return_inverse=True)
         rows = [unconditional_ids(length, bos, pad, boi) for length in lengths.tolist()]
-        s.load(n, which, *decode.prefill(model, rows, pad))
+        buffers.load(n, which, *decode.prefill(model, rows, pad))
 
     # 5) Image: the last token is sampled but no longer fed
     drawn = images if draw else 0
     for i in range(drawn):
         if i < images - 1:
-            s.step(image_step, model)
+            buffers.step(image_step, model)
         else:
-            draw_code(model, s)
+            sample_code(model, buffers)
         if progress:
             progress(1)
 
     # 6) What was recorded, copied: the next rollout writes to the same buffers
     def recorded(name: str):
         """(N, S), text first."""
-        text = getattr(s.text, name)[:, : chain_ids.shape[1]]
-        image = getattr(s.image, name)[:, :drawn]
+        text = getattr(buffers.text, name)[:, : chain_ids.shape[1]]
+        image = getattr(buffers.image, name)[:, :drawn]
         return torch.cat([text, image], dim=1)
 
     mask = recorded("sampled").float()
@@ -535,11 +586,11 @@ def rollout(
         prompt_ids=[ids for ids in prompt_ids for _ in range(group)],
         chain_ids=chain_ids,
         chain_lens=chain_lens,
-        image_tokens=s.image.token[:, :drawn].clone(),
+        image_tokens=buffers.image.token[:, :drawn].clone(),
         mask=mask,
         logp=recorded("logp") * mask,
         entropy=recorded("entropy") * mask,
-        forced=s.forced.clone(),
+        forced=buffers.forced.clone(),
         pad_id=pad,
         cfg=cfg,
         temperature=temperature,
@@ -561,7 +612,8 @@ def hidden_states(model, batch: Rollout, blank: torch.Tensor | None = None):
     device = batch.image_tokens.device
     images = batch.image_tokens.shape[1]
 
-    # Ids of prompt and chain, then room for the image; its last token predicts nothing: no room
+    # Ids of prompt and chain, then columns for the image; its last token predicts nothing, so it
+    # needs no column
     texts = []
     chains = zip(batch.chain_ids.tolist(), batch.chain_lens.tolist(), strict=True)
     for prompt_ids, (chain_ids, length) in zip(batch.prompt_ids, chains, strict=True):

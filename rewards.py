@@ -84,6 +84,7 @@ def score(
     images: list[Image.Image],
     parts: tuple[str, ...] = PARTS,
     combine: str = "product",
+    strict: bool = True,
 ) -> list[dict[str, float]]:
     """All rewards of a batch: one dict per sample with the parts, `judge_fail` and `total`.
 

@@ -371,19 +371,19 @@ class Decoder:
         self.hidden[rows] = hidden[which]
         self.position[rows] = seen.sum(-1)[which]
 
-    def feed(self, model, embeds, shown, width: int):
-        """The embeddings of new tokens (R, D) go through the layers -> hidden (R, D). `shown` (R,):
-        whether later tokens may see this one. R is N for text, although the buffers may have 2N
-        rows."""
+    def feed(self, model, embeds, visible, width: int):
+        """The embeddings of new tokens (R, D) go through the layers -> hidden (R, D). `visible`
+        (R,): whether later tokens may attend to this one. R is N for text, although the buffers may
+        have 2N rows."""
         rows = len(embeds)
-        self.visible[:rows].index_copy_(1, self.column, shown[:, None])
+        self.visible[:rows].index_copy_(1, self.column, visible[:, None])
         mask = added_mask(self.visible[:rows, None, None, :width], self.hidden.dtype)
         positions = self.position[:rows, None]
         cache = self.cache[:, :, :rows]
         hidden = run_layers(
             model, embeds[:, None], positions, mask, cache, self.column, width, self.adapters
         )
-        self.position[:rows] += shown
+        self.position[:rows] += visible
         self.column += 1
         return hidden[:, -1]
 

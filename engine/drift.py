@@ -9,70 +9,72 @@ import torch
 
 from engine import run
 
-
-def self_test(logp, recorded, logp_ref, mask, exact: bool) -> None:
-    """At step 0 the policy that is trained is the one that sampled, and it is the reference.
-    Anything else is a bug, and stops the run. All (N, S).
-
-    exact: float32, where each token must agree. In bfloat16 sampling and scoring round
-    differently; there only the means count, see `check_drift`."""
-    gap = ((logp - recorded) * mask).abs().max()
-    if exact and not gap < 1e-3:  # nan is not
-        raise RuntimeError(
-            f"self-test: log-probabilities differ by {gap:.2g} between rollout and training"
-        )
-    if logp_ref is not None:
-        gaps = ((logp - logp_ref) * mask).abs()
-        gap = gaps.max() if exact else gaps.sum() / mask.sum().clamp(min=1)
-        if not gap <= (1e-5 if exact else 1e-2):
-            raise RuntimeError(
-                "self-test: the reference is not the model that training starts from"
-            )
+# Largest healthy mean of |logp - recorded|, in nats per token. In float32 only the order of sums
+# differs. bfloat16 has 8 bits: a logit near 16 is off by up to 0.06, in either pass.
+LIMITS = {"float32": 1e-3, "bfloat16": 0.2}
 
 
-# Largest healthy mean of |logp - recorded|, in nats per token at temperature 1. In float32 only the
-# order of sums differs. bfloat16 has 8 bits: a logit near 16 is off by up to 0.06, in either pass.
-DRIFT_LIMITS = {"float32": 1e-3, "bfloat16": 0.2}
+class Drift:
+    """Mean |logp - recorded| over the trained tokens of a step, of text and of image: it must be
+    near 0. At the first step also mean |logp - reference|: training starts from the reference.
 
+    dtype: of the forward pass. cfg, logp: guidance, and "cond" or "guided", see gotr1.rollout."""
 
-class Drifts:
-    """Sums over the tokens that are trained in a step: how far apart log-probabilities are that
-    should be equal, of policy and sampler."""
-
-    def __init__(self, device: torch.device):
+    def __init__(self, dtype: str, cfg: float, logp: str, device: torch.device):
+        self.limits = drift_limits(dtype, cfg, logp)
         self.gaps = torch.zeros(2, device=device)  # of text, of image
         self.tokens = torch.zeros(2, device=device)
+        self.reference_gap = torch.zeros(2, device=device)
 
-    def add(self, logp, recorded, mask, n_images: int) -> None:
-        """A micro-batch: all (N, S), the image's `n_images` last."""
-        gap = ((logp - recorded) * mask).abs()
-        self.gaps += torch.stack([gap[:, :-n_images].sum(), gap[:, -n_images:].sum()])
-        self.tokens += torch.stack([mask[:, :-n_images].sum(), mask[:, -n_images:].sum()])
+    def add(self, logp, recorded, logp_ref, is_trained, n_images: int) -> None:
+        """A micro-batch: all (N, S), the image's `n_images` last; `logp_ref` may be None."""
+        self.gaps += text_and_image(logp - recorded, is_trained, n_images)
+        self.tokens += text_and_image(torch.ones_like(logp), is_trained, n_images)
+        if logp_ref is not None:
+            self.reference_gap += text_and_image(logp - logp_ref, is_trained, n_images)
 
-    def means(self) -> list[float]:
-        """[text, image]: mean |logp - recorded| per token over all ranks; 0 without tokens."""
-        return (run.all_sum(self.gaps) / run.all_sum(self.tokens).clamp(min=1)).tolist()
+    def check(self, is_first_step: bool) -> None:
+        """Sums over the ranks, then stops the run when the policy is not the one that sampled or,
+        at the first step, not the reference. Every rank has to call it, once."""
+        for sums in (self.gaps, self.tokens, self.reference_gap):
+            run.all_sum(sums)
+        tokens = self.tokens.clamp(min=1)
+        self.means = (self.gaps / tokens).tolist()
+        for kind, mean, limit in zip(("text", "image"), self.means, self.limits, strict=True):
+            if not mean <= limit:  # nan is not
+                raise RuntimeError(
+                    f"drift: the policy is not the one that was recorded: log-probabilities of "
+                    f"{kind} tokens differ by {mean:.2g} on average (at most {limit:.2g} is "
+                    "rounding)"
+                )
+        from_reference = (self.reference_gap / tokens).tolist()
+        for mean, limit in zip(from_reference, self.limits, strict=True):
+            if is_first_step and not mean <= limit:
+                raise RuntimeError(
+                    "self-test: the reference is not the model that training starts from: "
+                    f"log-probabilities differ by {mean:.2g} on average (at most {limit:.2g} is "
+                    "rounding)"
+                )
+
+    def row(self) -> dict[str, float]:
+        """For the log, after `check`."""
+        return {"drift_text": self.means[0], "drift_image": self.means[1]}
 
 
-def drift_limits(dtype: str, temperature: float, cfg: float, logp: str) -> tuple[float, float]:
-    """(text, image): the largest healthy drift, in nats per token. `logp`: "cond" or "guided".
+def text_and_image(gap, is_trained, n_images: int) -> torch.Tensor:
+    """(2,): the sums of |gap| (N, S) over the trained tokens of text and of image."""
+    gap = gap.abs() * is_trained
+    return torch.stack([gap[:, :-n_images].sum(), gap[:, -n_images:].sum()])
+
+
+def drift_limits(dtype: str, cfg: float, logp: str) -> tuple[float, float]:
+    """(text, image): the largest healthy drift, in nats per token.
 
     Guided logits are u + cfg * (c - u) = cfg * c - (cfg - 1) * u. When c and u have independent
     rounding errors of one size, the error of the guided logit is sqrt(cfg^2 + (cfg - 1)^2) times as
-    large (6.4 times at cfg 5), and so is the limit. Dividing logits by the temperature divides
-    their errors, too."""
-    limit = DRIFT_LIMITS[dtype] * max(1.0, 1 / temperature)
+    large (6.4 times at cfg 5), and so is the limit."""
+    limit = LIMITS[dtype]
     guidance = 1.0
     if logp == "guided" and dtype != "float32":
         guidance = max(1.0, math.hypot(cfg, cfg - 1))
     return limit, limit * guidance
-
-
-def check_drift(text: float, image: float, text_limit: float, image_limit: float) -> None:
-    """Stops the run when the policy is not the one whose log-probabilities were recorded."""
-    for kind, drift, limit in (("text", text, text_limit), ("image", image, image_limit)):
-        if not drift <= limit:  # nan is not
-            raise RuntimeError(
-                f"drift: the policy is not the one that was recorded: log-probabilities of {kind} "
-                f"tokens differ by {drift:.2g} on average (at most {limit:.2g} is rounding)"
-            )
