@@ -22,6 +22,7 @@ Read `plain_rollout` first: the recipe as it is, slowly. `rollout` samples the s
 prompts at once; what makes it fast stands in engine/decode.py.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from transformers import DynamicCache
 
 from engine import decode
 
+JANUS_IMAGE_TOKENS = 576  # of Janus-Pro, 1B and 7B; the toy has 64
 INSTRUCTION = "Follow the caption to generate an image through a chain of thought process: "
 SPECIAL_TOKENS = {  # looked up by name: the ids differ between the 1B and the 7B checkpoint
     "bos_token": "<｜begin▁of▁sentence｜>",
@@ -93,10 +95,13 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
 def encode_chain(tokenizer, chain: str) -> list[int]:
     """Token ids of a chain and the <begin_of_image> that ends it; no bos (`tokenizer.encode` would
-    put a second one here)."""
+    put a second one here). Raises ValueError when one stands inside the chain."""
     _, _, boi = special_ids(tokenizer)
     text = chain.removesuffix(SPECIAL_TOKENS["boi_token"])
-    return [*tokenizer.encode(text, add_special_tokens=False), boi]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if boi in ids:
+        raise ValueError(f"a chain ends with {SPECIAL_TOKENS['boi_token']}, not before: {chain!r}")
+    return [*ids, boi]
 
 
 def image_token_count(model) -> int:
@@ -106,23 +111,35 @@ def image_token_count(model) -> int:
 def default_sampling(model) -> dict:
     """Guidance and most chain tokens that suit a model, for flags that were left out.
 
-    Janus-Pro, which has 576 image tokens: those of the official inference code. The toy: no
-    guidance, since its unconditional half is weak, and room for three objects."""
-    if image_token_count(model) == 576:
+    Janus-Pro: those of the official inference code. The toy: no guidance, since its unconditional
+    half is weak, and room for three objects."""
+    if image_token_count(model) == JANUS_IMAGE_TOKENS:
         return {"cfg": 5.0, "max_chain": 600}
     return {"cfg": 1.0, "max_chain": 96}
 
 
 def with_defaults(config, model):
     """A configuration whose `cfg` and `max_chain` are set where they were None; prints them."""
+    from engine import run
+
     chosen = {}
     for name, value in default_sampling(model).items():
         if getattr(config, name) is None:
             chosen[name] = value
     if chosen:
         flags = " ".join(f"--{name} {value:g}" for name, value in chosen.items())
-        print(f"{flags}: as suits this model")
+        run.say(f"{flags}: as suits this model")
     return replace(config, **chosen)
+
+
+def check_sampling(config) -> None:
+    """Ends the program in one line when `cfg` or `max_chain` is given and out of range."""
+    from engine import run
+
+    if config.cfg is not None and not config.cfg >= 0:  # nan is not
+        run.fail(f"--cfg is {config.cfg}: expected 0 or more")
+    if config.max_chain is not None and config.max_chain < 1:
+        run.fail(f"--max_chain is {config.max_chain}: expected 1 or more")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -520,9 +537,7 @@ def sample_together(
         rows=n if cfg == 1.0 else 2 * n,
         columns=columns,
         images=images,
-        settings=Sampling(
-            cfg=cfg, temperature=temperature, logp_mode=logp_mode, pad=pad, boi=boi
-        ),
+        settings=Sampling(cfg=cfg, temperature=temperature, logp_mode=logp_mode, pad=pad, boi=boi),
     )
     device = buffers.hidden.device
     numbers = uniforms(seed, indices, group, images + max_chain)
@@ -789,34 +804,17 @@ def decode_images(model, image_tokens, tokens_at_once: int = 8 * 576) -> list:
 # Draw prompts from the command line
 
 
-def best_plans(model, tokenizer, judge, prompts: list[str], plans: int, **sampling) -> list[str]:
-    """Plan first, check, draw later: samples `plans` chains per prompt, without drawing, and
-    returns for each prompt the one to which the judge (see rewards.py) gives the highest R_sem +
-    R_spa; the first of equals. `sampling`: settings of `rollout`."""
-    import rewards
-
-    chains = rollout(model, tokenizer, prompts, plans, draw=False, **sampling).chains
-    asked = [prompt for prompt in prompts for _ in range(plans)]
-    scores = rewards.score(judge, None, asked, chains, [], parts=("sem", "spa"))
-    best = []
-    for first in range(0, len(chains), plans):
-        group = range(first, first + plans)
-        best.append(chains[max(group, key=lambda row: scores[row]["total"])])
-    return best
-
-
 @dataclass
 class Config:
     prompt: str  # what to draw, or a text file (.txt) with one prompt per line
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     n: int = 4  # pictures per prompt
-    cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
+    cfg: float | None = None  # guidance; default: 5 for Janus-Pro, 1 (none) for the toy
     temperature: float = 1.0  # 0 takes the most likely token every time
     seed: int = 0  # the same seed, prompt and place give the same picture in any batch
-    max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
+    max_chain: int | None = None  # most chain tokens; default: 600 for Janus-Pro, 96 for the toy
     chain: str = ""  # a text file with a chain that is drawn: edit a plan, then draw it
-    plans: int = 1  # write so many plans per picture and draw the one that the judge likes best
-    judge: str = ""  # scores plans and pictures: `toy`, folder or hub id of a VLM, or http://…/v1
+    judge: str = ""  # scores what was drawn: `toy`, folder or hub id of a VLM, or http://…/v1
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     batch_size: int = 64  # sequences at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
@@ -827,20 +825,17 @@ def main(argv: list[str] | None = None) -> None:
 
     config = run.parse_args(Config, __doc__, argv)
     _, _, device = run.start_processes()
-    run.check_ranges(
-        config, at_least_one="n max_chain plans batch_size", not_negative="cfg temperature seed"
-    )
-    if config.plans > 1 and (config.chain or not config.judge):
-        run.fail("--plans needs a --judge that chooses among them, and no --chain")
+    run.check_ranges(config, at_least_one="n batch_size", not_negative="temperature seed")
+    check_sampling(config)
     try:
-        prompts = read_prompts(config.prompt)
+        prompts = read_prompt_argument(config.prompt)
         chain = read_chain(config.chain) if config.chain else None
         draw_prompts(config, prompts, chain, device)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
 
 
-def read_prompts(prompt: str) -> list[str]:
+def read_prompt_argument(prompt: str) -> list[str]:
     """The prompt itself, or the lines of a text file. Raises OSError or ValueError."""
     lines = [prompt]
     if prompt.endswith(".txt"):
@@ -874,79 +869,92 @@ def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) 
 
     judge = None
     if config.judge:
-        flags = rewards.JudgeConfig(judge=config.judge, judge_model=config.judge_model, hps="")
-        judge, _ = rewards.load_judge(flags, device)
+        judge_config = rewards.JudgeConfig(
+            judge=config.judge, judge_model=config.judge_model, hps=""
+        )
+        judge, _ = rewards.load_judge(judge_config, device)
     model, tokenizer = load_policy(config.model, device)
+    config = with_defaults(config, model)
+    warn_of_unknown_words(model, prompts)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    asked = [prompt for prompt in prompts for _ in range(config.n)]
-    batch_size = max(1, config.batch_size // config.plans)
-    starts = range(0, len(asked), batch_size)
-    most_tokens = config.max_chain + 1 + image_token_count(model)  # per batch
-    drawings = []
-    with tqdm(total=most_tokens * len(starts), desc="tokens") as bar:
-        for done, start in enumerate(starts, start=1):
-            batch = asked[start : start + batch_size]
-            sampling = {
-                "temperature": config.temperature,
-                "seed": config.seed,
-                "max_chain": config.max_chain,
-                "indices": list(range(start, start + len(batch))),
-            }
-            chains = [chain] * len(batch) if chain else None
-            if config.plans > 1:
-                chains = best_plans(model, tokenizer, judge, batch, config.plans, **sampling)
-            sampled = rollout(
-                model,
-                tokenizer,
-                batch,
-                cfg=config.cfg,
-                chains=chains,
-                progress=bar.update,
-                **sampling,
-            )
-            pictures = decode_images(model, sampled.image_tokens)
-            drawings += zip(batch, sampled.chains, pictures, strict=True)
-            bar.update(done * most_tokens - bar.n)  # chains end before their cap
-    save_drawings(drawings, judge, out, config.n)
+    prompts = [prompt for prompt in prompts for _ in range(config.n)]  # one per picture
+    most_tokens = config.max_chain + 1 + image_token_count(model)  # per part
+    parts = math.ceil(len(prompts) / config.batch_size)
+    with tqdm(total=most_tokens * parts, desc="tokens") as bar:
+
+        def finished(first: int, part: Rollout) -> None:
+            """Chains end before their cap: the bar goes on to the next part."""
+            bar.update((first // config.batch_size + 1) * most_tokens - bar.n)
+
+        sampled = rollout(
+            model,
+            tokenizer,
+            prompts,
+            cfg=config.cfg,
+            temperature=config.temperature,
+            seed=config.seed,
+            max_chain=config.max_chain,
+            chains=[chain] * len(prompts) if chain else None,
+            progress=bar.update,
+            at_once=config.batch_size,
+            each=finished,
+        )
+    forced = sampled.forced.float().mean().item()
+    if forced:
+        print(f"{forced:.0%} of the chains were cut off at --max_chain {config.max_chain}")
+    save_drawings(prompts, sampled, decode_images(model, sampled.image_tokens), judge, config)
 
 
-def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
-    """Writes what was drawn, (prompt, chain, picture) each, `n` per prompt; scores it if there is a
-    judge."""
+def warn_of_unknown_words(model, prompts: list[str]) -> None:
+    """The toy has a small vocabulary, and draws nonsense where a word is not in it."""
+    from toy.world import unknown_words
+
+    if image_token_count(model) == JANUS_IMAGE_TOKENS:
+        return
+    for prompt in prompts:
+        unknown = unknown_words(prompt)
+        if unknown:
+            print(f"the toy does not know {', '.join(unknown)} in {prompt!r}: see docs/toy.md")
+
+
+def save_drawings(prompts: list[str], sampled: Rollout, pictures: list, judge, config) -> None:
+    """Writes pictures, plans and chains, and a sheet of the first 24; scores them if there is a
+    judge. `config.n` per prompt."""
     from PIL import Image
 
     import rewards
     from evaluation.stats import draw_plans
     from render_boxes import draw_boxes, parse_chain
 
-    prompts, chains, pictures = map(list, zip(*drawings, strict=True))
-    scores = [{}] * len(drawings)
+    scores = [{}] * len(pictures)
     if judge:
-        scores = rewards.score(judge, None, prompts, chains, pictures)
+        scores = rewards.score(judge, None, prompts, sampled.chains, pictures)
+    out = Path(config.out)
     sheet = []
-    for k, (prompt, chain, picture) in enumerate(drawings):
-        path = out / f"{k // n:03d}_{k % n}"
+    for k, chain in enumerate(sampled.chains):
+        path = out / f"{k // config.n:03d}_{k % config.n}"
         boxes = parse_chain(chain)
-        large = picture.resize((448, 448), Image.Resampling.NEAREST)
-        picture.save(f"{path}.png")
+        large = pictures[k].resize((448, 448), Image.Resampling.NEAREST)
+        pictures[k].save(f"{path}.png")
         draw_boxes(boxes).save(f"{path}_plan.png")
         draw_boxes(boxes, image=large).save(f"{path}_boxes.png")
         Path(f"{path}.txt").write_text(chain, encoding="utf-8")
-        shown = [part for part in scores[k] if not part.startswith("sem_")]  # short enough for it
-        note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in shown) or path.name
-        sheet.append({"prompt": prompt, "note": note, "chain": chain, "image": picture})
+        parts = [part for part in scores[k] if not part.startswith("sem_")]  # what has room
+        note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in parts) or path.name
+        cell = {"prompt": prompts[k], "note": note, "chain": chain, "image": pictures[k]}
+        sheet.append(cell)
     draw_plans(sheet[:24], out / "sheet.png", columns=2)
 
-    print(f"{prompts[0]}\n  {chains[0]}")
+    print(f"{prompts[0]}\n  {sampled.chains[0]}")
     if judge:
         means = []
         for part in scores[0]:
             mean = np.mean([row[part] for row in scores])
             means.append(f"{part} {mean:.3f}")
-        print(f"mean of {len(drawings)}: " + "  ".join(means))
-    print(f"wrote {len(drawings)} pictures with chains and plans, and {out / 'sheet.png'}")
+        print(f"mean of {len(pictures)}: " + "  ".join(means))
+    print(f"wrote {len(pictures)} pictures with chains and plans, and {out / 'sheet.png'}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from engine import run, trainer
 from engine.drift import Drift
 from evaluation import held_out, stats, variety
 from render_boxes import parse_chain
-from toy.world import read_text
+from toy.world import follow_plans, read_text
 
 
 @dataclass
@@ -354,6 +354,9 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
         prompts = drop_too_long(prompts, engine.model, engine.tokenizer, chosen.max_chain)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
+    given_plans = []
+    if config.eval_file == "toy":  # 60 of each kind, beside 240 prompts
+        given_plans = follow_plans(math.ceil(config.eval_prompts / 4), seed=7)
     folder = run.open_run(config.out, config)
     return Training(
         config=chosen,
@@ -362,7 +365,7 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
         hps=hps,
         prompts=prompts,
         held_out=eval_prompts,
-        given_plans=held_out.read_plans("toy") if config.eval_file == "toy" else [],
+        given_plans=given_plans,
         folder=folder,
         rank=rank,
         world=world,
@@ -377,10 +380,7 @@ def check_config(config: Config, world: int) -> None:
         above_zero="lr clip_grad",
         not_negative="judge_batch kl warmup lr_floor clip lora look_every seed",
     )
-    for name in ("cfg", "max_chain"):
-        value = getattr(config, name)
-        if value is not None and not value >= 1:
-            run.fail(f"--{name} is {value}: expected 1 or more")
+    gotr1.check_sampling(config)
     if not config.prompts:
         run.fail("--prompts is empty: give toy, or text files with one prompt per line")
     if config.group < 2:
