@@ -99,6 +99,47 @@ def test_no_gradient_through_the_unconditional_half(policy):
     )  # pads stand only in unconditional rows
 
 
+def test_rows_without_condition_are_scored_on_pads_and_their_text_is_masked(policy):
+    """Condition dropout in SFT: row 0 is [bos, pads, <begin_of_image>, image] to the model."""
+    model, tokenizer = policy
+    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:2], 1, max_chain=60, seed=5)
+    images = sampled.image_tokens.shape[1]
+    with torch.no_grad():
+        logp, mask = gotr1.token_logps(model, sampled, blank=torch.tensor([True, False]))
+        bos, pad, boi = gotr1.special_ids(tokenizer)
+        size = len(sampled.prompt_ids[0]) + int(sampled.chain_lens[0])
+        text = torch.tensor([[bos] + [pad] * (size - 2) + [boi]])
+        picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens[:1])
+        embeds = torch.cat([model.get_input_embeddings()(text), picture], dim=1)
+        hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state
+        logits = model.model.generation_head(hidden[0, size - 1 : -1])
+    want = logits.log_softmax(-1).gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
+    assert (logp[0, -images:] - want).abs().max() < 1e-4
+    assert not mask[0, :-images].any(), "a row without condition learns its text"
+    assert not logp[0, :-images].any()
+    assert torch.equal(mask[1], sampled.mask[1])
+    assert ((logp[1] - sampled.logp[1]) * mask[1]).abs().max() < 1e-4
+
+
+def test_parts_are_joined_as_if_all_had_been_drawn_together(policy):
+    """`at_once` changes memory, not samples; `each` sees every part."""
+    model, tokenizer = copy.deepcopy(policy[0]).double(), policy[1]
+    together = gotr1.rollout(model, tokenizer, PROMPTS, 2, cfg=2.0, max_chain=80, seed=(3, 1))
+    seen = []
+
+    def each(first, part):
+        seen.append((first, part.chains))
+
+    parts = gotr1.rollout(
+        model, tokenizer, PROMPTS, 2, cfg=2.0, max_chain=80, seed=(3, 1), at_once=2, each=each
+    )
+    assert parts.chains == together.chains
+    assert seen == [(0, together.chains[:4]), (2, together.chains[4:])]
+    for name in ("chain_ids", "chain_lens", "image_tokens", "mask", "forced"):
+        assert torch.equal(getattr(parts, name), getattr(together, name)), name
+    assert (parts.logp - together.logp).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_a_batch_equals_single_runs(policy, cfg):
     """Prompts and chains of different lengths: left padding, waiting rows and the shared prompt
@@ -226,6 +267,8 @@ def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
         model, tokenizer, prompts, 2, chains=[c + "<begin_of_image>" for c in chains], cfg=2.0
     )
     assert torch.equal(with_end.image_tokens, sampled.image_tokens)
+    with pytest.raises(ValueError, match="a chain ends with <begin_of_image>, not before"):
+        gotr1.encode_chain(tokenizer, "A red ball<begin_of_image> and more")
 
 
 def test_a_prompt_that_does_not_fit_is_refused(policy):
