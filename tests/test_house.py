@@ -117,8 +117,8 @@ def loaded(*args):
     import pathlib
     here = pathlib.Path("ROOT")
     files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
-    ours = [f for f in files if pathlib.Path(f).is_relative_to(here) and not f.endswith("__init__.py")]
-    print("OURS", json.dumps(sorted(ours)))
+    ours = [f for f in files if pathlib.Path(f).is_relative_to(here)]
+    print("OURS", json.dumps(sorted(f for f in ours if not f.endswith("__init__.py"))))
     sys.exit(0)
 
 trainer.Engine.step = loaded
