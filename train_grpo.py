@@ -70,7 +70,9 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
     clip: float = 0.2  # the ratio policy / policy that sampled counts from 1 - clip to 1 + clip
     kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
     loss_mean: Literal["token", "sequence"] = "token"  # over tokens; or per sample, then samples
-    advantage_std: bool = False  # divide by the standard deviation of the group, as the paper does
+    advantage: Literal["mean", "group_std", "batch_std"] = (
+        "mean"  # minus the group's mean; over std
+    )
     logp: Literal["cond", "guided"] = "cond"  # distribution of image tokens that is scored with cfg
     # Optimisation
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)
@@ -90,7 +92,7 @@ PRESETS = {
     "paper": {
         "steps": 1000,
         "kl": 0.01,
-        "advantage_std": True,
+        "advantage": "group_std",
         "lr": 1e-5,
         "lr_floor": 0.0,
         "warmup": 0.0,
@@ -126,6 +128,18 @@ def group_advantages(
     # Equal rewards may have a rounded mean that differs from them: compare the rewards themselves
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     return torch.where(equal, 0.0, centered / scale).flatten()
+
+
+def step_advantages(rewards: torch.Tensor, group: int, kind: str) -> torch.Tensor:
+    """Rewards (N,) -> advantages (N,): minus the mean of their group, and divided by
+    nothing ("mean", Dr. GRPO);
+    the standard deviation of the group ("group_std", the paper);
+    the standard deviation of all advantages of the step, on all ranks ("batch_std")."""
+    advantages = group_advantages(rewards, group, std=kind == "group_std")
+    if kind == "batch_std":
+        of_all_ranks = torch.tensor(run.gather_list(advantages.tolist()))
+        advantages = advantages / (of_all_ranks.std().item() + 1e-4)
+    return advantages
 
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, weight, clip: float = 0.2, kl: float = 0.01):
@@ -234,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 4) Advantages: within a group. Groups of equal rewards carry no signal and are left out
         totals = torch.tensor([row["total"] for row in scores], device=device)
-        advantages = group_advantages(totals, config.group, std=config.advantage_std)
+        advantages = step_advantages(totals, config.group, config.advantage)
         has_signal = advantages.view(-1, config.group).any(dim=1)  # (prompts,)
         kept = has_signal.repeat_interleave(config.group).nonzero().flatten().tolist()
         weights = token_weights(rollouts.mask, kept, config.loss_mean)

@@ -16,7 +16,7 @@ from data.prompts import join_prompts
 from engine import run, trainer
 from engine.trainer import trainable_parameters
 from toy.world import toy_prompts
-from train_grpo import group_advantages, grpo_loss, token_weights
+from train_grpo import group_advantages, grpo_loss, step_advantages, token_weights
 
 PROMPTS = [
     "a red ball left of a blue cube",
@@ -41,6 +41,18 @@ def test_advantages_by_hand():
     assert got[4:].tolist() == [0, 0, 0, 0]
     got = group_advantages(rewards, group=4, std=False)
     assert got.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+
+
+def test_three_ways_to_scale_advantages_by_hand():
+    # minus the means: 3/4, -1/4 (three times), 1, -1, 0, 0; sum of squares 2.75, n - 1 = 7
+    rewards = torch.tensor([1.0, 0, 0, 0, 2, 0, 1, 1])
+    centered = [0.75, -0.25, -0.25, -0.25, 1, -1, 0, 0]
+    assert step_advantages(rewards, 4, "mean").tolist() == centered
+    by_group = step_advantages(rewards, 4, "group_std")
+    assert torch.equal(by_group, group_advantages(rewards, 4))
+    by_batch = step_advantages(rewards, 4, "batch_std").tolist()
+    scale = math.sqrt(2.75 / 7) + 1e-4
+    assert by_batch == pytest.approx([value / scale for value in centered], rel=1e-5)
 
 
 def test_equal_rewards_give_exactly_zero_even_when_their_mean_is_rounded():
@@ -236,4 +248,4 @@ def test_the_paper_preset_says_only_what_differs():
     flags = ["--preset", "paper", "--micro_batch", "3"]
     config = run.parse_args(train_grpo.Config, "", flags, train_grpo.PRESETS)
     assert (config.rollout_batch, config.micro_batch, config.judge_batch) == (1, 3, 64)
-    assert (config.lora, config.lr, config.kl, config.advantage_std) == (32, 1e-5, 0.01, True)
+    assert (config.lora, config.lr, config.kl, config.advantage) == (32, 1e-5, 0.01, "group_std")
