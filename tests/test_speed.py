@@ -13,7 +13,8 @@ from engine import speed
 from engine.checkpoints import janus_pro_config
 from judges.qwen import QwenJudge
 
-MANUAL = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+MANUAL = " ".join(PAGE.read_text(encoding="utf-8").split())  # a sentence may go on in the next line
 
 # Rollout
 
