@@ -866,7 +866,7 @@ def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
     from PIL import Image
 
     import rewards
-    from evaluation.stats import draw_plans
+    from evaluation.sheets import draw_sheet
     from render_boxes import draw_boxes, parse_chain
 
     prompts, chains, pictures = map(list, zip(*drawings, strict=True))
@@ -885,7 +885,7 @@ def save_drawings(drawings: list[tuple], judge, out: Path, n: int) -> None:
         shown = [part for part in scores[k] if not part.startswith("sem_")]  # short enough for it
         note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in shown) or path.name
         sheet.append({"prompt": prompt, "note": note, "chain": chain, "image": picture})
-    draw_plans(sheet[:24], out / "sheet.png", columns=2)
+    draw_sheet(sheet[:24], out / "sheet.png", columns=2)
 
     print(f"{prompts[0]}\n  {chains[0]}")
     if judge:

@@ -53,7 +53,7 @@ from data.prompts import join_prompts, read_prompts
 from engine import run, speed, trainer
 from engine.drift import Drifts, check_drift, drift_limits, self_test
 from evaluation import held_out as held_out_prompts
-from evaluation import stats, variety
+from evaluation import sheets, stats, variety
 from render_boxes import parse_chain
 from toy.world import random_plan, read_text
 
@@ -708,17 +708,17 @@ def without_errors(judge):
     return getattr(judge, "exact", judge)
 
 
-def score_all(training: Training, prompts, chains, images) -> list[dict]:
-    """All parts and the product of them, whatever is trained on; `trained` is what is, where that
-    is something else."""
+def score_all(training: Training, prompts, chains, images) -> tuple[list[dict], list[dict]]:
+    """All parts and the product of them, whatever is trained on, with the boxes that the judge
+    found; `trained` is what is, where that is something else."""
     config = training.config
     judge = without_errors(training.judge)
-    rows = rewards.score(judge, training.hps, prompts, chains, images)
+    rows, found = rewards.score_with_boxes(judge, training.hps, prompts, chains, images)
     if set(config.rewards) < set(rewards.PARTS) or config.combine != "product":
         for row in rows:
             trained = {part: row[part] for part in config.rewards if part in row}
             row["trained"] = rewards.total_reward(trained, config.combine)
-    return rows
+    return rows, found
 
 
 def drawing(training: Training) -> held_out_prompts.Drawing:
@@ -744,7 +744,8 @@ def look(training: Training, label: str, step: int, count: int) -> None:
     how = drawing(training)
     score = functools.partial(score_all, training)
     prompts = training.held_out[:count]
-    rows = held_out_prompts.evaluate(how, score, prompts, label=label)
+    exact = training.config.judge.split(":")[0] == "toy"
+    rows = held_out_prompts.evaluate(how, score, prompts, label=label, exact=exact)
     if count == len(training.held_out):
         rest = held_out_prompts.evaluate_rest(how, score, prompts, training.given_plans, label)
         if training.rank == 0:
@@ -752,29 +753,33 @@ def look(training: Training, label: str, step: int, count: int) -> None:
                 training.folder, label, step, training.config.seed, rows + rest
             )
     if training.rank == 0:
-        judge = without_errors(training.judge)
-        held_out_prompts.draw_sheet(rows[:12], judge, training.folder / f"samples_{label}.png")
+        held_out_prompts.draw_sheet(rows[:12], training.folder / f"samples_{label}.png")
 
 
 def draw_frame(training: Training, step: int, reward: float) -> None:
     """A frame of learning.gif: the first 4 held-out prompts after `step` steps."""
 
     def no_score(prompts, chains, images):
-        return [{}] * len(images)
+        return [{}] * len(images), [{}] * len(images)
 
     rows = held_out_prompts.evaluate(drawing(training), no_score, training.held_out[:4], label="")
     if training.rank == 0:
         frames = training.folder / "frames"
         frames.mkdir(exist_ok=True)
-        caption = f"after {step} steps of GRPO: reward {reward:.2f}"
-        stats.draw_frame(rows, caption, frames / f"{step:06d}.png")
+        title = f"after {step} steps of GRPO: reward {reward:.2f}"
+        cells = []
+        for row in rows:
+            cell = {name: row[name] for name in ("prompt", "chain", "image")}
+            cells.append({**cell, "boxes": []})  # the picture as it is
+        path = frames / f"{step:06d}.png"
+        sheets.draw_sheet(cells, path, columns=2, side=160, title=title)
 
 
 def join_frames(training: Training) -> None:
     """learning.gif, of the frames so far."""
     frames = sorted((training.folder / "frames").glob("*.png"))
     if training.rank == 0 and frames:
-        stats.join_frames(frames, training.folder / "learning.gif")
+        sheets.join_frames(frames, training.folder / "learning.gif")
 
 
 def summarise_run(training: Training) -> None:
@@ -868,18 +873,7 @@ def mean_row(rows: list[dict], config: Config) -> dict[str, float]:
 
 def plan_variety(chains: list[str], group: int) -> dict[str, float]:
     """How different the plans of a step are, see evaluation/variety.py."""
-    plans = [parse_chain(chain) for chain in chains]
-    found = {
-        "layout_variety": variety.layout_variety(plans, group),
-        "different_chains": variety.different_chains(chains, group),
-    }
-    means = {}
-    for name, values in found.items():
-        known = [value for value in values if value is not None]
-        if known:
-            means[name] = float(np.mean(known))
-    means["place_entropy"] = variety.place_entropy(plans)
-    return means
+    return variety.mean_variety(chains, group)
 
 
 def times(clock: list[float], judge_s: float, world: int, device: torch.device) -> dict[str, float]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import rewards
 import train_grpo
-from evaluation import held_out, stats
+from evaluation import held_out, sheets
 from toy import world
 
 TINY = "--batch_size 1 --group 4 --borrow 0.5 --eval_prompts 4".split()
@@ -46,10 +46,10 @@ def test_an_evaluation_is_judged_without_errors():
     prompts = ["a red ball", "a blue cube"]
     chains = [world.chain_of(scene)] * 2
     images = [world.draw_scene(scene.names, scene.cells)] * 2
-    rows = train_grpo.score_all(training_with(judge="toy:1.0"), prompts, chains, images)
+    rows, _ = train_grpo.score_all(training_with(judge="toy:1.0"), prompts, chains, images)
     assert [row["total"] > 0.9 for row in rows] == [True, False]
     assert "trained" not in rows[0]
-    summed = train_grpo.score_all(training_with(combine="sum"), prompts, chains, images)
+    summed, _ = train_grpo.score_all(training_with(combine="sum"), prompts, chains, images)
     assert summed[0]["trained"] == pytest.approx(4) and summed[0]["total"] == pytest.approx(1)
 
 
@@ -128,9 +128,9 @@ def test_a_long_film_has_frames_of_the_whole_run(tmp_path):
     for k in range(100):
         paths.append(tmp_path / f"{k:06d}.png")
         Image.new("RGB", (8, 8), (k, 0, 0)).save(paths[-1])
-    stats.join_frames(paths, tmp_path / "film.gif")
+    sheets.join_frames(paths, tmp_path / "film.gif")
     with Image.open(tmp_path / "film.gif") as film:
-        assert film.n_frames == stats.MOST_FRAMES
+        assert film.n_frames == sheets.MOST_FRAMES
         assert film.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
         film.seek(film.n_frames - 1)
         assert film.convert("RGB").getpixel((0, 0))[0] == 99
