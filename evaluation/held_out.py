@@ -292,7 +292,8 @@ def read_plans(source: str) -> list[tuple[str, str]]:
     if not source:
         return []
     plans = []
-    for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(): to it a line ends at U+2028 too, which may stand in a string of JSON
+    for number, line in enumerate(Path(source).read_text("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -31,7 +31,8 @@ class Picture(NamedTuple):
 
 def read_lines(path: str | Path) -> list[str]:
     """The non-empty lines of a text file, stripped."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # not splitlines(): to it a line ends at U+2028 too, which may stand in a string of JSON
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -132,6 +132,16 @@ def test_categories_and_faults():
             assert right == (faults == "")
 
 
+def test_a_line_of_json_may_hold_any_character(tmp_path):
+    """U+2028 ends a line for str.splitlines, not for JSON."""
+    plan = "A <|obj_start|>cat<|obj_end|> <|box_start|>(1,2),(300,400)<|box_end|>"
+    line = json.dumps({"prompt": "a\u2028cat", "chain": plan}, ensure_ascii=False)
+    path = tmp_path / "plans.jsonl"
+    path.write_bytes((line + "\r\n" + line + "\n").encode())
+    assert held_out.read_plans(str(path)) == [("a\u2028cat", plan)] * 2
+    assert networks.read_lines(path) == [line] * 2
+
+
 # -------------------------------------------------------------------------------------------------
 # The command: the toy
 
