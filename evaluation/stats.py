@@ -1,8 +1,9 @@
 """What a table of scores may claim: intervals, and a paired test of two runs.
 
 A row is one picture: {"index": number of its prompt, "prompt", "sample", "measures": {name:
-value}, ...}. The samples of a prompt resemble each other, so intervals count prompts, and prompts
-are what is compared (pairs). A score is a mean over samples, in a table as in a comparison.
+value}, ...}; a list of values counts as so many samples. The samples of a prompt resemble each
+other, so intervals count prompts, and prompts are what is compared (pairs). A score is a mean over
+samples, in a table as in a comparison.
 
 A measure is a list of strata, and its score the mean over strata. All have one stratum but
 "overall", which has one per part: GenEval's headline is the mean of its six tags' scores, not the
@@ -21,7 +22,7 @@ RESAMPLES = 4000
 ALPHA = 0.05  # 95 % intervals; of twenty tables one holds a false "real"
 PERCENTILES = (100 * ALPHA / 2, 100 - 100 * ALPHA / 2)
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy", "spacy")
-ORDER = (  # of categories, the toy's first
+ORDER = (  # of categories, those of the toy first
     "color",
     "spatial",
     "left of",
@@ -35,11 +36,13 @@ ORDER = (  # of categories, the toy's first
     "follow complex",
     "variety",
     "pictures",
+    "skill",  # of GenEval 2
+    "atoms",
 )
 
 
 def place(measure: str) -> int:
-    """Where a measure stands in the table: rewards as they come, then the toy's categories."""
+    """Where a measure stands in the table: those without a category as they come, then by ORDER."""
     if ":" not in measure:
         return -1
     category = measure.split(":")[0]
@@ -53,17 +56,19 @@ def by_prompt(rows: list[dict]) -> dict[str, dict[tuple, list[float]]]:
     Raises ValueError at a value that is not finite: nan is no result."""
     indices = {}  # (measure, text) -> the numbers of the prompts with this text
     for row in rows:
-        for name, value in row["measures"].items():
-            if not math.isfinite(value):
-                where = f"prompt {row['prompt']!r}, sample {row['sample']}"
-                raise ValueError(f"{where}: {name} is {value}, which is no score")
+        for name in row["measures"]:
             indices.setdefault((name, row["prompt"]), set()).add(row["index"])
     found = {}
     for row in rows:
         text = row["prompt"]
-        for name, value in row["measures"].items():
+        for name, values in row["measures"].items():
             occurrence = sorted(indices[name, text]).index(row["index"])
-            found.setdefault(name, {}).setdefault((text, occurrence), []).append(value)
+            samples = found.setdefault(name, {}).setdefault((text, occurrence), [])
+            for value in values if isinstance(values, list) else [values]:
+                if not math.isfinite(value):
+                    where = f"prompt {text!r}, sample {row['sample']}"
+                    raise ValueError(f"{where}: {name} is {value}, which is no score")
+                samples.append(value)
     return found
 
 

@@ -637,7 +637,7 @@ REFUSED = [  # (flags, name and content of a file, what the line says)
     (f"{LOOK} --clip NONE", "", "", "openai/clip-vit-large-patch14 from huggingface.co, then"),
     (f"{LOOK} --detector OTHER.pth", "", "", "do not fit"),
     ("--bench geneval --images OUT --out OUT", "", "", "nothing for geneval"),
-    (DRAW.format("geneval", "FILE FILE"), "a.jsonl", "", "GenEval has one file"),
+    (DRAW.format("geneval", "FILE FILE"), "a.jsonl", "", "geneval has one file"),
     (DRAW.format("geneval", "FILE"), "a.jsonl", '{"prompt": "a dog", "tag": "colors"}', "line 1"),
     (DRAW.format("geneval", "FILE"), "a.jsonl", DRAGON, "dragon"),
     (DRAW.format("compbench", "FILE"), "names.txt", "a dog", "color_val.txt"),
@@ -684,5 +684,5 @@ def test_other_prompts_in_the_same_file_are_not_scored_with_the_pictures_of_the_
 
 
 def test_default_weights_are_those_that_are_named_when_missing():
-    for flag in ("clip", "clip_b32", "blip_tokenizer", "gdino"):
+    for flag in ("clip", "clip_b32", "blip_tokenizer", "gdino", "judge"):
         assert getattr(evaluation.Config(), flag) == networks.WEIGHTS[flag].name
