@@ -1,26 +1,25 @@
-"""From a checkpoint to pictures to a table: GenEval, T2I-CompBench, the toy's held-out prompts.
+"""From a checkpoint to pictures to a table: GenEval, GenEval 2, T2I-CompBench, the toy.
 
 1) Pictures: the model draws each prompt a few times, in the folders that the official programs
-   expect. What is there already is kept, so an interrupted run goes on, but never pictures of
+   expect. What is there already is kept, so an interrupted run continues, but never pictures of
    other weights; the same seed, prompt and sample give the same picture on any number of
    processes. `--generate_only` stops here, `--images FOLDER` starts from pictures that any model
    made.
-2) Scores: a row per picture, with the reason in words. Rows are kept as long as the picture and
-   what it was scored with are the same: the files of the networks, lists, rules.
+2) Scores: one per picture, with the reason in words.
 3) Report: the official arithmetic, each number with a 95 % interval over prompts (the samples of a
    prompt are not independent); `results.json` with everything that changes a score; sheets of
    right and wrong pictures.
 
     python eval.py --bench toy --model out/grpo/step_000110
-    python eval.py --bench geneval --prompts evaluation_metadata.jsonl \\
-        --model PATH --cfg 5 --max_chain 600 \\
+    python eval.py --bench geneval --prompts evaluation_metadata.jsonl --model PATH \\
         --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
-    torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt \\
-        --model PATH --cfg 5 --max_chain 600
+    python eval.py --bench geneval2 --prompts geneval2_data.jsonl --model PATH
+    torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt --model PATH
     python eval.py --compare out/before/results.json out/after/results.json    # what is real?
 """
 
 import functools
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,25 +28,25 @@ from typing import Literal
 import numpy as np
 
 from engine import run
-from evaluation import stats
+from evaluation import sheets, stats
 
 
 @dataclass
 class Config:
     # What is done
-    bench: Literal["toy", "geneval", "compbench"] = "toy"  # which prompts and scores
+    bench: Literal["toy", "geneval", "geneval2", "compbench"] = "toy"  # which prompts and scores
     model: str = ""  # `toy`, or a folder or hub id; with --images only a name in the report
-    prompts: tuple[str, ...] = ()  # evaluation_metadata.jsonl, or color_val.txt and its like
+    prompts: tuple[str, ...] = ()  # file of the benchmark: evaluation_metadata.jsonl, color_val.txt
     out: str = "out/eval"  # for pictures, scores, report, sheets; the same command continues there
     images: str = ""  # score the pictures in this folder, in the official layout; draw none
     generate_only: bool = False  # only draw, for the official programs
     compare: tuple[str, ...] = ()  # two files results.json: which differences between them are real
     # How pictures are made
-    samples: int = 0  # pictures per prompt; 0: as in the official protocol, GenEval 4, CompBench 10
+    samples: int = 0  # pictures per prompt; 0: as officially, GenEval 4, GenEval 2 1, CompBench 10
     chain: bool = True  # write a chain first; --no_chain draws from the prompt alone
-    cfg: float = 1.0  # guidance: 5 for the released checkpoints (paper), 1 (none) for the toy
+    cfg: float | None = None  # guidance; left out: 5 (paper) for Janus-Pro, 1 (none) for the toy
     temperature: float = 1.0  # of chain and image tokens
-    max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
+    max_chain: int | None = None  # most chain tokens; left out: 600 for Janus-Pro, 96 for the toy
     seed: int = 0  # of all samples
     draw_batch: int = 32  # pictures drawn at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights; auto: bfloat16 on a GPU
@@ -58,8 +57,10 @@ class Config:
     blip: str = "Salesforce/blip-vqa-capfilt-large"  # color, shape, texture, complex: .pth, or this
     blip_tokenizer: str = "google-bert/bert-base-uncased"  # of a .pth, which has none
     gdino: str = "IDEA-Research/grounding-dino-base"  # spatial-gdino and complex-gdino
-    phrases: str = ""  # json of noun phrases: written where spaCy is installed, read elsewhere
+    phrases: str = ""  # file of noun phrases: written where spaCy is installed, read elsewhere
     complex_lists: tuple[str, ...] = ()  # complex_val_spatial.txt and complex_val_action.txt
+    judge: str = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2: folder, hub id, http://…/v1, or toy
+    judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     score_batch: int = 16  # pictures that a network takes at a time
     # The toy
     toy_prompts: int = 240  # held-out prompts
@@ -68,11 +69,13 @@ class Config:
 
 def check(config: Config) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
-    run.check_ranges(
-        config,
-        at_least_one="max_chain draw_batch score_batch toy_prompts toy_seeds",
-        not_negative="samples cfg temperature seed",
-    )
+    at_least_one = "draw_batch score_batch toy_prompts toy_seeds"
+    not_negative = "samples temperature seed"
+    if config.max_chain is not None:
+        at_least_one += " max_chain"
+    if config.cfg is not None:
+        not_negative += " cfg"
+    run.check_ranges(config, at_least_one=at_least_one, not_negative=not_negative)
     if config.bench == "toy":
         refused = [name for name in ("images", "prompts", "generate_only") if getattr(config, name)]
         if not config.chain:
@@ -87,15 +90,8 @@ def check(config: Config) -> None:
         run.fail("--generate_only draws, --images does not")
     if config.prompts and not config.model:
         run.fail("--model is missing: a folder or hub id of the checkpoint that draws, or toy")
-    if config.bench == "geneval" and len(config.prompts) > 1:
-        run.fail("--prompts: GenEval has one file, evaluation_metadata.jsonl")
-
-
-def precision(config: Config, device) -> str:
-    """The precision that `--dtype` stands for on this device."""
-    if config.dtype == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    return config.dtype
+    if config.bench != "compbench" and len(config.prompts) > 1:
+        run.fail(f"--prompts: {config.bench} has one file")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,10 +102,13 @@ def main(argv: list[str] | None = None) -> None:
             compare(config)
             return
         rank, world, device = run.start_processes()
+        dtype = config.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
         if config.bench == "toy":
-            run_toy(config, rank, world, device)
+            run_toy(config, dtype, rank, world, device)
         else:
-            run_benchmark(config, rank, world, device)
+            run_board(config, dtype, rank, world, device)
     except (OSError, ValueError) as problem:
         run.fail(" ".join(str(problem).split()))
 
@@ -123,32 +122,32 @@ def compare(config: Config) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# GenEval and T2I-CompBench
+# GenEval, GenEval 2 and T2I-CompBench
 
 
-def run_benchmark(config: Config, rank: int, world: int, device) -> None:
-    from evaluation import run as steps  # loads the evaluation
+def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None:
+    from evaluation import run as steps
 
-    bench = steps.RUNNERS[config.bench](config, device)
+    benchmark = importlib.import_module(f"evaluation.{config.bench}")  # loads no other benchmark
+    board = benchmark.Board(config, device)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if config.images:
         folder = Path(config.images)
-        pictures = bench.find_pictures(folder)
+        pictures = board.find_pictures(folder)
     else:
         folder = out / "images"
-        pictures = bench.plan_pictures(folder)
+        pictures = board.plan_pictures(folder)
     if not pictures:
         source = config.images or config.prompts[0]
         raise ValueError(f"{source} holds nothing for {config.bench} to look at")
     if not config.generate_only:
-        bench.prepare(pictures)  # what cannot be scored is not drawn either
+        board.prepare(pictures)  # what cannot be scored is not drawn either
 
     # 1) Pictures
     if not config.images:
-        dtype = precision(config, device)
+        config = steps.with_model_defaults(config)
         steps.generate(config, pictures, folder, dtype, rank, world, device)
-        run.gather_list([])  # nobody looks before all have drawn
     if config.generate_only:
         if rank == 0:
             layout = f"the official layout of {config.bench}"
@@ -156,76 +155,38 @@ def run_benchmark(config: Config, rank: int, world: int, device) -> None:
         return
 
     # 2) Scores
-    batch_size = config.score_batch
-    rows = steps.score_pictures(bench, pictures, folder, out, batch_size, rank, world)
+    rows = steps.score_pictures(board, pictures, folder, config.score_batch, rank, world)
 
     # 3) Report
-    cells = []
-    for row in rows:
-        row["measures"] = {bench.column(row["group"]): row["score"]}
-        cells.append({**row, "image": folder / row["path"]})
-    if rank == 0:
-        about = steps.describe(bench, pictures, rows, folder)
-        summary = stats.intervals(rows, bench.overall)
-        tags = [name for name in bench.overall if name in summary]
-        if len(tags) < len(bench.overall) and tags:
-            summary["overall"]["notes"] = [f"of {len(tags)} of {len(bench.overall)} tags"]
-        report(config, about, summary, rows, cells)
+    if rank > 0:
+        return
+    about = steps.describe(board, pictures, rows, folder)
+    summary = stats.intervals(rows, board.overall)
+    board.comment(summary)
+    cells = [{**row, "image": folder / row["path"]} for row in rows]
+    report(config, about, summary, rows, cells)
 
 
 # -------------------------------------------------------------------------------------------------
 # The toy: pictures and scores in one step, several seeds
 
 
-def run_toy(config: Config, rank: int, world: int, device) -> None:
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    dtype = precision(config, device)
-
-    # 1) and 2) Pictures and scores
-    rows, cells = draw_and_score_toy(config, dtype, rank, world, device)
-
-    # 3) Report
-    if rank > 0:
-        return
-    from engine.checkpoints import policy_files
-
-    model = config.model or "toy"
-    generation = {
-        "model": model,
-        "weights": run.digest(run.file_stamps(policy_files(model))),
-        "cfg": config.cfg,
-        "temperature": config.temperature,
-        "max_chain": config.max_chain,
-        "seed": config.seed,
-        "toy_seeds": config.toy_seeds,
-        "toy_prompts": config.toy_prompts,
-        "dtype": dtype,
-    }
-    about = {"generation": generation, "scoring": {"judge": "toy (exact)"}, "notes": []}
-    summary = stats.intervals(rows)
-    for name, line in summary.items():
-        means = stats.by_seed(rows, name)
-        line["seeds"] = means
-        line["notes"] = [f"{min(means):.3f} to {max(means):.3f} over {len(means)} seeds"]
-    report(config, about, summary, rows, cells)
-
-
-def draw_and_score_toy(
-    config: Config, dtype: str, rank: int, world: int, device
-) -> tuple[list[dict], list[dict]]:
-    """(rows for results.json, cells for the sheets) of all seeds. Rows are of three kinds: held-out
-    prompts, plans that were given, and plans of one prompt that are compared with each other."""
+def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
     import gotr1
     import rewards
-    from engine.checkpoints import DTYPES
+    from engine.checkpoints import DTYPES, policy_files
     from evaluation import held_out
     from toy.world import ToyJudge, crispness, detect, toy_prompts
 
-    model, tokenizer = gotr1.load_policy(config.model or "toy", device, DTYPES[dtype])
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    name = config.model or "toy"
+    model, tokenizer = gotr1.load_policy(name, device, DTYPES[dtype])
+    config = gotr1.with_defaults(config, model)
     prompts = toy_prompts(config.toy_prompts, seed=7, held_out=True)
-    given = held_out.read_plans("toy")
-    score = functools.partial(rewards.score, ToyJudge(), crispness)
+    given_plans = held_out.read_plans("toy")
+    score = functools.partial(rewards.score_with_boxes, ToyJudge(), crispness)
+
+    # 1) and 2) Pictures and scores
     rows = []
     cells = []
     for seed in range(config.seed, config.seed + config.toy_seeds):
@@ -239,35 +200,56 @@ def draw_and_score_toy(
             rank=rank,
             world=world,
         )
-        samples = held_out.evaluate(drawing, score, prompts, label=f"seed {seed}")
-        rest = held_out.evaluate_rest(drawing, score, prompts, given, label=f"seed {seed}")
+        label = f"seed {seed}"
+        own = held_out.evaluate(drawing, score, prompts, label=label, exact=True)
+        rest = held_out.evaluate_rest(drawing, score, prompts, given_plans, label)
         for sample in rest:
             sample["measures"].pop("variety: place entropy", None)  # one number: no interval
-            row = {
-                "index": sample["index"],
-                "sample": seed,
-                "prompt": sample["prompt"],
-                "measures": sample["measures"],
-            }
-            rows.append(row)
-        for sample in samples:
+            rows.append(toy_row(sample, seed))
+        for sample in own:
             prompt = sample["prompt"]
-            boxes = detect(sample["image"])
-            row = {
-                "index": sample["index"],
-                "sample": seed,
-                "prompt": prompt,
-                "reason": held_out.toy_faults(prompt, boxes),
-                "chain": sample["chain"],
-                "measures": sample["measures"],
-            }
-            rows.append(row)
+            boxes = detect(sample["image"])  # all objects, not only the planned ones
+            reason = held_out.toy_faults(prompt, boxes)
+            rows.append({**toy_row(sample, seed), "reason": reason, "chain": sample["chain"]})
             group = held_out.categories(prompt)[-1]  # of a spatial prompt the place itself
-            right = row["measures"][f"{group}: picture right"]
-            cells.append(
-                {**row, "group": group, "score": right, "image": sample["image"], "boxes": boxes}
-            )
-    return rows, cells
+            cell = {
+                "prompt": prompt,
+                "group": group,
+                "score": sample["measures"][f"{group}: picture right"],
+                "reason": reason,
+                "image": sample["image"],
+                "boxes": boxes,
+            }
+            cells.append(cell)
+
+    # 3) Report
+    if rank > 0:
+        return
+    generation = {
+        "model": name,
+        "weights": run.digest(run.file_stamps(policy_files(name))),
+        "cfg": config.cfg,
+        "temperature": config.temperature,
+        "max_chain": config.max_chain,
+        "seed": config.seed,
+        "toy_seeds": config.toy_seeds,
+        "toy_prompts": config.toy_prompts,
+        "dtype": dtype,
+    }
+    about = {"generation": generation, "scoring": {"judge": "toy (exact)"}, "notes": []}
+    summary = stats.intervals(rows)
+    for measure, line in summary.items():
+        means = stats.by_seed(rows, measure)
+        line["seeds"] = means
+        line["notes"] = [f"{min(means):.3f} to {max(means):.3f} over {len(means)} seeds"]
+    report(config, about, summary, rows, cells)
+
+
+def toy_row(sample: dict, seed: int) -> dict:
+    """A row of held_out.py as statistics take it: the samples of a prompt are the seeds."""
+    row = {name: sample[name] for name in ("index", "prompt", "measures")}
+    row["sample"] = seed
+    return row
 
 
 # -------------------------------------------------------------------------------------------------
@@ -278,7 +260,7 @@ def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: 
     """Writes results.json and sheets of right and wrong pictures, and prints the table.
 
     `about` says what the numbers were made with: "generation" and "scoring" (dicts) and "notes"
-    (sentences). `cells`: see `stats.draw_sheet`; there is a sheet for each of their groups."""
+    (sentences). `cells`: rows of sheets.py; there is a sheet for each of their groups."""
     out = Path(config.out)
     names = sorted(summary, key=stats.place)
     summary = {name: summary[name] for name in names}
@@ -293,8 +275,9 @@ def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: 
     }
     run.write_whole(out / "results.json", json.dumps(results))
     for group in sorted({cell["group"] for cell in cells}):
-        chosen = stats.choose([cell for cell in cells if cell["group"] == group])
-        stats.draw_sheet(chosen, out / f"sheet_{group.replace(' ', '_')}.png")
+        chosen = sheets.right_and_wrong([cell for cell in cells if cell["group"] == group])
+        path = out / f"sheet_{group.replace(' ', '_')}.png"
+        sheets.draw_sheet(chosen, path, columns=4, side=256)
     print(stats.table(summary))
     if "overall" in summary:
         mean = np.mean([cell["score"] for cell in cells])
@@ -303,8 +286,8 @@ def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: 
         print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in about[part].items()))
     for note in about["notes"]:
         print(f"note: {note}")
-    sheets = f"sheets of right and wrong pictures, {out / 'sheet_*.png'}"
-    print(f"wrote {out / 'results.json'} and {sheets}")
+    shown = f"sheets of right and wrong pictures, {out / 'sheet_*.png'}"
+    print(f"wrote {out / 'results.json'} and {shown}")
 
 
 if __name__ == "__main__":

@@ -902,8 +902,7 @@ def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) 
             each=finished,
         )
     forced = sampled.forced.float().mean().item()
-    if forced:
-        print(f"{forced:.0%} of the chains were cut off at --max_chain {config.max_chain}")
+    print(f"{forced:.0%} of the chains were cut at --max_chain {config.max_chain}")
     save_drawings(prompts, sampled, decode_images(model, sampled.image_tokens), judge, config)
 
 
@@ -925,7 +924,7 @@ def save_drawings(prompts: list[str], sampled: Rollout, pictures: list, judge, c
     from PIL import Image
 
     import rewards
-    from evaluation.stats import draw_plans
+    from evaluation.sheets import draw_sheet
     from render_boxes import draw_boxes, parse_chain
 
     scores = [{}] * len(pictures)
@@ -945,7 +944,7 @@ def save_drawings(prompts: list[str], sampled: Rollout, pictures: list, judge, c
         note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in parts) or path.name
         cell = {"prompt": prompts[k], "note": note, "chain": chain, "image": pictures[k]}
         sheet.append(cell)
-    draw_plans(sheet[:24], out / "sheet.png", columns=2)
+    draw_sheet(sheet[:24], out / "sheet.png", columns=2)
 
     print(f"{prompts[0]}\n  {sampled.chains[0]}")
     if judge:

@@ -99,6 +99,15 @@ def score(
     return add_up(asked, hps, parts, combine)
 
 
+def score_with_boxes(
+    judge, hps, prompts, chains, images, parts=PARTS, combine="product", strict=True
+) -> tuple[list[dict[str, float]], list[dict[str, list[Box] | None]]]:
+    """(rewards as those of `score`, where the judge sees each planned object, by name)."""
+    layouts = [parse_chain(chain) for chain in chains]
+    rows = score(judge, hps, prompts, chains, images, parts, combine)
+    return rows, ground_plans(judge, layouts, images)[0]
+
+
 @dataclass
 class Asked:
     """Samples, and what a judge answered about them."""

@@ -41,7 +41,7 @@ import rewards
 from data.prompts import join_prompts, read_prompts
 from engine import run, trainer
 from engine.drift import Drift
-from evaluation import held_out, stats, variety
+from evaluation import held_out, sheets, stats, variety
 from render_boxes import parse_chain
 from toy.world import follow_plans, read_text
 
@@ -532,19 +532,20 @@ def is_due(done: int, every: int) -> bool:
 # Looking at held-out prompts
 
 
-def score_all(training: Training, prompts, chains, images) -> list[dict]:
-    """All parts and the product of them, whatever is trained on; `trained` is what is, where that
-    is something else. `--judge toy:0.2` errs in training only."""
+def score_all(training: Training, prompts, chains, images) -> tuple[list[dict], list[dict]]:
+    """All parts and the product of them, whatever is trained on, and the boxes that the judge
+    found; `trained` is what is trained on, where that is something else. `--judge toy:0.2` errs in
+    training only."""
     config = training.config
     judge = getattr(training.judge, "exact", training.judge)
-    rows = rewards.score(
+    rows, found = rewards.score_with_boxes(
         judge, training.hps, prompts, chains, images, strict=not training.rehearsal
     )
     if set(config.rewards) < set(rewards.PARTS) or config.combine != "product":
         for row in rows:
             trained = {part: row[part] for part in config.rewards if part in row}
             row["trained"] = rewards.total_reward(trained, config.combine)
-    return rows
+    return rows, found
 
 
 def drawing(training: Training) -> held_out.Drawing:
@@ -568,13 +569,13 @@ def evaluate(training: Training, label: str, step: int) -> None:
     and samples_<label>.png, which shows the first 12."""
     how = drawing(training)
     score = functools.partial(score_all, training)
-    rows = held_out.evaluate(how, score, training.held_out, label=label)
+    is_exact = training.config.judge.split(":")[0] == "toy"
+    rows = held_out.evaluate(how, score, training.held_out, label=label, exact=is_exact)
     rest = held_out.evaluate_rest(how, score, training.held_out, training.given_plans, label)
     if training.rank == 0:
         folder = training.folder
         held_out.write_evaluation(folder, label, step, training.config.seed, rows + rest)
-        judge = getattr(training.judge, "exact", training.judge)
-        held_out.draw_sheet(rows[:12], judge, folder / f"samples_{label}.png")
+        held_out.draw_sheet(rows[:12], folder / f"samples_{label}.png")
 
 
 def look(training: Training, step: int, reward: float) -> None:
@@ -584,21 +585,27 @@ def look(training: Training, step: int, reward: float) -> None:
         evaluate(training, f"step_{step:06d}", step)
 
     def no_score(prompts, chains, images):
-        return [{}] * len(images)
+        return [{}] * len(images), [{}] * len(images)
 
     rows = held_out.evaluate(drawing(training), no_score, training.held_out[:4], label="")
     if training.rank == 0:
         frames = training.folder / "frames"
         frames.mkdir(exist_ok=True)
-        caption = f"after {step} steps of GRPO: reward {reward:.2f}"
-        stats.draw_frame(rows, caption, frames / f"{step:06d}.png")
+        title = f"after {step} steps of GRPO: reward {reward:.2f}"
+        cells = []
+        for row in rows:
+            cell = {"prompt": row["prompt"], "chain": row["chain"], "image": row["image"]}
+            cell["boxes"] = []  # the picture as it is
+            cells.append(cell)
+        path = frames / f"{step:06d}.png"
+        sheets.draw_sheet(cells, path, columns=2, side=160, title=title)
 
 
 def join_frames(training: Training) -> None:
     """learning.gif, of the frames so far."""
     frames = sorted((training.folder / "frames").glob("*.png"))
     if training.rank == 0 and frames:
-        stats.join_frames(frames, training.folder / "learning.gif")
+        sheets.join_frames(frames, training.folder / "learning.gif")
 
 
 def summarise_run(training: Training) -> None:
@@ -648,7 +655,7 @@ def mean_of_samples(
     for key in ("reward", *rewards.PARTS):
         if key in rows[0]:
             means[f"{key}_std"] = float(np.std([row[key] for row in rows]))
-    means.update(plan_variety([row["chain"] for row in rows], group))
+    means.update(variety.mean_variety([row["chain"] for row in rows], group))
     return means
 
 
@@ -680,22 +687,6 @@ def describe_samples(
         row["chain"] = rollouts.chains[k]
         rows.append(row)
     return rows
-
-
-def plan_variety(chains: list[str], group: int) -> dict[str, float]:
-    """How different the plans of a step are, see evaluation/variety.py."""
-    plans = [parse_chain(chain) for chain in chains]
-    found = {
-        "layout_variety": variety.layout_variety(plans, group),
-        "different_chains": variety.different_chains(chains, group),
-    }
-    means = {}
-    for name, values in found.items():
-        known = [value for value in values if value is not None]
-        if known:
-            means[name] = float(np.mean(known))
-    means["place_entropy"] = variety.place_entropy(plans)
-    return means
 
 
 def mean_of_tokens(loss_sums: torch.Tensor) -> dict[str, float]:

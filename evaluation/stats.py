@@ -1,8 +1,9 @@
-"""What a table of scores may claim: intervals, a paired test, and the pictures behind the numbers.
+"""What a table of scores may claim: intervals, and a paired test of two runs.
 
 A row is one picture: {"index": number of its prompt, "prompt", "sample", "measures": {name:
-value}, ...}. The samples of a prompt resemble each other, so intervals count prompts, and prompts
-are what is compared (pairs). A score is a mean over samples, in a table as in a comparison.
+value}, ...}; a list of values counts as so many samples. The samples of a prompt resemble each
+other, so intervals count prompts, and prompts are what is compared (pairs). A score is a mean over
+samples, in a table as in a comparison.
 
 A measure is a list of strata, and its score the mean over strata. All have one stratum but
 "overall", which has one per part: GenEval's headline is the mean of its six tags' scores, not the
@@ -12,21 +13,16 @@ mean of all pictures.
 import importlib.metadata
 import json
 import math
-import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.special import stdtrit
-
-from render_boxes import Box, draw_boxes, parse_chain
 
 RESAMPLES = 4000
 ALPHA = 0.05  # 95 % intervals; of twenty tables one holds a false "real"
 PERCENTILES = (100 * ALPHA / 2, 100 - 100 * ALPHA / 2)
-MOST_FRAMES = 40  # of a GIF
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy", "spacy")
-ORDER = (  # of categories, the toy's first
+ORDER = (  # of categories, those of the toy first
     "color",
     "spatial",
     "left of",
@@ -40,11 +36,13 @@ ORDER = (  # of categories, the toy's first
     "follow complex",
     "variety",
     "pictures",
+    "skill",  # of GenEval 2
+    "atoms",
 )
 
 
 def place(measure: str) -> int:
-    """Where a measure stands in the table: rewards as they come, then the toy's categories."""
+    """Where a measure stands in the table: those without a category as they come, then by ORDER."""
     if ":" not in measure:
         return -1
     category = measure.split(":")[0]
@@ -58,17 +56,19 @@ def by_prompt(rows: list[dict]) -> dict[str, dict[tuple, list[float]]]:
     Raises ValueError at a value that is not finite: nan is no result."""
     indices = {}  # (measure, text) -> the numbers of the prompts with this text
     for row in rows:
-        for name, value in row["measures"].items():
-            if not math.isfinite(value):
-                where = f"prompt {row['prompt']!r}, sample {row['sample']}"
-                raise ValueError(f"{where}: {name} is {value}, which is no score")
+        for name in row["measures"]:
             indices.setdefault((name, row["prompt"]), set()).add(row["index"])
     found = {}
     for row in rows:
         text = row["prompt"]
-        for name, value in row["measures"].items():
+        for name, values in row["measures"].items():
             occurrence = sorted(indices[name, text]).index(row["index"])
-            found.setdefault(name, {}).setdefault((text, occurrence), []).append(value)
+            samples = found.setdefault(name, {}).setdefault((text, occurrence), [])
+            for value in values if isinstance(values, list) else [values]:
+                if not math.isfinite(value):
+                    where = f"prompt {text!r}, sample {row['sample']}"
+                    raise ValueError(f"{where}: {name} is {value}, which is no score")
+                samples.append(value)
     return found
 
 
@@ -294,156 +294,6 @@ def compare_files(paths: tuple[str, ...], overall: tuple[str, ...] = ()) -> str:
             if value_a != value_b:
                 lines.append(f"they differ in {part}: {key} {value_a} and {value_b}")
     return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def pixels_to_grid(box, size: tuple[float, float]) -> list[float]:
-    """A box in pixels of a picture of `size` (w, h) -> the 0..1000 grid of `draw_boxes`."""
-    x1, y1, x2, y2 = box
-    width, height = size
-    on_grid = (1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height)
-    return [round(edge, 1) for edge in on_grid]
-
-
-def choose(cells: list[dict], count: int = 4) -> list[dict]:
-    """`count` right and `count` wrong cells, evenly from the whole run.
-
-    Where scores are shades, not only 0 and 1: the best and the worst."""
-    if not {cell["score"] for cell in cells} <= {0.0, 1.0}:
-        ordered = sorted(cells, key=lambda cell: -cell["score"])
-        return ordered[:count] + ordered[count:][-count:]
-    chosen = []
-    for wanted in (1.0, 0.0):
-        some = [cell for cell in cells if cell["score"] == wanted]
-        if len(some) > count:
-            some = [some[k * len(some) // count] for k in range(count)]
-        chosen += some
-    return chosen
-
-
-def squared(image: Image.Image, side: int) -> Image.Image:
-    """A picture of `side` x `side` pixels; a small one is enlarged without blurring its pixels."""
-    return image.resize((side, side), Image.Resampling.NEAREST if image.width < side else None)
-
-
-def shortened(text: str, width: int, most: int) -> str:
-    """At most `most` lines of `width` characters."""
-    lines = textwrap.wrap(text, width)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][:-3] + "..."]
-    return "\n".join(lines)
-
-
-def draw_sheet(cells: list[dict], path: Path, side: int = 256, columns: int = 4) -> None:
-    """A sheet of pictures with what was found in each, and whether it is right.
-
-    A cell has prompt, score, reason, boxes and image (PIL or a path). The frame is green when the
-    score is above 0.5, else red, and below it stands the reason."""
-    font = ImageFont.load_default(size=12)
-    margin = 10
-    head = 36  # room for the prompt
-    foot = 52  # room for the reason
-    cell_width = side + margin
-    cell_height = side + head + foot + margin
-    lines = -(-len(cells) // columns)  # rounded up
-    size = (columns * cell_width + margin, lines * cell_height + margin)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, cell in enumerate(cells):
-        x = margin + k % columns * cell_width
-        y = margin + k // columns * cell_height
-        image = cell["image"]
-        if not isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(Image.open(image))
-        picture = squared(image.convert("RGB"), side)
-        boxes = [Box(*box) for box in cell["boxes"]]
-        sheet.paste(draw_boxes(boxes, image=picture), (x, y + head))
-        color = "#23862c" if cell["score"] > 0.5 else "#d62839"
-        frame = (x - 2, y + head - 2, x + side + 1, y + head + side + 1)
-        pen.rectangle(frame, outline=color, width=2)
-        verdict = f"{cell['score']:.2f}  {cell['reason'] or 'right'}"
-        pen.text((x, y), shortened(cell["prompt"], side // 6, most=2), "black", font)
-        below = y + head + side + 4
-        pen.text((x, below), shortened(verdict, side // 6, most=3), color, font)
-    sheet.save(path)
-
-
-def draw_plans(rows: list[dict], path: Path, side: int = 224, columns: int = 3) -> None:
-    """A sheet of plans: what the model planned, and what it drew.
-
-    For each row (prompt, note, chain, image): the plan on a blank canvas, beside it the picture
-    with the planned boxes and, if the rows have `found`, the picture with the boxes that a judge
-    found."""
-    font = ImageFont.load_default(size=13)
-    margin = 12
-    head = 42  # room for prompt and note
-    panels = 3 if "found" in rows[0] else 2
-    width = panels * side + margin
-    height = side + head + margin
-    columns = min(columns, len(rows))
-    lines = -(-len(rows) // columns)  # rounded up
-    size = (columns * (width + margin) + margin, lines * height + margin)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, row in enumerate(rows):
-        x = margin + k % columns * (width + margin)
-        y = margin + k // columns * height
-        prompt = row["prompt"] if len(row["prompt"]) < 66 else row["prompt"][:63] + "..."
-        pen.text((x, y), prompt, "black", font)
-        pen.text((x, y + 18), row["note"], "gray", font)
-        planned = parse_chain(row["chain"])
-        picture = squared(row["image"], side)
-        drawn = [draw_boxes(planned, size=side), draw_boxes(planned, image=picture)]
-        if panels == 3:
-            drawn.append(draw_boxes(row["found"], image=picture))
-        for number, panel in enumerate(drawn):
-            sheet.paste(panel, (x + number * side, y + head))
-        frame = (x, y + head, x + panels * side, y + head + side)
-        pen.rectangle(frame, outline="lightgray")
-    sheet.save(path)
-
-
-def draw_frame(rows: list[dict], caption: str, path: Path, side: int = 160) -> None:
-    """One frame of `join_frames`: plan and picture of each row, under a caption. Rows have prompt,
-    chain and image (PIL)."""
-    small = ImageFont.load_default(size=11)
-    margin = 10
-    head = 30  # room for the caption, and for two lines of a prompt
-    width = 2 * side + margin
-    columns = 2
-    lines = -(-len(rows) // columns)  # rounded up
-    height = head + side + margin
-    size = (columns * width + margin, head + lines * height)
-    frame = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(frame)
-    pen.text((margin, 8), caption, "black", ImageFont.load_default(size=15))
-    for k, row in enumerate(rows):
-        x = margin + k % columns * width
-        y = head + k // columns * height
-        pen.text((x, y), shortened(row["prompt"], width=52, most=2), "black", small)
-        plan = draw_boxes(parse_chain(row["chain"]), size=side)
-        frame.paste(plan, (x, y + head))
-        frame.paste(squared(row["image"], side), (x + side, y + head))
-        pen.rectangle((x, y + head, x + 2 * side, y + head + side), outline="lightgray")
-    frame.save(path)
-
-
-def join_frames(paths: list[Path], target: Path, seconds: float = 0.6) -> None:
-    """A GIF of picture files, which plays forever and stays on the last one for a while. At most
-    MOST_FRAMES, evenly from the whole run, so that the file stays small."""
-    if len(paths) > MOST_FRAMES:
-        chosen = np.linspace(0, len(paths) - 1, MOST_FRAMES).round().astype(int)
-        paths = [paths[k] for k in chosen]
-    frames = []
-    for path in paths:
-        with Image.open(path) as frame:
-            frames.append(frame.quantize(64))
-    milliseconds = [round(1000 * seconds)] * len(frames)
-    milliseconds[-1] *= 4
-    frames[0].save(target, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 # -------------------------------------------------------------------------------------------------

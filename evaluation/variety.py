@@ -26,10 +26,38 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from render_boxes import Box, iou, strip_boxes
+from render_boxes import Box, iou, parse_chain, strip_boxes
 
 # -------------------------------------------------------------------------------------------------
 # Plans
+
+
+def plan_variety(chains: list[str], group: int) -> list[dict[str, float]]:
+    """How different the plans of each prompt are: a dict per group of `group` chains.
+
+    layout_variety, which is left out where no two plans of the group share a name;
+    different_chains; and place_entropy, that of all chains together: the same in each group.
+    Raises ValueError unless the chains are whole groups."""
+    layouts = [parse_chain(chain) for chain in chains]
+    varieties = layout_variety(layouts, group)
+    counts = different_chains(chains, group)
+    entropy = place_entropy(layouts)
+    rows = []
+    for layout, count in zip(varieties, counts, strict=True):
+        row = {"different_chains": count, "place_entropy": entropy}
+        if layout is not None:
+            row["layout_variety"] = layout
+        rows.append(row)
+    return rows
+
+
+def mean_variety(chains: list[str], group: int) -> dict[str, float]:
+    """The mean of each number of `plan_variety` over the groups that have it."""
+    values = {}
+    for row in plan_variety(chains, group):
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: float(np.mean(some)) for name, some in values.items()}
 
 
 def layout_variety(layouts: list[list[Box]], group: int) -> list[float | None]:

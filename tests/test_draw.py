@@ -94,7 +94,7 @@ def test_words_that_the_toy_does_not_know_and_chains_that_were_cut_off_are_named
     gotr1.main(["a red dragon", "--n", "1", "--max_chain", "5", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     assert "the toy does not know dragon in 'a red dragon'" in output
-    assert "100% of the chains were cut off at --max_chain 5" in output
+    assert "100% of the chains were cut at --max_chain 5" in output
 
 
 CHAINS = {

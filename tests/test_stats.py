@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import geneval, stats
+from evaluation import geneval, sheets, stats
 from toy import world as toy
 
 
@@ -182,24 +182,63 @@ def test_compare_finds_what_pairing_shows():
         stats.compare({"rows": first}, {"rows": rows_of(b, "y")})
 
 
-def test_cells_of_a_sheet_are_right_and_wrong_ones():
-    cells = [{"score": float(k % 10 == 0), "k": k} for k in range(100)]
-    assert [cell["k"] for cell in stats.choose(cells)] == [0, 20, 50, 70, 1, 25, 51, 75]
+# -------------------------------------------------------------------------------------------------
+# Sheets
+
+
+def test_sheets_show_right_and_wrong_pictures():
+    rows = [{"score": float(k % 10 == 0), "k": k} for k in range(100)]
+    chosen = sheets.right_and_wrong(rows)
+    assert [row["k"] for row in chosen] == [0, 20, 50, 70, 1, 25, 51, 75]
     shades = [{"score": k / 20, "k": k} for k in range(20)]
-    assert [cell["k"] for cell in stats.choose(shades)] == [19, 18, 17, 16, 3, 2, 1, 0]
-    assert len(stats.choose(cells[:2])) == 2
+    chosen = sheets.right_and_wrong(shades)
+    assert [row["k"] for row in chosen] == [19, 18, 17, 16, 3, 2, 1, 0]
+    assert len(sheets.right_and_wrong(rows[:2])) == 2
 
 
-def test_sheets_show_right_and_wrong(tmp_path):
-    wrong = {
-        "prompt": "a red ball " * 12,
-        "score": 0.0,
-        "reason": "nothing " * 40,
-        "boxes": [["red ball", 0, 0, 400, 400]],
-        "image": toy.draw_scene(["red ball", "blue cube"], [(0, 0, 3), (5, 4, 3)]),
-    }
-    right = {**wrong, "score": 1.0, "reason": ""}
-    stats.draw_sheet([wrong, right], tmp_path / "sheet.png")
-    pixels = np.array(Image.open(tmp_path / "sheet.png"))
-    assert (pixels == (0xD6, 0x28, 0x39)).all(-1).any()
-    assert (pixels == (0x23, 0x86, 0x2C)).all(-1).any()
+def has_color(picture, color):
+    return (np.array(picture) == color).all(-1).any()
+
+
+def test_what_a_row_has_is_what_is_drawn(tmp_path):
+    """One panel for a picture, two with a plan, three with what a judge found."""
+    scene = toy.Scene(["red ball"], [], [(0, 0, 3)])
+    row = {"prompt": "a red ball " * 20, "image": toy.draw_scene(scene.names, scene.cells)}
+    path = tmp_path / "sheet.png"
+
+    def drawn(rows, **layout):
+        sheets.draw_sheet(rows, path, side=100, **layout)
+        return Image.open(path)
+
+    gap = sheets.MARGIN
+    alone = drawn([row])
+    assert alone.width == 100 + 2 * gap
+    planned = {**row, "chain": toy.chain_of(scene), "note": "sem 1.00"}
+    assert drawn([planned] * 5, columns=2).width == 2 * (200 + gap) + gap
+    found = {**planned, "found": scene.boxes}
+    assert drawn([found], title="after 3 steps").height > drawn([found]).height > alone.height - 1
+    judged = {**row, "score": 0.0, "reason": "nothing " * 40, "boxes": [["ball", 0, 0, 400, 400]]}
+    assert has_color(drawn([judged]), (0xD6, 0x28, 0x39))
+    assert has_color(drawn([{**judged, "score": 1.0, "reason": ""}]), (0x23, 0x86, 0x2C))
+    row["image"].save(tmp_path / "lying.png", exif=turned_by_a_quarter())
+    from_file = {**judged, "image": tmp_path / "lying.png", "boxes": []}
+    assert drawn([from_file]).size == drawn([judged]).size
+
+
+def turned_by_a_quarter():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_a_long_film_has_frames_of_the_whole_run(tmp_path):
+    paths = []
+    for k in range(100):
+        paths.append(tmp_path / f"{k:06d}.png")
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(paths[-1])
+    sheets.join_frames(paths, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == sheets.MOST_FRAMES
+        assert film.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+        film.seek(film.n_frames - 1)
+        assert film.convert("RGB").getpixel((0, 0))[0] == 99

@@ -839,7 +839,7 @@ def draw_dense(model, tokenizer, prompts: list[str], plans: int, max_chain: int)
                 indices=indices,
             )
     drawing = held_out.Drawing(model, tokenizer, max_chain=max_chain, at_once=64)
-    score = functools.partial(rewards.score, ToyJudge(), crispness)
+    score = functools.partial(rewards.score_with_boxes, ToyJudge(), crispness)
     rows = []
     for drawn in held_out.evaluate(drawing, score, prompts, chosen, label="drawing"):
         scores = drawn["scores"]
