@@ -498,6 +498,12 @@ def read_text(text: str) -> tuple[list[str], list[tuple[int, str, int]]]:
     return names, relations
 
 
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that mean nothing in the toy's world."""
+    known = {"a", "and", *COLORS, *SHAPES, *" ".join(RELATIONS).split()}
+    return [word for word in prompt.lower().split() if word not in known]
+
+
 def agreement(wanted: list[str], found: list[str]) -> float:
     """Share of objects that are right; missing ones and extra ones both count against it."""
     shared = (Counter(wanted) & Counter(found)).total()
