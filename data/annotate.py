@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import rewards
 from data import cache as token_cache
-from data.got import FOUR_NUMBERS, BadRecord, Source, read_image, read_prompt_and_chain
+from data.got import OTHER_NOTATION, BadRecord, Source, read_image, read_prompt_and_chain
 from engine import run
 from render_boxes import Box, format_chain, iou, parse_chain
 from toy import world as toy
@@ -113,7 +113,7 @@ def parse_text(reply: str) -> Answer:
         return Answer(None, reply, "cut off")
     if not re.search(r"[^\W\d_]", text):
         return Answer(None, reply, "no words")
-    if re.search(r"<[|｜\w]", text) or FOUR_NUMBERS.search(text):
+    if re.search(r"<[|｜\w]", text) or OTHER_NOTATION.search(text):
         return Answer(None, reply, "markers or coordinates in the text")
     return Answer(text, reply)
 

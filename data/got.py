@@ -50,7 +50,8 @@ BREAK_WORDS = (
     "riding"
 ).split()
 PLACES = r"(?:top|bottom|front|back|left|right|middle|cent(?:er|re)|sides?|edge|corner)"
-BREAKS = "|".join([*BREAK_WORDS, rf"{PLACES}\s+of"])
+BULLET = "[-*•–—]+"
+BREAKS = "|".join([*BREAK_WORDS, rf"{PLACES}\s+of", BULLET])
 
 # The expressions take linear time on any text: no quantifier repeats another one, or stands beside
 # one for the same characters.
@@ -62,9 +63,15 @@ BOX = re.compile(  # (x1,y1),(x2,y2) or [x1, y1, x2, y2], with markers or withou
     rf"{PAIR}[)\]]{{1,3}}(?:\s*<\|box_end\|>)?"
 )
 TORN = re.compile(rf"[(\[]{PAIR}(?:[)\],]|\Z)")  # coordinates that no box has taken
-# Four numbers close together are a box in some other notation: [10 20 30 40], <10,20,30,40>,
-# (x1=10, y1=20, x2=30, y2=40), … The lookbehind keeps the search linear in a long row of digits.
-FOUR_NUMBERS = re.compile(r"(?<!\d)(?:\d+\D{1,5}){3}\d+")
+# A box in another notation would stay among the words. Words may hold four numbers, too ("at 10:30
+# on 12/25", "number 12, 14, 16, 18"): only those in brackets, behind a tag, in pairs without spaces
+# or behind the name of an edge are a box. Possessive (++): linear time in a long row of digits.
+COUNT = r"\d++(?:\.\d++)?+"
+OTHER_NOTATION = re.compile(
+    rf"[(\[{{<>（［｛＜]\s?{COUNT}(?:[^\w:/]{{1,5}}{COUNT}){{3}}"  # [10 20 30 40], <b>10,20,30,40
+    rf"|(?<![\d.]){COUNT},{COUNT}\s?[,-]\s?{COUNT},{COUNT}"  # 10,20,30,40 or 10,20 - 30,40
+    r"|\b[xy]_?(?:[12]|min|max)\b\W{1,4}\d"  # (x1=10, y1=20, …
+)
 OBJECT = rf"<\|obj_start\|>({TEXT}*)<\|obj_end\|>"
 MARKED_NAME = re.compile(rf"{OBJECT}[\s:,]*\Z")
 WORD = rf"(?!(?:{BREAKS})(?!\S))[^\s.,;:!?()\[\]>]+"
@@ -307,10 +314,11 @@ def corners_to_grid(corners: list[float], box_format: str, size: tuple[int, int]
 
 
 def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) -> str:
-    """An annotation with inline boxes -> a chain; what is a chain already comes back as it is.
+    """An annotation with inline boxes -> a chain; a chain comes back as it is, but for any **.
 
     Boxes side by side belong to one name, and a name without a box loses its markers.
     Raises BadRecord."""
+    text = text.replace("**", "")  # **emphasis** would come between a name and its box
     chain = ""
     end = 0  # of the box before
     for box in BOX.finditer(text):
@@ -333,7 +341,7 @@ def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) 
         torn = TORN.search(text)
         if torn:
             raise BadRecord("broken box", f"{torn[0]!r} is torn")
-        other = FOUR_NUMBERS.search(text)
+        other = OTHER_NOTATION.search(text)
         if other:
             raise BadRecord("other notation", f"{other[0]!r} looks like a box, and is not read")
     problems = chain_problems(chain)

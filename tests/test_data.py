@@ -291,6 +291,23 @@ def chain(*parts) -> str:
             chain("aa b2", ("cc dd ee f6 gg h8", 1, 2, 30, 40)),
         ),
         ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
+        # emphasis and bullets are no part of a name
+        ("The **red ball** (1,2),(30,40) lies", chain("The", ("red ball", 1, 2, 30, 40), "lies")),
+        ("- red ball (1,2),(30,40)", chain("-", ("red ball", 1, 2, 30, 40))),
+        ("* **Red ball**: (1,2),(30,40)", chain("*", ("Red ball", 1, 2, 30, 40))),
+        # four numbers among the words are no box
+        (
+            "at 10:30 on 12/25 a dog (1,2),(30,40)",
+            chain("at 10:30 on 12/25 a", ("dog", 1, 2, 30, 40)),
+        ),
+        (
+            "house number 12, 14, 16, 18 and a dog (1,2),(30,40)",
+            chain("house number 12, 14, 16, 18 and a", ("dog", 1, 2, 30, 40)),
+        ),
+        (
+            "0.5 or 0.25 of a pie (1,2),(30,40), (1990)",
+            chain("0.5 or 0.25 of a", ("pie", 1, 2, 30, 40)) + ", (1990)",
+        ),
     ],
 )
 def test_names_are_found(text, want):
