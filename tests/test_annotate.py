@@ -374,7 +374,7 @@ def test_prompts_of_ones_own(pictures, scripted, tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [
         {"image": "000000.png", "prompt": "my \n own"},
-        {"image": "more/000012.png", "prompt": "x"},
+        {"image": "more/000012.png", "prompt": "x", "note": "\u2028 ends no line of a file"},
     ]
     annotate.write_lines(path, lines)
     rows = run(pictures, "--prompts", str(path))
@@ -443,7 +443,7 @@ class NoisyJudge(rewards.VlmJudge):
 
     def write(self, questions):
         rng = np.random.default_rng(len(questions))
-        noise = ["".join(map(chr, rng.integers(256, 999, 40))) for _ in questions]
+        noise = ["".join(map(chr, rng.integers(32, 999, 40))) for _ in questions]
         return [rewards.Reply(text + "…") for text in noise]
 
 

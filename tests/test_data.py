@@ -27,6 +27,7 @@ import train_sft
 from data import cache as token_cache
 from data import got as got_data
 from data.got import BadRecord, Source
+from data.prompts import read_prompts
 from render_boxes import Box, chain_problems, format_chain, parse_chain
 from toy import world as toy
 
@@ -250,6 +251,12 @@ def test_a_hub_id_is_passed_on(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     got_data.open_rows(Source("owner/set:small", split="test", streaming=True, box_format="0..1"))
     assert asked == [{"path": "owner/set", "name": "small", "split": "test", "streaming": True}]
+
+
+def test_a_prompt_may_hold_what_only_python_calls_the_end_of_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a dog\u2028on a mat\r\n\n a cat \x85\n".encode())
+    assert read_prompts(str(path), held_out=False, count=9) == ["a dog\u2028on a mat", "a cat"]
 
 
 # -------------------------------------------------------------------------------------------------
