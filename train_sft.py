@@ -259,6 +259,7 @@ def data_source(config: Config) -> got.Source:
     source = got.Source(**values)
     if config.data == "toy":
         source.box_format = "0..999"
+        source.data = f"toy, {config.examples} scenes of seed {config.seed}"
     return source
 
 

@@ -10,44 +10,40 @@ the wording of the questions is ours:
 
 Each box is then written behind its name in the caption. Two files do not get in each other's way:
 
-    mine.replies.ndjson   what the model said, one line per picture, written when it is said. A run
-                          that is killed loses one batch. What the model was not asked about is
-                          asked: a picture that has changed, another prompt, another model
+    mine.replies.ndjson   what the model replied, one line per picture, written at once. A run that
+                          is killed loses one batch. The model is asked again only about what has
+                          changed: a picture, its prompt, or the model
     mine.jsonl            the chains, made from the replies by the filters: other filters need no
                           new replies. mine.dropped.ndjson says what was dropped, and why
 
-    python -m data.annotate pictures --out mine.jsonl --dry_run     # look at eight of them
+    python -m data.annotate pictures --out mine.jsonl --max_pictures 8
+    python train_sft.py --data mine.jsonl --box_format 0..999 --dry_run …    # look at them
     python -m data.annotate pictures --out mine.jsonl
-    python train_sft.py --data mine.jsonl --box_format 0..999 …
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
 import re
-import textwrap
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 import rewards
 from data import cache as token_cache
-from data.got import FOUR_NUMBERS, BadRecord, Source, read_image
-from engine import checkpoints, run
-from render_boxes import MARKERS, OBJ_END, OBJ_START, Box, draw_boxes, format_box, iou, parse_chain
+from data.got import OTHER_NOTATION, BadRecord, Source, read_image, read_prompt_and_chain
+from engine import run
+from render_boxes import Box, format_chain, iou, parse_chain
 from toy import world as toy
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-RULES = 1  # raise it when the same model gives other replies: its questions, or how they are read
+RULES = 2  # raise it when the same model gives other replies: its questions, or how they are read
 
 
 @dataclass
@@ -56,21 +52,17 @@ class Config:
     out: str = "mine.jsonl"  # file for the chains; the other files lie beside it
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # folder or hub id of a Qwen-VL; http://…/v1; `toy`
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
-    judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served model's boxes count in
     prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else it is asked
     device: str = ""  # where the model is; default: the GPU if there is one
     batch: int = 16  # pictures per step; a run that is killed loses one such batch
-    judge_batch: int = 0  # rows that the model takes at a time; 0: 16, or 64 on a server
+    judge_batch: int = 0  # questions that the model takes at a time; 0: 16, or 64 on a server
     longest_side: int = 768  # pixels; larger pictures are shown to the model in this size
-    max_pictures: int = 0  # only the first ones; 0: all
+    max_pictures: int = 0  # only the first ones: look at eight before you wait for all; 0: all
     min_boxes: int = 1  # a picture with fewer boxes is left out
     smallest: float = 0.01  # share of the picture below which a box is dropped
     largest: float = 0.95  # share of the picture above which a box is dropped
     same_box: float = 0.9  # IoU above which two names stand on one box: the later name is dropped
-    max_chain: int = 600  # tokens; pictures with longer chains are left out
-    policy: str = "deepseek-community/Janus-Pro-1B"  # whose tokenizer counts; `toy` with the toy
     follow_outside: bool = False  # read pictures whose path leaves the folder by a link, too
-    dry_run: bool = False  # only eight pictures, drawn with their chains and boxes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -103,6 +95,9 @@ class Answer(NamedTuple):
     reply: str = ""
     reason: str = ""  # why it cannot be read
 
+    def as_bad(self, step: str) -> dict:
+        return {"step": step, "reason": self.reason, "reply": self.reply}
+
 
 def parse_text(reply: str) -> Answer:
     """A sentence or a paragraph, in one line.
@@ -118,7 +113,7 @@ def parse_text(reply: str) -> Answer:
         return Answer(None, reply, "cut off")
     if not re.search(r"[^\W\d_]", text):
         return Answer(None, reply, "no words")
-    if "<|" in text or FOUR_NUMBERS.search(text):
+    if re.search(r"<[|｜\w]", text) or OTHER_NOTATION.search(text):
         return Answer(None, reply, "markers or coordinates in the text")
     return Answer(text, reply)
 
@@ -144,7 +139,7 @@ def parse_names(reply: str) -> Answer:
     return Answer(names, reply)
 
 
-# An annotator is any object with these four calls, each on a batch, one Answer per row.
+# An annotator is any object with these four calls, each on a batch, one Answer per entry.
 #   prompts(pictures)             the sentence that a user would have typed
 #   captions(pictures, prompts)   the dense paragraph
 #   names(captions)               the names of objects in it
@@ -169,6 +164,8 @@ class VlmAnnotator:
         return self.ask("names", texts, [None] * len(texts), parse_names)
 
     def boxes(self, pictures, names):
+        if not names:
+            return []
         found = self.judge.ground(pictures, names)
         answers = []
         for boxes, reply in zip(found, self.judge.words["ri"], strict=True):
@@ -176,10 +173,12 @@ class VlmAnnotator:
         return answers
 
     def ask(self, step: str, texts: list[str], pictures: list, parse) -> list[Answer]:
-        rows = []
+        if not texts:
+            return []
+        questions = []
         for text, picture in zip(texts, pictures, strict=True):
-            rows.append(rewards.Question(text, picture, MAX_TOKENS[step]))
-        return [parse(reply.text) for reply in self.judge.write(rows)]
+            questions.append(rewards.Question(text, picture, MAX_TOKENS[step]))
+        return [parse(reply.text) for reply in self.judge.write(questions)]
 
 
 def without_markers(text: str) -> str:
@@ -188,7 +187,7 @@ def without_markers(text: str) -> str:
 
 
 class ToyAnnotator:
-    """Reads the pictures of toy/world.py exactly, and says it in the toy's words."""
+    """Reads the pictures of toy/world.py exactly, and answers in the toy's words."""
 
     def prompts(self, pictures):
         return [self.describe(picture, "a") for picture in pictures]
@@ -204,7 +203,7 @@ class ToyAnnotator:
 
     def describe(self, picture: Image.Image, article: str) -> Answer:
         """The objects in some order, with relations that hold; of two objects, sometimes without.
-        The picture itself decides what is drawn by lot."""
+        The random choices are seeded by the picture itself."""
         found = [box for box in toy.detect(picture) if not box.name.endswith("blob")]
         if not found:
             return Answer(None, reason="no object is seen")
@@ -213,16 +212,12 @@ class ToyAnnotator:
         relations = []
         if len(boxes) > 2 or rng.random() < 0.6:
             for j in range(1, len(boxes)):
-                holding = true_relations(boxes[0], boxes[j])
+                holding = [w for w in toy.RELATIONS if toy.is_related(boxes[0], w, boxes[j])]
                 if holding:
                     relations.append((0, str(rng.choice(holding)), j))
         names = [box.name for box in boxes]
         scene = toy.Scene(names, relations, cells=[])
         return Answer(" ".join([article, *toy.sentence(scene, names)[1:]]))
-
-
-def true_relations(a: Box, b: Box) -> list[str]:
-    return [words for words in toy.RELATIONS if toy.is_related(a, words, b)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -232,48 +227,52 @@ def true_relations(a: Box, b: Box) -> list[str]:
 def ask_batch(annotator, pictures: list[Image.Image], prompts: list[str]) -> list[dict]:
     """What the model says about some pictures; an empty prompt is asked for.
 
-    A row has `prompt`, `caption`, `names` and `boxes` (name -> list of corners), as far as they
-    could be read, and `bad`: what could not, as [step, reason, reply]."""
-    rows = []
-    for prompt in prompts:
-        rows.append({"prompt": prompt, "caption": "", "names": [], "boxes": {}, "bad": []})
+    A record has `prompt`, `caption`, `names` and `boxes` (name -> list of corners), as far as they
+    could be read, and `bad`: the replies that could not, each with `step`, `reason` and `reply`."""
+    records = []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        record = {"prompt": prompt, "caption": "", "names": [], "boxes": {}, "bad": []}
+        records.append({"picture": picture, **record})
 
-    def enter(step: str, chosen: list[int], answers: list[Answer]) -> list[int]:
-        """Writes the answers into the chosen rows; returns the rows whose answer was read."""
-        read = []
-        for k, answer in zip(chosen, answers, strict=True):
-            if answer.value is None:
-                rows[k]["bad"].append([step, answer.reason, answer.reply])
-            else:
-                rows[k][step] = answer.value
-                read.append(k)
-        return read
+    without_prompt = [record for record in records if not record["prompt"]]
+    answers = annotator.prompts(column(without_prompt, "picture"))
+    enter(without_prompt, "prompt", answers)
+    readable = [record for record in records if record["prompt"]]
+    answers = annotator.captions(column(readable, "picture"), column(readable, "prompt"))
+    enter(readable, "caption", answers)
+    readable = [record for record in readable if record["caption"]]
+    answers = annotator.names(column(readable, "caption"))
+    enter(readable, "names", answers)
 
-    lacking = [k for k, row in enumerate(rows) if not row["prompt"]]
-    if lacking:
-        enter("prompt", lacking, annotator.prompts([pictures[k] for k in lacking]))
-    asked = [k for k, row in enumerate(rows) if row["prompt"]]
-    if asked:
-        told = [rows[k]["prompt"] for k in asked]
-        captions = annotator.captions([pictures[k] for k in asked], told)
-        asked = enter("caption", asked, captions)
-    if asked:
-        asked = enter("names", asked, annotator.names([rows[k]["caption"] for k in asked]))
-    questions = []  # (row, name), each once
-    for k in asked:
-        for name, span in places(rows[k]["caption"], rows[k]["names"]):
-            if span and (k, name) not in questions:
-                questions.append((k, name))
-    if questions:
-        shown = [pictures[k] for k, _ in questions]
-        answers = annotator.boxes(shown, [name for _, name in questions])
-        for (k, name), answer in zip(questions, answers, strict=True):
-            if answer.value is None:
-                rows[k]["bad"].append([f"box of {name}", answer.reason, answer.reply])
-            else:
-                corners = [[round(edge, 1) for edge in box[1:]] for box in answer.value]
-                rows[k]["boxes"][name] = corners
-    return rows
+    asked = []  # a record per question
+    names = []
+    for record in readable:
+        found = [name for name, span in places(record["caption"], record["names"]) if span]
+        for name in dict.fromkeys(found):  # each once
+            asked.append(record)
+            names.append(name)
+    answers = annotator.boxes(column(asked, "picture"), names)
+    for record, name, answer in zip(asked, names, answers, strict=True):
+        if answer.value is None:
+            record["bad"].append(answer.as_bad(f"box of {name}"))
+        else:
+            record["boxes"][name] = [[round(edge, 1) for edge in box[1:]] for box in answer.value]
+    for record in records:
+        del record["picture"]
+    return records
+
+
+def column(records: list[dict], key: str) -> list:
+    return [record[key] for record in records]
+
+
+def enter(records: list[dict], step: str, answers: list[Answer]) -> None:
+    """Writes the answers of a step into the records."""
+    for record, answer in zip(records, answers, strict=True):
+        if answer.value is None:
+            record["bad"].append(answer.as_bad(step))
+        else:
+            record[step] = answer.value
 
 
 def places(caption: str, names: list[str]) -> list[tuple[str, tuple[int, int] | None]]:
@@ -307,79 +306,80 @@ class Result:
     image: str  # its path in the folder
     prompt: str = ""
     chain: str = ""  # empty if the picture is left out
-    cause: str = ""  # why it is left out, one of a few fixed words to count by
+    left_out: str = ""  # why: one of a few fixed words to count by
     detail: str = ""
-    objects: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (name, why dropped)
-    bad: list[list[str]] = dataclasses.field(default_factory=list)  # [step, reason, reply]
+    objects: list[dict] = field(default_factory=list)  # those that are dropped: name, reason
+    replies: list[dict] = field(
+        default_factory=list
+    )  # those that cannot be read: step, reason, reply
 
 
-def make_chain(config: Config, image: str, row: dict, tokenizer) -> Result:
+def make_chain(config: Config, image: str, record: dict) -> Result:
     """The chain of a picture from what the model said about it, see `ask_batch`."""
-    result = Result(image, row["prompt"], bad=row["bad"])
-    for step in ("picture", "prompt", "caption", "names"):
-        for bad_step, reason, reply in row["bad"]:
-            if bad_step == step == "picture":  # not a reply: the file cannot be read
-                result.cause = reason
-                result.detail = reply
-                return result
-            if bad_step == step:
-                result.cause = f"{step} cannot be read"
-                result.detail = reason
-                return result
-    chain = row["caption"]
-    boxes = choose_boxes(config, row, result)
+    result = Result(image, record["prompt"], replies=record["bad"])
+    for bad in record["bad"]:
+        if bad["step"] == "picture":  # not a reply: the file cannot be read
+            result.left_out = bad["reason"]
+            result.detail = bad["reply"]
+        elif bad["step"] in MAX_TOKENS:
+            result.left_out = f"{bad['step']} cannot be read"
+            result.detail = bad["reason"]
+    if result.left_out:
+        return result
+    chain = record["caption"]
+    boxes = choose_boxes(config, record, result)
     for (start, stop), box in sorted(boxes, reverse=True):  # from the end: earlier places stay
-        name = chain[start:stop]  # as the caption writes it
-        corners = [min(round(edge), 999) for edge in box[1:]]
-        marked = f"{OBJ_START}{name}{OBJ_END} {format_box(*corners)}"
-        chain = chain[:start] + marked + chain[stop:]
+        box = box._replace(name=chain[start:stop])  # as the caption writes it
+        chain = chain[:start] + format_chain([box]) + chain[stop:]
     if len(boxes) < config.min_boxes:
-        result.cause = "too few boxes"
-        result.detail = f"{len(boxes)} of {len(row['names'])} names have a box"
+        result.left_out = "too few boxes"
+        result.detail = f"{len(boxes)} of {len(record['names'])} names have a box"
         return result
     try:
-        source = Source(box_format="0..999", max_chain=config.max_chain)
-        said = {"prompt": result.prompt, "chain": chain}
-        result.prompt, result.chain = token_cache.texts_that_fit(said, source, tokenizer, (1, 1))
+        row = {"prompt": result.prompt, "chain": chain}
+        source = Source(box_format="0..999")
+        result.prompt, result.chain = read_prompt_and_chain(row, source, size=(1, 1))
     except BadRecord as bad:
-        result.cause = bad.cause
+        result.left_out = bad.cause
         result.detail = bad.detail
     return result
 
 
-def choose_boxes(config: Config, row: dict, result: Result) -> list[tuple[tuple[int, int], Box]]:
+def choose_boxes(config: Config, record: dict, result: Result) -> list[tuple[tuple[int, int], Box]]:
     """((start, stop) of a name in the caption, its box) for the names that pass the filters; the
     others go into `result.objects`."""
     chosen = []
-    for name, span in places(row["caption"], row["names"]):
-        if span is None:
-            result.objects.append((name, "name not in the caption"))
-            continue
-        if name not in row["boxes"]:
-            result.objects.append((name, "reply cannot be read"))
-            continue
-        boxes = [Box(name, *corners) for corners in row["boxes"][name]]
-        if not boxes:
-            result.objects.append((name, "no box"))
-            continue
-        box = max(boxes, key=share)
+    for name, span in places(record["caption"], record["names"]):
         reason = ""
-        is_line = round(box.x2) <= round(box.x1) or round(box.y2) <= round(box.y1)
-        if is_line or share(box) < config.smallest:
-            reason = "box too small"
-        elif share(box) > config.largest:
-            reason = "box too large"
-        elif any(iou(box, other) > config.same_box for _, other in chosen):
-            reason = "box of another name"
+        if span is None:
+            reason = "name not in the caption"
+        elif name not in record["boxes"]:
+            reason = "reply cannot be read"
+        elif not record["boxes"][name]:
+            reason = "no box"
+        else:
+            boxes = [Box(name, *corners) for corners in record["boxes"][name]]
+            box = max(boxes, key=share_of_picture)
+            reason = why_dropped(config, box, [other for _, other in chosen])
         if reason:
-            result.objects.append((name, reason))
+            result.objects.append({"name": name, "reason": reason})
         else:
             chosen.append((span, box))
     return chosen
 
 
-def share(box: Box) -> float:
-    """Of the picture."""
+def why_dropped(config: Config, box: Box, others: list[Box]) -> str:
+    is_line = round(box.x2) <= round(box.x1) or round(box.y2) <= round(box.y1)
+    if is_line or share_of_picture(box) < config.smallest:
+        return "box too small"
+    if share_of_picture(box) > config.largest:
+        return "box too large"
+    if any(iou(box, other) > config.same_box for other in others):
+        return "box of another name"
+    return ""
+
+
+def share_of_picture(box: Box) -> float:
     return (box.x2 - box.x1) * (box.y2 - box.y1) / 1e6
 
 
@@ -395,26 +395,27 @@ def list_pictures(folder: Path) -> list[str]:
             if path.suffix.lower() in SUFFIXES:
                 found.append(path.relative_to(folder).as_posix())
     if not found:
-        raise ValueError(
-            f"{folder}: expected a folder with pictures ({' '.join(sorted(SUFFIXES))})"
-        )
+        expected = f"expected a folder with pictures ({' '.join(sorted(SUFFIXES))})"
+        raise ValueError(f"{folder}: {expected}")
     return found
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines; a line that a killed run left half written is skipped."""
-    rows = []
+    """The records of JSON lines; a line that a killed run left half written is skipped."""
+    records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split(
+            "\n"
+        ):  # splitlines() knows ten more ends
             try:
-                rows.append(json.loads(line))
+                records.append(json.loads(line))
             except ValueError:
                 continue
-    return rows
+    return records
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+def write_lines(path: Path, records: list[dict]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     run.write_whole(path, "".join(lines))
 
 
@@ -423,17 +424,19 @@ def given_prompts(path: str, images: list[str]) -> dict[str, str]:
     prompts = {}
     if not path:
         return prompts
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            prompts[row["image"]] = " ".join(row["prompt"].split())
+            record = json.loads(line)
+            prompts[record["image"]] = " ".join(record["prompt"].split())
         except (ValueError, TypeError, KeyError, AttributeError) as problem:
             expected = 'expected {"image": "path in the folder", "prompt": "text"}'
             raise ValueError(f"{path}, line {number}: {expected}") from problem
     unknown = sorted(prompts.keys() - set(images))
     if unknown:
-        told = f"{len(unknown)} pictures that are not in the folder, first {unknown[0]}"
-        raise ValueError(f"{path} names {told}")
+        pictures = f"{len(unknown)} pictures that are not in the folder, first {unknown[0]}"
+        raise ValueError(f"{path} names {pictures}")
     return prompts
 
 
@@ -444,21 +447,18 @@ def model_mark(name: str) -> str:
         return name
     stats = []
     for path in sorted(folder.iterdir()):
-        stat = path.stat()
-        stats.append((path.name, stat.st_size, stat.st_mtime_ns))
+        stats.append((path.name, *token_cache.stamp(path)))
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def reply_keys(config: Config, images: list[str], prompts: dict[str, str]) -> dict[str, str]:
     """Per picture what the replies about it depend on: replies with another key are not used."""
-    model = model_mark(config.model)
+    model = [RULES, model_mark(config.model), config.judge_model, config.longest_side]
     source = picture_source(config)
     keys = {}
     for image in images:
-        picture = token_cache.picture_stat(image, source)
-        shown = [config.longest_side, picture, prompts.get(image, "")]
-        parts = [RULES, model, config.judge_model, config.judge_frame, *shown]
-        keys[image] = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        facts = [*model, token_cache.picture_stamp(image, source), prompts.get(image, "")]
+        keys[image] = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return keys
 
 
@@ -466,40 +466,32 @@ def picture_source(config: Config) -> Source:
     return Source(data=config.pictures, follow_outside=config.follow_outside)
 
 
-def collect(config: Config, images: list[str], prompts: dict[str, str], load) -> list[dict]:
-    """What the model says about each picture: from the file of replies, else it is asked and the
-    file is continued. `load` returns the annotator."""
+def collect(config: Config, images: list[str], prompts: dict[str, str]) -> list[dict]:
+    """What the model says about each picture: from the file of replies, which is continued with
+    what is missing. The model is loaded only if something is."""
     path = beside(config.out, "replies")
     keys = reply_keys(config, images, prompts)
-    known = {}  # key -> row
-    asked_before = set()
-    for row in read_lines(path):
-        known[row["image"], row["key"]] = row
-        asked_before.add(row["image"])
+    known = {(record["image"], record["key"]): record for record in read_lines(path)}
     missing = [image for image in images if (image, keys[image]) not in known]
-    changed = asked_before.intersection(missing)
+    changed = {image for image, _ in known}.intersection(missing)
     if changed:
-        told = "picture, prompt, model or questions have changed"
-        print(f"{len(changed)} of {len(images)} pictures are asked about again: {told}")
+        causes = "picture, prompt, model or questions have changed"
+        print(f"{len(changed)} of {len(images)} pictures are asked about again: {causes}")
     if missing:
-        annotator = load()
+        annotator = load_annotator(config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a kill
+        bar = tqdm(total=len(images), initial=len(images) - len(missing), unit=" pictures")
         bad = 0
-        with (
-            path.open("a", encoding="utf-8") as file,
-            tqdm(total=len(images), initial=len(images) - len(missing), unit=" pictures") as bar,
-        ):
-            if is_torn:
-                file.write("\n")
+        with path.open("a", encoding="utf-8") as file, bar:
+            file.write("\n")  # ends the line that a kill left half written
             for first in range(0, len(missing), config.batch):
                 batch = missing[first : first + config.batch]
-                rows = read_and_ask(config, annotator, batch, prompts)
-                for image, row in zip(batch, rows, strict=True):
-                    row = {"image": image, "key": keys[image], **row}
-                    known[image, keys[image]] = row
-                    bad += len(row["bad"])
-                    file.write(json.dumps(row) + "\n")
+                records = read_and_ask(config, annotator, batch, prompts)
+                for image, record in zip(batch, records, strict=True):
+                    record = {"image": image, "key": keys[image], **record}
+                    known[image, keys[image]] = record
+                    bad += len(record["bad"])
+                    file.write(json.dumps(record) + "\n")
                 file.flush()
                 bar.set_postfix_str(f"{bad} bad replies")
                 bar.update(len(batch))
@@ -517,22 +509,23 @@ def read_and_ask(
     """`ask_batch` for pictures in files; one that cannot be read has only `bad`."""
     source = picture_source(config)
     pictures = {}
-    rows = {}
+    records = {}
     for image in batch:
         try:
             picture, _ = read_image({"image": image}, source)
             picture.thumbnail((config.longest_side, config.longest_side))
             pictures[image] = picture
         except BadRecord as bad:
-            rows[image] = {"prompt": "", "bad": [["picture", bad.cause, bad.detail]]}
-    if pictures:
-        told = [prompts.get(image, "") for image in pictures]
-        rows |= zip(pictures, ask_batch(annotator, list(pictures.values()), told), strict=True)
-    return [rows[image] for image in batch]
+            unreadable = Answer(None, bad.detail, bad.cause).as_bad("picture")
+            records[image] = {"prompt": "", "bad": [unreadable]}
+    given = [prompts.get(image, "") for image in pictures]
+    answered = ask_batch(annotator, list(pictures.values()), given)
+    records.update(zip(pictures, answered, strict=True))
+    return [records[image] for image in batch]
 
 
 # -------------------------------------------------------------------------------------------------
-# What is written and said
+# What is written and printed
 
 
 def image_root(config: Config) -> tuple[Path, bool]:
@@ -550,15 +543,13 @@ def write_results(config: Config, results: list[Result]) -> None:
     good = []
     dropped = []
     for result in results:
-        path = (Path(config.pictures).resolve() / result.image).relative_to(root).as_posix()
+        record = asdict(result)
+        path = Path(config.pictures).resolve() / result.image
+        record["image"] = path.relative_to(root).as_posix()
         if result.chain:
-            good.append({"prompt": result.prompt, "chain": result.chain, "image": path})
-        if not result.chain or result.objects or result.bad:
-            row = {"image": path, "left_out": result.cause, "detail": result.detail}
-            row["objects"] = [{"name": name, "reason": reason} for name, reason in result.objects]
-            keys = ("step", "reason", "reply")
-            row["replies"] = [dict(zip(keys, bad, strict=True)) for bad in result.bad]
-            dropped.append(row)
+            good.append({key: record[key] for key in ("prompt", "chain", "image")})
+        if result.left_out or result.objects or result.replies:
+            dropped.append(record)
     if good:
         write_lines(Path(config.out), good)
     write_lines(beside(config.out, "dropped"), dropped)
@@ -566,72 +557,26 @@ def write_results(config: Config, results: list[Result]) -> None:
 
 def summary(results: list[Result]) -> str:
     """How many chains and boxes there are, and counts of all that was dropped."""
-    good = [result for result in results if result.chain]
-    boxes = sum(len(parse_chain(result.chain)) for result in good)
-    lines = [f"{len(good)} of {len(results)} pictures have a chain, with {boxes} boxes in all"]
-    left_out = Counter(result.cause for result in results if not result.chain)
-    objects = Counter()
-    replies = Counter()
+    chains = [result.chain for result in results if result.chain]
+    boxes = sum(len(parse_chain(chain)) for chain in chains)
+    lines = [f"{len(chains)} of {len(results)} pictures have a chain, with {boxes} boxes in all"]
+    counts = Counter()
     for result in results:
-        objects.update(reason for _, reason in result.objects)
-        for step, reason, _ in result.bad:
+        if result.left_out:
+            counts[f"picture left out: {result.left_out}"] += 1
+        for dropped in result.objects:
+            counts[f"object dropped: {dropped['reason']}"] += 1
+        for bad in result.replies:
+            step = bad["step"].split()[0]
             if step != "picture":
-                replies[f"{step.split()[0]}: {reason}"] += 1
-    for title, counts in [
-        ("pictures left out", left_out),
-        ("objects dropped", objects),
-        ("replies that cannot be read", replies),
-    ]:
-        lines.append(f"{title}: {counts.total()}")
-        for cause, number in counts.most_common():
-            lines.append(f"{number:8d} {cause}")
+                counts[f"reply cannot be read: {step}: {bad['reason']}"] += 1
+    for cause, number in sorted(counts.items()):
+        lines.append(f"{number:8d} {cause}")
     return "\n".join(lines)
-
-
-SIDE = 384  # pixels of a panel of the sheet
-GAP = 8  # between panels
-
-
-def draw_sheet(config: Config, results: list[Result]) -> Path:
-    """Each picture with its boxes, beside it its prompt and its chain, or why it is left out."""
-    font = ImageFont.load_default(13)
-    step = SIDE + GAP
-    sheet = Image.new("RGB", (2 * step + 160 + GAP, len(results) * step + GAP), "white")
-    source = picture_source(config)
-    for k, result in enumerate(results):
-        y = k * step + GAP
-        lines = [result.image, *textwrap.wrap(f"prompt: {result.prompt}", 78), ""]
-        lines += textwrap.wrap(result.chain, 78)
-        if not result.chain:
-            lines += textwrap.wrap(f"left out: {result.cause}: {result.detail}", 78)
-        for name, reason in result.objects:
-            lines.append(f"dropped: {name[:50]}: {reason}")
-        ImageDraw.Draw(sheet).text((step + GAP, y), "\n".join(lines[:22]), "black", font)
-        try:
-            picture, _ = read_image({"image": result.image}, source, SIDE)
-        except BadRecord:
-            continue
-        sheet.paste(draw_boxes(parse_chain(result.chain), image=picture), (GAP, y))
-    path = Path(config.out).with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
 
 
 # -------------------------------------------------------------------------------------------------
 # The command line
-
-
-def check(config: Config) -> None:
-    run.check_ranges(
-        config,
-        at_least_one="batch min_boxes max_chain",
-        not_negative="judge_batch max_pictures smallest largest same_box",
-    )
-    if config.longest_side < 28:
-        run.fail(f"--longest_side is {config.longest_side}: expected 28 or more")
-    if not config.out.endswith(".jsonl"):
-        run.fail(f"--out {config.out}: expected a name that ends in .jsonl")
 
 
 def load_annotator(config: Config):
@@ -642,7 +587,6 @@ def load_annotator(config: Config):
     flags = rewards.JudgeConfig(
         judge=config.model,
         judge_model=config.judge_model,
-        judge_frame=config.judge_frame,
         judge_batch=config.judge_batch,
         hps="",
     )
@@ -653,43 +597,31 @@ def load_annotator(config: Config):
     return VlmAnnotator(judge)
 
 
-def load_tokenizer(config: Config):
-    """The tokenizer that counts --max_chain. Raises OSError or ValueError."""
-    name = checkpoints.TOY if "toy" in (config.model, config.policy) else config.policy
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"no tokenizer of --policy {name}: {problem}") from problem
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens([marker for marker in MARKERS if marker not in known])
-    return tokenizer
-
-
 def annotate(config: Config) -> list[Result]:
     """All of it but the files with the chains. Raises OSError, ValueError and RuntimeError."""
     images = list_pictures(Path(config.pictures))
     prompts = given_prompts(config.prompts, images)
-    most = 8 if config.dry_run else config.max_pictures
-    images = images[: most or None]
-    tokenizer = load_tokenizer(config)
-    rows = collect(config, images, prompts, functools.partial(load_annotator, config))
+    images = images[: config.max_pictures or None]
     results = []
-    for image, row in zip(images, rows, strict=True):
-        results.append(make_chain(config, image, row, tokenizer))
+    for image, record in zip(images, collect(config, images, prompts), strict=True):
+        results.append(make_chain(config, image, record))
     return results
 
 
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
-    check(config)
+    run.check_ranges(
+        config,
+        at_least_one="batch min_boxes",
+        not_negative="judge_batch max_pictures smallest largest same_box",
+    )
+    if config.longest_side < 28:
+        run.fail(f"--longest_side is {config.longest_side}: expected 28 or more")
+    if not config.out.endswith(".jsonl"):
+        run.fail(f"--out {config.out}: expected a name that ends in .jsonl")
     try:
         results = annotate(config)
         print(summary(results))
-        if config.dry_run:
-            for result in results:
-                print(f"\n{result.image}: {result.prompt}\n  {result.chain or result.detail}")
-            print(f"\nwrote {draw_sheet(config, results)}: look at the boxes")
-            return
         write_results(config, results)
     except (OSError, ValueError, RuntimeError) as problem:
         run.fail(" ".join(str(problem).split()))  # in one line

@@ -9,17 +9,16 @@ chains as render_boxes.py writes them:
 
 A box directly follows the name of its object. A name without markers is found by rule: the words
 before the box, six at most, back to the first punctuation mark, bracket or word of BREAKS. What the
-coordinates count (`box_format`) is told, not guessed. A record that cannot be used raises BadRecord
-with one of a few causes.
+coordinates count (`box_format`) must be given; it is never guessed. A record that cannot be used
+raises BadRecord with one of a few causes.
 
 To lift: this file and render_boxes.py, with PIL and `datasets`.
 
     source = Source("pictures.jsonl", box_format="pixels")
-    for index, get in numbered(open_rows(source), source):
-        prompt, chain, image = read_record(get(), source)
+    for index, row in numbered(open_rows(source), source):
+        prompt, chain, image = read_record(row, source)
 """
 
-import functools
 import io
 import itertools
 import json
@@ -38,9 +37,7 @@ READERS = {  # suffix of the files -> name of their reader in `datasets`
     ".json": "json",
     ".tar": "webdataset",
 }
-END_OF_CHAIN = (
-    "<begin_of_image>"  # the token that ends a chain; some annotations have it written out
-)
+END_OF_CHAIN = "<begin_of_image>"  # the token that ends a chain; some annotations write it out
 
 # No name goes on to the left of these words. "of" is part of a name, but not behind a place.
 BREAK_WORDS = (
@@ -53,7 +50,8 @@ BREAK_WORDS = (
     "riding"
 ).split()
 PLACES = r"(?:top|bottom|front|back|left|right|middle|cent(?:er|re)|sides?|edge|corner)"
-BREAKS = "|".join([*BREAK_WORDS, rf"{PLACES}\s+of"])
+BULLET = "[-*•–—]+"
+BREAKS = "|".join([*BREAK_WORDS, rf"{PLACES}\s+of", BULLET])
 
 # The expressions take linear time on any text: no quantifier repeats another one, or stands beside
 # one for the same characters.
@@ -65,9 +63,15 @@ BOX = re.compile(  # (x1,y1),(x2,y2) or [x1, y1, x2, y2], with markers or withou
     rf"{PAIR}[)\]]{{1,3}}(?:\s*<\|box_end\|>)?"
 )
 TORN = re.compile(rf"[(\[]{PAIR}(?:[)\],]|\Z)")  # coordinates that no box has taken
-# Four numbers close together are a box in some other notation: [10 20 30 40], <10,20,30,40>,
-# (x1=10, y1=20, x2=30, y2=40), … The lookbehind keeps the search linear in a long row of digits.
-FOUR_NUMBERS = re.compile(r"(?<!\d)(?:\d+\D{1,5}){3}\d+")
+# A box in another notation would stay among the words. Words may hold four numbers, too ("at 10:30
+# on 12/25", "number 12, 14, 16, 18"): only those in brackets, behind a tag, in pairs without spaces
+# or behind the name of an edge are a box. Possessive (++): linear time in a long row of digits.
+COUNT = r"\d++(?:\.\d++)?+"
+OTHER_NOTATION = re.compile(
+    rf"[(\[{{<>（［｛＜]\s?{COUNT}(?:[^\w:/]{{1,5}}{COUNT}){{3}}"  # [10 20 30 40], <b>10,20,30,40
+    rf"|(?<![\d.]){COUNT},{COUNT}\s?[,-]\s?{COUNT},{COUNT}"  # 10,20,30,40 or 10,20 - 30,40
+    r"|\b[xy]_?(?:[12]|min|max)\b\W{1,4}\d"  # (x1=10, y1=20, …
+)
 OBJECT = rf"<\|obj_start\|>({TEXT}*)<\|obj_end\|>"
 MARKED_NAME = re.compile(rf"{OBJECT}[\s:,]*\Z")
 WORD = rf"(?!(?:{BREAKS})(?!\S))[^\s.,;:!?()\[\]>]+"
@@ -76,7 +80,6 @@ PLAIN_NAME = re.compile(
     rf"((?:{WORD}\s+){{0,5}}{WORD}(?<=[\w\"'”’]))[\s:,]*\Z",
     re.I,
 )
-
 
 MOST_PIXELS = 50_000_000  # of a picture; decoded, this many take up to 200 MB, eight at a time
 
@@ -134,7 +137,7 @@ def data_files(source: Source) -> list[str]:
     return [str(file) for file in files]
 
 
-def check_whole(source: Source, file: Path) -> None:
+def check_file(source: Source, file: Path) -> None:
     """Raises ValueError for a local file that is empty, or a tar that was cut off.
 
     A tar that ends between two members reads without an error: only the end mark is missing."""
@@ -158,7 +161,7 @@ def open_rows(source: Source):
         raise ValueError("say with --box_format what the coordinates count: 0..999, 0..1 or pixels")
     files = data_files(source)
     for file in files:
-        check_whole(source, Path(file))
+        check_file(source, Path(file))
     try:
         rows = load_rows(source, files)
         first = next(iter(rows), None)
@@ -217,30 +220,23 @@ def pick(row: dict, name: str, default=None):
     return default
 
 
-def numbered(rows, source: Source):
-    """Yields (index, function that gets the row), up to `max_records`.
+def numbered(rows, source: Source, start: int = 0, stop: int | None = None):
+    """Yields (index, row) from `start` up to `stop`, or up to `max_records`.
 
-    Rows that have a length are read only when the function is called: a run that resumes skips what
-    it has already."""
-    stop = source.max_records or None
+    Of rows that have a length only these are read; of a stream also the ones before them."""
+    if stop is None:
+        stop = source.max_records or None
     if hasattr(rows, "__len__"):
-        for index in range(len(rows))[:stop]:
-            yield index, functools.partial(rows.__getitem__, index)
+        for index in range(len(rows))[start:stop]:
+            yield index, rows[index]
         return
-    index = -1
+    index = start - 1
     try:
-        for index, row in enumerate(itertools.islice(rows, stop)):
-            yield index, functools.partial(dict, row)
+        for index, row in enumerate(itertools.islice(rows, start, stop), start):
+            yield index, row
     except Exception as problem:  # as in open_rows
         message = f"cannot read --data {source.data} after record {index}: {problem}"
         raise ValueError(message[:300]) from problem
-
-
-def stream_files(rows) -> int:
-    """How many files a stream reads one after the other; 0 for rows that are no stream of files."""
-    if hasattr(rows, "__len__"):
-        return 0
-    return getattr(rows, "num_shards", 0)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -299,29 +295,30 @@ def corners_to_grid(corners: list[float], box_format: str, size: tuple[int, int]
     Raises BadRecord when the corners cannot be what `box_format` says."""
     width, height = {"0..999": (1000, 1000), "0..1": (1, 1), "pixels": size}[box_format]
     limits = (width, height, width, height)
-    told = "({:g},{:g}),({:g},{:g})".format(*corners)
+    written = "({:g},{:g}),({:g},{:g})".format(*corners)
     for edge, limit in zip(corners, limits, strict=True):
         if not 0 <= edge <= limit:
             where = f"{box_format}, in a picture of {size[0]} x {size[1]} pixels"
-            raise BadRecord("box outside", f"{told} is not in {where}")
+            raise BadRecord("box outside", f"{written} is not in {where}")
     fractions = any(edge % 1 for edge in corners)
     too_small = max(corners) <= 1 < width  # shares of 1 where pixels or thousandths were promised
     if too_small or (fractions and box_format == "0..999"):
-        raise BadRecord("box format", f"{told} does not look like {box_format}")
+        raise BadRecord("box format", f"{written} does not look like {box_format}")
     grid = []
     for edge, limit in zip(corners, limits, strict=True):
         grid.append(min(round(1000 * edge / limit), 999))  # the last line is 999, not 1000
     x1, y1, x2, y2 = grid
     if x1 >= x2 or y1 >= y2:
-        raise BadRecord("empty box", f"{told} ends before it starts")
+        raise BadRecord("empty box", f"{written} ends before it starts")
     return grid
 
 
 def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) -> str:
-    """An annotation with inline boxes -> a chain; what is a chain already comes back as it is.
+    """An annotation with inline boxes -> a chain; a chain comes back as it is, but for any **.
 
     Boxes side by side belong to one name, and a name without a box loses its markers.
     Raises BadRecord."""
+    text = text.replace("**", "")  # **emphasis** would come between a name and its box
     chain = ""
     end = 0  # of the box before
     for box in BOX.finditer(text):
@@ -344,7 +341,7 @@ def normalize_chain(text: str, box_format: str, size: tuple[int, int] = (1, 1)) 
         torn = TORN.search(text)
         if torn:
             raise BadRecord("broken box", f"{torn[0]!r} is torn")
-        other = FOUR_NUMBERS.search(text)
+        other = OTHER_NOTATION.search(text)
         if other:
             raise BadRecord("other notation", f"{other[0]!r} looks like a box, and is not read")
     problems = chain_problems(chain)

@@ -30,7 +30,7 @@ def read_prompts(source: str, held_out: bool, count: int) -> list[str]:
         if parquet:
             lines = read_column(path + parquet, column.removeprefix(":"))
         else:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            lines = Path(source).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as problem:  # a UnicodeDecodeError is a ValueError
         run.fail(f"cannot read prompts from {source}: {problem}")
     prompts = [line.strip() for line in lines if line.strip()]

@@ -27,7 +27,7 @@ import rewards
 from engine import run
 from gotr1 import decode_images, image_token_count, load_policy, rollout
 from render_boxes import COLOURS, Box, chain_problems, draw_boxes, format_chain, parse_chain
-from toy.world import COLORS, GRID, NAMES, RELATIONS, SHAPES
+from toy.world import COLORS, GRID, NAMES, RELATIONS, SHAPES, unknown_words
 
 PACKAGES = "gradio==6.31.0 gradio_image_annotation==0.5.6"
 SIDE = 1000  # pixels of the canvas: those of a box are then the numbers of the chain
@@ -111,7 +111,7 @@ def load_studio(config: Config, device, out: Path = Path("out")) -> Studio:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is asked for; what is wrong with it is a ValueError of one sentence
+# Bad input is a ValueError of one sentence
 
 
 def check_request(studio: Studio, prompt: str, seed: int | None) -> None:
@@ -120,8 +120,7 @@ def check_request(studio: Studio, prompt: str, seed: int | None) -> None:
     if seed is None:
         raise ValueError("The seed is empty: give a whole number, 0 or more.")
     if studio.is_toy:
-        known = {"a", "and", *COLORS, *SHAPES, *" ".join(RELATIONS).split()}
-        unknown = [word for word in prompt.lower().split() if word not in known]
+        unknown = unknown_words(prompt)
         if unknown:
             raise ValueError(f"The toy does not know {', '.join(unknown)[:200]}. {TOY_WORDS}")
 
@@ -156,9 +155,9 @@ def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, p
         ).chains
         scores = [{"total": 0.0}] * count
         if studio.judge:
-            asked = [prompt] * count
-            scores = rewards.score(studio.judge, None, asked, chains, [], parts=("sem", "spa"))
-    totals = [row["total"] for row in scores]
+            prompts = [prompt] * count
+            scores = rewards.score(studio.judge, None, prompts, chains, [], parts=("sem", "spa"))
+    totals = [sample["total"] for sample in scores]
     return chains, scores, totals.index(max(totals))
 
 
@@ -200,7 +199,7 @@ def score_text(scores: dict[str, float]) -> str:
     return "  ".join(f"{part} {scores[part]:.2f}" for part in shown)
 
 
-def pack(path: Path, prompt: str, chain: str, pictures: list[tuple[str, Image.Image]]) -> None:
+def write_zip(path: Path, prompt: str, chain: str, pictures: list[tuple[str, Image.Image]]) -> None:
     """A zip file of prompt, chain, plan and named pictures."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("prompt.txt", prompt)
@@ -314,27 +313,23 @@ def build_page(studio: Studio, downloads: Path):
 
         return answer
 
-    def counter(progress, tokens: int, name: str):
+    def token_bar(progress, tokens: int, name: str):
         """What `rollout` calls after each token."""
         done = itertools.count(1)
+        return lambda _: progress((next(done), tokens), desc=name, unit="tokens")
 
-        def one_more(_):
-            progress((next(done), tokens), desc=name, unit="tokens")
-
-        return one_more
-
-    def drawn(name, prompt, chain, count, seed, progress):
+    def draw_with(name, prompt, chain, count, seed, progress):
         model, _ = studio.policies[name]
-        bar = counter(progress, image_token_count(model), name)
+        bar = token_bar(progress, image_token_count(model), name)
         return draw_plan(studio, name, prompt, chain, count, seed, bar)
 
     @guarded
     def on_plan(name, prompt, count, seed, progress=gr.Progress()):  # noqa: B008
-        bar = counter(progress, studio.max_chain + 1, name)
+        bar = token_bar(progress, studio.max_chain + 1, name)
         chains, scores, best = write_plans(studio, name, prompt, count, seed, bar)
         cells = []
-        for written, row in zip(chains, scores, strict=True):
-            cells.append((draw_boxes(parse_chain(written)), score_text(row)))
+        for written, sample in zip(chains, scores, strict=True):
+            cells.append((draw_boxes(parse_chain(written)), score_text(sample)))
         return {
             plans: gr.Gallery(cells, selected_index=best, columns=max(4, count)),
             state: chains,
@@ -363,14 +358,14 @@ def build_page(studio: Studio, downloads: Path):
 
     @guarded
     def on_draw(name, prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
-        pictures, marked, scores = drawn(name, prompt, text, count, seed, progress)
+        pictures, marked, scores = draw_with(name, prompt, text, count, seed, progress)
         cells = [(picture, f"seed {seed}, picture {k + 1}") for k, picture in enumerate(pictures)]
-        cells += [(image, score_text(row)) for image, row in zip(marked, scores, strict=True)]
+        cells += zip(marked, map(score_text, scores), strict=True)
         named = []
         for k in range(count):
             named += [(f"picture_{k}", pictures[k]), (f"boxes_{k}", marked[k])]
         path = downloads / f"{uuid.uuid4().hex}.zip"
-        pack(path, prompt, text, named)
+        write_zip(path, prompt, text, named)
         return {
             gallery: gr.Gallery(cells, columns=count),
             download: gr.DownloadButton(value=path, interactive=True),
@@ -380,9 +375,9 @@ def build_page(studio: Studio, downloads: Path):
     def on_compare(prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
         cells = []
         for when, name in zip(("before", "after"), names, strict=True):
-            _, marked, scores = drawn(name, prompt, text, count, seed, progress)
-            for image, row in zip(marked, scores, strict=True):
-                cells.append((image, f"{when}: {score_text(row)}"))
+            _, marked, scores = draw_with(name, prompt, text, count, seed, progress)
+            for image, sample in zip(marked, scores, strict=True):
+                cells.append((image, f"{when}: {score_text(sample)}"))
         return {gallery: gr.Gallery(cells, columns=count)}
 
     with gr.Blocks(title="GoT-R1", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -432,16 +427,16 @@ def build_page(studio: Studio, downloads: Path):
         # The model's work stands in one queue; what follows a hand does not wait for it.
         working = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private"}
         quick = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private"}
-        asked = [policy, prompt, count, seed]
-        plan.click(on_plan, asked, show_progress_on=plans, **working)
-        prompt.submit(on_plan, asked, show_progress_on=plans, **working)
+        inputs = [policy, prompt, count, seed]
+        plan.click(on_plan, inputs, show_progress_on=plans, **working)
+        prompt.submit(on_plan, inputs, show_progress_on=plans, **working)
         plans.select(on_choice, [state], **quick)
         canvas.change(on_canvas, [canvas, chain], trigger_mode="always_last", **quick)
         for typed in (chain.input, chain.blur):  # what is pasted counts when the text is left
             typed(on_text, [chain], trigger_mode="always_last", **quick)
-        asked = [policy, prompt, chain, number, seed]
-        draw.click(on_draw, asked, show_progress_on=gallery, **working)
-        compare.click(on_compare, asked[1:], show_progress_on=gallery, **working)
+        inputs = [policy, prompt, chain, number, seed]
+        draw.click(on_draw, inputs, show_progress_on=gallery, **working)
+        compare.click(on_compare, inputs[1:], show_progress_on=gallery, **working)
     return page
 
 

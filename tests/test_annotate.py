@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from served_stub import Stub
-from test_rewards import random_judge
 
 import rewards
 from data import annotate, got
 from data import cache as token_cache
-from render_boxes import Box, draw_boxes, format_chain, iou, parse_chain, strip_boxes
+from render_boxes import Box, format_chain, iou, parse_chain, strip_boxes
 from toy import world as toy
 
 
@@ -174,9 +173,7 @@ def test_the_toy_is_annotated_exactly_and_training_reads_it(pictures, policy, ca
     assert len(rows) == 20 and not dropped(pictures)
     assert "20 of 20 pictures have a chain" in capsys.readouterr().out
     source = got.Source(data=str(tmp_path / "mine.jsonl"), box_format="0..999")
-    records = []
-    for _, get in got.numbered(got.open_rows(source), source):
-        records.append(got.read_record(get(), source))
+    records = [got.read_record(row, source) for row in got.open_rows(source)]
     assert [record.chain for record in records] == [row["chain"] for row in rows]
     prompts = [record.prompt for record in records]
     chains = [record.chain for record in records]
@@ -211,10 +208,10 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_cause(pictures, ca
         ("pictures/c.png", "broken image"),
         ("pictures/d.png", "path outside"),
     }
-    said = capsys.readouterr().out
-    assert "19 of 24 pictures" in said and "pictures left out: 5" in said
-    assert re.search(r"^ +2 broken image$", said, re.M)
-    assert re.search(r"^replies that cannot be read: 1\n +1 prompt: no object is seen$", said, re.M)
+    printed = capsys.readouterr().out
+    assert "19 of 24 pictures" in printed
+    assert re.search(r"^ +2 picture left out: broken image$", printed, re.M)
+    assert re.search(r"^ +1 reply cannot be read: prompt: no object is seen$", printed, re.M)
     assert len(run(pictures, "--follow_outside")) == 20
 
 
@@ -229,24 +226,6 @@ def test_elsewhere_means_image_folder(pictures, tmp_path, capsys):
     # the other files beside it are no data
     folder = got.Source(str(out.parent), image_folder=str(pictures), box_format="0..999")
     assert len(got.open_rows(folder)) == 20
-
-
-def test_dry_run_draws_eight(pictures, tmp_path, capsys):
-    run(pictures, "--dry_run")
-    assert not (tmp_path / "mine.jsonl").exists()
-    said = capsys.readouterr().out
-    assert "8 of 8 pictures" in said and "wrote" in said
-    assert len(replies(pictures)) == 8  # they need not be asked again
-    rows = run(pictures)
-    sheet = Image.open(tmp_path / "mine.png")
-    side = annotate.SIDE
-    for k in range(8):
-        assert rows[k]["chain"] in said and rows[k]["prompt"] in said
-        picture = Image.open(tmp_path / rows[k]["image"]).resize((side, side), Image.BICUBIC)
-        want = draw_boxes(parse_chain(rows[k]["chain"]), image=picture)
-        y = k * (side + annotate.GAP) + annotate.GAP
-        panel = sheet.crop((annotate.GAP, y, annotate.GAP + side, y + side))
-        assert (np.asarray(panel) == np.asarray(want)).all()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -302,10 +281,9 @@ def test_every_filter_drops_what_it_is_for_and_counts_it(pictures, scripted, cap
     assert {item["name"]: item["reason"] for item in told["objects"]} == reasons
     assert told["left_out"] == ""
     assert told["replies"] == [{"step": "box of mouse", "reason": "no boxes", "reply": "well …"}]
-    said = capsys.readouterr().out
-    assert "objects dropped: 6" in said
+    printed = capsys.readouterr().out
     for reason in reasons.values():
-        assert re.search(rf"^ +1 {reason}$", said, re.M)
+        assert re.search(rf"^ +1 object dropped: {reason}$", printed, re.M)
     assert annotator.asked["boxes"] == 7  # nobody looks for what the caption does not name
     # other limits: the model need not be asked again
     flags = ["--smallest", "0.0098", "--largest", "0.952", "--same_box", "0.998"]
@@ -315,34 +293,27 @@ def test_every_filter_drops_what_it_is_for_and_counts_it(pictures, scripted, cap
     assert annotator.asked["captions"] == 1
 
 
-def test_pictures_are_left_out(pictures, scripted, policy, capsys):
+def test_pictures_with_too_few_boxes_are_left_out(pictures, scripted, capsys):
     scripted(caption=CAPTION, names=["cat"])
-    row = run(pictures)[0]
-    tokens = len(token_cache.gotr1.encode_chain(policy[1], row["chain"]))
-    assert len(run(pictures, "--max_chain", str(tokens))) == 20
+    run(pictures)
     mine = (pictures.parent / "mine.jsonl").read_text()
     capsys.readouterr()  # the progress bar
-    for flags, cause in [
-        (["--min_boxes", "2"], "too few boxes"),
-        (["--max_chain", str(tokens - 1)], "chain too long"),
-    ]:
-        with pytest.raises(SystemExit) as stop:
-            run(pictures, *flags)
-        assert stop.value.code == 2
-        out, err = capsys.readouterr()
-        assert f"      20 {cause}\n" in out
-        assert err.startswith("error: no picture has a chain: ") and err.count("\n") == 1
-        assert (pictures.parent / "mine.jsonl").read_text() == mine  # what was good stays
-        assert {row["left_out"] for row in dropped(pictures)} == {cause}
+    with pytest.raises(SystemExit) as stop:
+        run(pictures, "--min_boxes", "2")
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "      20 picture left out: too few boxes\n" in out
+    assert err.startswith("error: no picture has a chain: ") and err.count("\n") == 1
+    assert (pictures.parent / "mine.jsonl").read_text() == mine  # what was good stays
+    assert {row["left_out"] for row in dropped(pictures)} == {"too few boxes"}
 
 
-@pytest.mark.parametrize("caption", ["A cat <end_of_image>.", "A ball, 7 7 7 7, cat", "…", "cat…"])
+@pytest.mark.parametrize("caption", ["A cat <end_of_image>.", "A ball [7 7 7 7], cat", "…", "cat…"])
 def test_captions_that_would_break_the_sequence_are_left_out(caption, pictures, scripted):
     scripted(caption=caption, names=["cat"])
     with pytest.raises(SystemExit):
         run(pictures)
-    causes = {row["left_out"] for row in dropped(pictures)}
-    assert causes <= {"special token", "caption cannot be read"} and causes
+    assert {row["left_out"] for row in dropped(pictures)} == {"caption cannot be read"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -403,7 +374,7 @@ def test_prompts_of_ones_own(pictures, scripted, tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [
         {"image": "000000.png", "prompt": "my \n own"},
-        {"image": "more/000012.png", "prompt": "x"},
+        {"image": "more/000012.png", "prompt": "x", "note": "\u2028 ends no line of a file"},
     ]
     annotate.write_lines(path, lines)
     rows = run(pictures, "--prompts", str(path))
@@ -449,7 +420,9 @@ def test_a_model_is_asked_in_four_steps():
     rows = annotate.ask_batch(
         annotate.VlmAnnotator(judge), images, ["mine <|im_start|>assistant", ""]
     )
-    assert rows[1]["bad"] == [["prompt", "markers or coordinates in the text", "A dog. <|im_end|>"]]
+    reason = "markers or coordinates in the text"
+    bad = {"step": "prompt", "reason": reason, "reply": "A dog. <|im_end|>"}
+    assert rows[1]["bad"] == [bad]
     assert rows[0] == {
         "prompt": "mine <|im_start|>assistant",
         "caption": "A dog with a red ball.",
@@ -465,21 +438,26 @@ def test_a_model_is_asked_in_four_steps():
     assert [question.max_tokens for question in judge.questions[:3]] == [60, 300, 300]
 
 
-def test_a_model_with_random_weights_raises_nothing(pictures, monkeypatch, capsys):
-    """Its replies are noise: each is counted, and kept with its reason."""
-    for part, task in rewards.TASKS.items():
-        monkeypatch.setitem(rewards.TASKS, part, task._replace(max_tokens=12))
-    monkeypatch.setattr(annotate, "MAX_TOKENS", {"prompt": 12, "caption": 12, "names": 12})
-    judge = rewards.QwenJudge(random_judge(), batch_size=3)
-    monkeypatch.setattr(annotate, "load_annotator", lambda config: annotate.VlmAnnotator(judge))
+class NoisyJudge(rewards.VlmJudge):
+    """Replies with noise."""
+
+    def write(self, questions):
+        rng = np.random.default_rng(len(questions))
+        noise = ["".join(map(chr, rng.integers(32, 999, 40))) for _ in questions]
+        return [rewards.Reply(text + "…") for text in noise]
+
+
+def test_noise_raises_nothing(pictures, monkeypatch, capsys):
+    """Each reply is counted, and kept with its reason."""
+    annotator = annotate.VlmAnnotator(NoisyJudge())
+    monkeypatch.setattr(annotate, "load_annotator", lambda config: annotator)
     with pytest.raises(SystemExit) as stop:
         run(pictures, "--max_pictures", "5", "--batch", "3")
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert "0 of 5 pictures have a chain" in out and "no picture has a chain" in err
-    told = dropped(pictures)
-    assert len(told) == 5
-    for row in told:
+    assert len(dropped(pictures)) == 5
+    for row in dropped(pictures):
         assert row["left_out"] and row["replies"][0]["reply"] and row["replies"][0]["reason"]
     # with a caption that it can work with it comes to the last step
     monkeypatch.setattr(annotate, "parse_text", lambda reply: annotate.Answer("a dog", reply))
@@ -505,6 +483,8 @@ def test_a_model_on_a_server_annotates_the_toy(pictures, monkeypatch):
             return exact.describe(row.image, "a").value, None
         if "Describe" in row.text:
             return exact.describe(row.image, "A").value + ".", None
+        if '"red square"' in row.text:  # by which a judge shows what its boxes count in
+            return '[{"bbox_2d": [500, 125, 875, 500], "label": "red square"}]', None
         found = []
         for box in toy.detect(row.image):
             if f'"{box.name}"' in row.text:
@@ -512,7 +492,7 @@ def test_a_model_on_a_server_annotates_the_toy(pictures, monkeypatch):
         return json.dumps(found), None
 
     with Stub(answer) as stub:
-        rows = run(pictures, "--model", stub.url, "--policy", "toy", "--judge_frame", "grid")
+        rows = run(pictures, "--model", stub.url)
     assert len(rows) == 20
     for row in rows:
         picture = Image.open(pictures.parent / row["image"])
@@ -521,19 +501,6 @@ def test_a_model_on_a_server_annotates_the_toy(pictures, monkeypatch):
             same = [other for other in toy.detect(picture) if other.name == box.name]
             overlaps.append(max(iou(box, other) for other in same))
         assert len(overlaps) == len(toy.detect(picture)) and min(overlaps) > 0.99
-
-
-def test_the_model_is_loaded_as_every_judge_is(monkeypatch):
-    asked = []
-
-    def load_judge(flags, device):
-        asked.append((flags.judge, flags.judge_batch, flags.hps, device))
-        return ScriptedJudge(), None
-
-    monkeypatch.setattr(rewards, "load_judge", load_judge)
-    config = annotate.Config("pictures", model="some/judge", judge_batch=3)
-    assert isinstance(annotate.load_annotator(config), annotate.VlmAnnotator)
-    assert asked == [("some/judge", 3, "", "cpu")]
 
 
 @pytest.mark.parametrize(
@@ -552,8 +519,7 @@ def test_the_model_is_loaded_as_every_judge_is(monkeypatch):
             ["PICTURES", "--prompts", "unknown"],
             "1 pictures that are not in the folder, first x.png",
         ),
-        (["PICTURES", "--model", "x", "--policy", "nowhere"], "no tokenizer of --policy nowhere"),
-        (["PICTURES", "--model", "nowhere", "--policy", "toy"], "no model at --model nowhere"),
+        (["PICTURES", "--model", "nowhere"], "no model at --model nowhere"),
     ],
 )
 def test_errors_are_one_line(flags, message, pictures, tmp_path, capsys, monkeypatch):

@@ -3,15 +3,10 @@ pytest tests/test_data.py"""
 
 import copy
 import dataclasses
-import inspect
 import io
 import json
-import multiprocessing
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -28,13 +23,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gotr1
+import train_sft
 from data import cache as token_cache
 from data import got as got_data
 from data.got import BadRecord, Source
-from render_boxes import Box, chain_problems, draw_boxes, format_chain, parse_chain
+from data.prompts import read_prompts
+from render_boxes import Box, chain_problems, format_chain, parse_chain
 from toy import world as toy
 
-ROOT = Path(__file__).resolve().parent.parent
 CHAIN_CAUSES = {"no box", "broken box", "box outside", "box format", "empty box", "no name"}
 CHAIN_CAUSES |= {"other notation", "placeholder", "unused box"}
 CAUSES = CHAIN_CAUSES | {"no text", "special token", "chain too long", "broken image"}
@@ -138,7 +134,7 @@ def in_memory(n: int, seed: int = 0) -> list[dict]:
     return [example._asdict() for example in make_examples(n, seed)]
 
 
-MEMORY = Source("toy", box_format="0..999")
+MEMORY = Source("toy, some scenes", box_format="0..999")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -158,8 +154,7 @@ def test_every_style_gives_the_same_records(style, streaming, tmp_path):
     source.streaming = streaming
     rows = got_data.open_rows(source)
     assert hasattr(rows, "__len__") != streaming
-    pairs = got_data.numbered(rows, source)
-    records = [got_data.read_record(get(), source) for _, get in pairs]
+    records = [got_data.read_record(row, source) for _, row in got_data.numbered(rows, source)]
     assert [record.prompt for record in records] == [example.prompt for example in examples]
     assert [record.chain for record in records] == [example.chain for example in examples]
     for record, example in zip(records, examples, strict=True):
@@ -188,7 +183,7 @@ def test_image_folder_and_max_records(tmp_path):
         rows = got_data.open_rows(source)
         pairs = list(got_data.numbered(rows, source))
         assert [index for index, _ in pairs] == [0, 1, 2, 3]
-        got_data.read_record(pairs[3][1](), source)
+        got_data.read_record(pairs[3][1], source)
 
 
 def test_errors_are_one_line(tmp_path):
@@ -246,14 +241,6 @@ def test_files_that_are_empty_or_cut_off_are_named(tmp_path):
                 got_data.open_rows(empty)
 
 
-def test_every_setting_is_explained():
-    """The trailing comments are what --help shows."""
-    source = inspect.getsource(Source).splitlines()
-    lines = [line for line in source if re.match(r"    \w+: ", line)]
-    assert len(lines) == len(dataclasses.fields(Source))
-    assert all("  # " in line for line in lines)
-
-
 def test_a_hub_id_is_passed_on(monkeypatch):
     asked = []
 
@@ -266,20 +253,10 @@ def test_a_hub_id_is_passed_on(monkeypatch):
     assert asked == [{"path": "owner/set", "name": "small", "split": "test", "streaming": True}]
 
 
-def test_two_files_are_enough_to_read_annotations(tmp_path):
-    """got.py beside render_boxes.py, without the packages that training needs."""
-    shutil.copy(ROOT / "render_boxes.py", tmp_path)
-    shutil.copy(ROOT / "data" / "got.py", tmp_path)
-    program = """
-import sys
-import got
-print(got.normalize_chain("a dog (1,2),(30,40)", "0..999"))
-print(sorted({"torch", "numpy", "transformers", "datasets", "gotr1"} & sys.modules.keys()))
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == chain("a", ("dog", 1, 2, 30, 40)) + "\n[]\n"
+def test_a_prompt_may_hold_what_only_python_calls_the_end_of_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a dog\u2028on a mat\r\n\n a cat \x85\n".encode())
+    assert read_prompts(str(path), held_out=False, count=9) == ["a dog\u2028on a mat", "a cat"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,6 +298,23 @@ def chain(*parts) -> str:
             chain("aa b2", ("cc dd ee f6 gg h8", 1, 2, 30, 40)),
         ),
         ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
+        # emphasis and bullets are no part of a name
+        ("The **red ball** (1,2),(30,40) lies", chain("The", ("red ball", 1, 2, 30, 40), "lies")),
+        ("- red ball (1,2),(30,40)", chain("-", ("red ball", 1, 2, 30, 40))),
+        ("* **Red ball**: (1,2),(30,40)", chain("*", ("Red ball", 1, 2, 30, 40))),
+        # four numbers among the words are no box
+        (
+            "at 10:30 on 12/25 a dog (1,2),(30,40)",
+            chain("at 10:30 on 12/25 a", ("dog", 1, 2, 30, 40)),
+        ),
+        (
+            "house number 12, 14, 16, 18 and a dog (1,2),(30,40)",
+            chain("house number 12, 14, 16, 18 and a", ("dog", 1, 2, 30, 40)),
+        ),
+        (
+            "0.5 or 0.25 of a pie (1,2),(30,40), (1990)",
+            chain("0.5 or 0.25 of a", ("pie", 1, 2, 30, 40)) + ", (1990)",
+        ),
     ],
 )
 def test_names_are_found(text, want):
@@ -417,24 +411,6 @@ def other_notations(x1: str, y1: str, x2: str, y2: str) -> dict[str, str]:
         "bare": f"{x1},{y1},{x2},{y2}",
         "minus": f"{x1},{y1} - {x2},{y2}",
     }
-
-
-@settings(max_examples=100, deadline=None)
-@given(OBJECTS, BOXES, st.data())
-def test_a_box_in_another_notation_makes_the_record_bad(objects, box, data):
-    """One box was read, so the record looks sound; the other would stay in the chain as words."""
-    written = other_notations(*map(str, box))
-    other = "a cat " + written[data.draw(st.sampled_from(sorted(written)))]
-    pieces = [
-        f"a <|obj_start|>{name}<|obj_end|> ({x1},{y1}),({x2},{y2})"
-        for name, (x1, y1, x2, y2) in objects
-    ]
-    pieces.insert(data.draw(st.integers(0, len(objects))), other)
-    for joint in (" ", ", ", ". "):
-        with pytest.raises(BadRecord) as caught:
-            got_data.normalize_chain(joint.join(pieces), "0..999")
-        # a box within tags is found, and what stands before it is no name
-        assert caught.value.cause in ("other notation", "no name"), str(caught.value)
 
 
 @pytest.mark.parametrize("notation", other_notations("1", "2", "3", "4"))
@@ -558,7 +534,7 @@ def test_the_longest_chain(policy):
     tokenizer = policy[1]
 
     def read(max_chain, **room):
-        source = Source("toy", box_format="0..999", max_chain=max_chain)
+        source = Source("toy, some scenes", box_format="0..999", max_chain=max_chain)
         return token_cache.texts_that_fit(row, source, tokenizer, (32, 32), **room)
 
     tokens = len(gotr1.encode_chain(tokenizer, row["chain"]))
@@ -656,8 +632,44 @@ def test_paths_do_not_leave_the_folder(tmp_path):
 # The cache
 
 
-def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]:
-    """Plants bad records in 100; returns what is to be counted: cause -> (how many, first one)."""
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many pictures each call of `encode_images` was given, from now on."""
+    encode = gotr1.encode_images
+    calls = []
+
+    def count(model, images):
+        calls.append(len(images))
+        return encode(model, images)
+
+    monkeypatch.setattr(gotr1, "encode_images", count)
+    return calls
+
+
+def content(prepared) -> tuple[list[str], list[str], list]:
+    """All that training can read."""
+    prompts, chains, tokens = prepared.batch(list(range(len(prepared))))
+    return prompts, chains, tokens.tolist()
+
+
+def never(*_, **__):
+    raise AssertionError("data, pictures or files were touched")
+
+
+PLANTED = {  # cause -> the records that have it
+    "no box": [3, 90],
+    "no text": [7],
+    "broken image": [20, 21],
+    "box outside": [33],
+    "empty box": [34],
+    "no name": [35],
+    "chain too long": [50],
+    "broken box": [51],
+}
+
+
+def spoil(rows: list[dict], text: str, image: str) -> None:
+    """Plants PLANTED in 100 rows."""
     for k in (3, 90, 33, 34, 35, 50, 51):  # rows whose words hold no placeholders any more
         if "coord" in rows[k]:
             rows[k]["coord"] = "{}"
@@ -673,45 +685,32 @@ def spoil(rows: list[dict], text: str, image: str) -> dict[str, tuple[int, int]]
     rows[35][text] = "(30,20),(40,30) a ball"
     rows[50][text] = "a ball (30,20),(40,50) " + "very " * 300
     rows[51][text] = "a ball (30,20),(40,50) and a cone <|box_start|>(2,3)"
-    return {
-        "no box": (2, 3),
-        "no text": (1, 7),
-        "broken image": (2, 20),
-        "box outside": (1, 33),
-        "empty box": (1, 34),
-        "no name": (1, 35),
-        "chain too long": (1, 50),
-        "broken box": (1, 51),
-    }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("style", ["parquet", "lines"])
-def test_planted_faults_are_counted_and_the_rest_is_prepared(
-    style, streaming, tmp_path, policy, monkeypatch
-):
-    """Over blocks and ranks; tokens as `encode_images` gives them for the pictures one by one."""
+@pytest.mark.parametrize("style", ["parquet as a stream", "lines"])
+def test_planted_faults_are_counted_and_the_rest_is_prepared(style, tmp_path, policy, monkeypatch):
+    """Over several files; tokens as `encode_images` gives them for the pictures one by one."""
     monkeypatch.setattr(token_cache, "BLOCK", 32)
     examples = make_examples(100)
-    if style == "parquet":
-        rows = [inline(example) for example in examples]
-        planted = spoil(rows, "chain", "image")
-        source = write_parquet(tmp_path / "set", rows)
-    else:
+    if style == "lines":
         _, rows = write_lines(tmp_path / "set", examples)
-        planted = spoil(rows, "got", "file")
+        spoil(rows, "got", "file")
         source = save_lines(tmp_path / "set", rows)
-    source.streaming, source.max_chain = streaming, 250
+    else:
+        rows = [inline(example) for example in examples]
+        spoil(rows, "chain", "image")
+        source = write_parquet(tmp_path / "set", rows)
+        source.streaming = True
+    source.max_chain = 250
     opened = got_data.open_rows(source)
     prepared = token_cache.prepare(opened, *policy, source, tmp_path / "cache", batch=8)
     assert prepared.report.read == 100
-    assert prepared.report.bad.keys() == planted.keys()
-    for cause, (number, first) in planted.items():
-        assert prepared.report.bad[cause][0] == number
-        line = rf"^ +{number} {cause} +first: record {first}: \S"
+    assert prepared.report.bad.keys() == PLANTED.keys()
+    for cause, records in PLANTED.items():
+        line = rf"^ +{len(records)} {cause} +first: record {records[0]}: \S"
         assert re.search(line, str(prepared.report), re.M)
     assert str(prepared.report).startswith("10 of 100 records skipped (10.0%)\n")
-    bad = {3, 90, 7, 20, 21, 33, 34, 35, 50, 51}
+    bad = sum(PLANTED.values(), [])
     good = [example for k, example in enumerate(examples) if k not in bad]
     assert len(prepared) == len(good) == 90
     chosen = [89, 0, 31, 32, 5, 5, 60]
@@ -726,488 +725,207 @@ def test_planted_faults_are_counted_and_the_rest_is_prepared(
             prepared.batch([outside])
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_ranks_write_the_same_cache(tmp_path, policy, monkeypatch):
-    monkeypatch.setattr(token_cache, "BLOCK", 8)
-    rows = in_memory(60)
-    rows[11]["chain"] = "nothing"
-    one = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "one", batch=4)
-    many = tmp_path / "three"
-    results = {}
-
-    def work(rank):
-        stream = rows if rank else iter(rows)  # rank 0 is given a stream: it has no length
-        results[rank] = token_cache.prepare(stream, *policy, MEMORY, many, rank, 3, batch=4)
-
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
-    assert sorted(results) == [0, 1, 2]  # else one waits for blocks that nobody writes
-    assert files(tmp_path / "one") == files(many)
-    assert len(files(many)) == 1 + 8
-    for rank in range(3):
-        assert len(results[rank]) == 59 and str(results[rank].report) == str(one.report)
-
-
-def write_files(folder: Path, examples: list[toy.Example], files: int) -> Source:
-    """Files of different lengths, the first of seven without a record."""
+def write_files(folder: Path, examples: list[toy.Example], count: int) -> Source:
+    """Parquet files of different lengths, all with one picture in a file of its own."""
     folder.mkdir()
     rows = [inline(example) | {"image": "p.png"} for example in examples]
     (folder / "p.png").write_bytes(png(examples[0].image))
-    stops = [len(rows) * k**2 // files**2 for k in range(files + 1)]
-    for file in range(files):
-        write_file(folder / f"{file}.parquet", rows[stops[file] : stops[file + 1]])
-    return Source(str(folder), box_format="0..999", streaming=True)
+    for file in range(count):
+        start = len(rows) * file**2 // count**2
+        stop = len(rows) * (file + 1) ** 2 // count**2
+        table = pa.Table.from_pylist(rows[start:stop])
+        pa.parquet.write_table(table, folder / f"{file}.parquet")
+    return Source(str(folder), box_format="0..999")
 
 
-def write_file(path: Path, rows: list[dict]) -> None:
-    """Parquet, which says what the fields are even where there is no record."""
-    schema = pa.schema([(name, pa.string()) for name in ("prompt", "chain", "image")])
-    with pa.parquet.ParquetWriter(path, schema) as writer:
-        if rows:  # `datasets` cannot read a group of no rows
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
-def read_rows(path: Path) -> list[dict]:
-    return pa.parquet.read_table(path).to_pylist()
-
-
-def prepare_in_processes(source: Source, policy, cache: Path, world: int, log: Path) -> None:
-    """As torchrun would: a process per rank, with nothing in common but the folder. `log` gets a
-    line for every record that one of them takes from the stream."""
-
-    def counted(rows, source):
-        for index, get in got_data.numbered(rows, source):
-            with log.open("a") as file:
-                file.write(get()["prompt"] + "\n")
-            yield index, get
-
-    def work(rank: int) -> None:
-        token_cache.numbered = counted
-        rows = got_data.open_rows(source)
-        token_cache.prepare(rows, *policy, source, cache, rank, world, batch=4)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=100)
-        assert process.exitcode == 0
-
-
-def test_streams_are_split_by_files_and_each_record_is_read_once(tmp_path, policy, monkeypatch):
-    """3 processes, 7 files; then killed, and continued by 2; then read by 1."""
+@pytest.mark.parametrize("streaming", [False, True])
+def test_processes_share_the_work_and_any_number_goes_on(
+    streaming, tmp_path, policy, monkeypatch, encoded
+):
+    """One; three; three that are killed, continued by two: the same records in the same order, and
+    no picture is encoded twice, but for those of the files that were not written to their end."""
     monkeypatch.setattr(token_cache, "BLOCK", 4)
-    examples = make_examples(40)
-    source = write_files(tmp_path / "set", examples, files=7)
-    cache, log = tmp_path / "cache", tmp_path / "read.txt"
-    prepare_in_processes(source, policy, cache, 3, log)
-    prompts = [example.prompt for example in examples]
-    assert sorted(log.read_text().splitlines()) == sorted(prompts)
-    made = files(cache)
-    assert len([name for name in made if name.startswith("tokens_00006")]) == 3  # of 11 records
-    assert json.loads(made["cache.json"])["records"] == [0, 3, 4, 6, 7, 9, 11]
+    monkeypatch.setattr(token_cache.time, "sleep", lambda _, sleep=time.sleep: sleep(0.01))
+    source = write_files(tmp_path / "set", make_examples(40), count=4)
+    source.streaming = streaming
 
-    def all_prompts(prepared) -> list[str]:
-        return prepared.batch(list(range(len(prepared))))[0]
+    def prepare(cache: str, world: int) -> list:
+        results = []
 
-    def never_read():
-        raise AssertionError("a complete cache needs no rows")
+        def work(rank):
+            while rank and not list((tmp_path / cache).glob("*/cache.json")):
+                time.sleep(0.01)  # as the barrier of torch.distributed does
+            rows = got_data.open_rows(source)
+            done = token_cache.prepare(rows, *policy, source, tmp_path / cache, rank, world, 2)
+            results.append(content(done))
 
-    prepared = token_cache.prepare(never_read, *policy, source, cache)
-    assert all_prompts(prepared) == prompts, "in the order of one stream"
-    one = token_cache.prepare(
-        got_data.open_rows(source), *policy, source, tmp_path / "one", batch=4
-    )
-    whole, apart = (each.batch(list(range(40))) for each in (one, prepared))
-    assert whole[:2] == apart[:2] and torch.equal(whole[2], apart[2])
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert len(results) == world  # else one waits for files that nobody writes
+        return results
 
-    # killed in the middle of file 4, before file 6 was begun
-    for name in made:
-        if name in ("file_00004.json", "tokens_00004_000001.safetensors", "file_00006.json"):
-            (cache / name).unlink()
-        if name.startswith("tokens_00006"):
-            (cache / name).unlink()
-    content = json.loads(made["cache.json"])
-    del content["records"]
-    (cache / "cache.json").write_text(json.dumps(content, indent=2))
-    log.unlink()
-    prepare_in_processes(source, policy, cache, 2, log)
-    assert sorted(log.read_text().splitlines()) == sorted(prompts[13:20] + prompts[29:])
-    assert files(cache) == made
+    (one,) = prepare("one", 1)
+    assert one[0] == [example.prompt for example in make_examples(40)] and sum(encoded) == 40
+    encoded.clear()
+    assert prepare("three", 3) == [one] * 3 and sum(encoded) == 40
 
-
-def test_a_cache_goes_on_as_it_began(tmp_path, policy, monkeypatch):
-    monkeypatch.setattr(token_cache, "BLOCK", 4)
-    source = write_files(tmp_path / "set", make_examples(20), files=4)
-    rows = got_data.open_rows(source)
-    apart, across = tmp_path / "apart", tmp_path / "across"
-    assert token_cache.files_apart(rows, source, apart, {}, world=2) == 4
-    assert token_cache.files_apart(rows, source, apart, {"files": 4}, world=1) == 4
-    assert token_cache.files_apart(rows, source, apart, {}, world=5) == 0, "more ranks than files"
-    assert token_cache.files_apart(rows, source, apart, {}, world=1) == 0
-    across.mkdir()
-    (across / "tokens_000000.safetensors").write_bytes(b"")
-    assert token_cache.files_apart(rows, source, across, {}, world=2) == 0
-    (across / "tokens_000000.safetensors").rename(across / "old_000000.safetensors")
-    assert token_cache.files_apart(rows, source, across, {}, world=2) == 0, "set aside"
-    few = dataclasses.replace(source, max_records=5)
-    assert token_cache.files_apart(rows, few, apart, {}, world=2) == 0
-    copied = got_data.open_rows(dataclasses.replace(source, streaming=False))
-    assert token_cache.files_apart(copied, source, apart, {}, world=2) == 0
-    with pytest.raises(ValueError, match=r"--streaming from 4 files \(now 0\)"):
-        token_cache.files_apart(copied, source, apart, {"files": 4}, world=2)
+    (folder,) = (tmp_path / "three").iterdir()
+    assert json.loads((folder / "cache.json").read_text())["parts"] == 3
+    for path in sorted(folder.glob("tokens_00002_*"))[1:]:
+        path.unlink()
+    last = sorted(folder.glob("tokens_00001_*"))[-1]
+    last.write_bytes(last.read_bytes()[:-7])  # as a full disk leaves it
+    left = [token_cache.read_report(path) for path in folder.glob("tokens_*")]
+    encoded.clear()
+    assert prepare("three", 2) == [one] * 2
+    assert sum(encoded) == 40 - sum(report.read for report in left if report)
 
 
-def test_a_bad_record_is_named_with_its_file(tmp_path, policy, monkeypatch):
-    monkeypatch.setattr(token_cache, "BLOCK", 4)
-    source = write_files(tmp_path / "set", make_examples(20), files=2)
-    path = tmp_path / "set" / "1.parquet"
-    rows = read_rows(path)
-    rows[2]["chain"] = "nothing"
-    write_file(path, rows)
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    rows = got_data.open_rows(source)
-    counts = token_cache.encode_files(rows, 2, *policy, source, cache, 0, 1, 4)
-    prepared = token_cache.Prepared(token_cache.block_paths(cache, counts))
-    assert len(prepared) == 19 and "first: record 2 of file 1" in str(prepared.report)
-
-
-def test_a_kill_costs_one_block(tmp_path, policy, monkeypatch):
+@pytest.mark.parametrize("killed_in", ["encoding", "writing"])
+def test_a_kill_costs_one_file(killed_in, tmp_path, policy, monkeypatch, encoded):
     monkeypatch.setattr(token_cache, "BLOCK", 8)
-    rows, cache = in_memory(40), tmp_path / "cache"
-    whole = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "whole", batch=4)
+    rows = in_memory(40)
+    whole = content(token_cache.prepare(rows, *policy, MEMORY, tmp_path / "whole", batch=4))
+    encoded.clear()
     encode = gotr1.encode_images
-    seen = []
+    write = Path.replace
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def encode_20(*inputs):
+        if sum(encoded) >= 20:
+            raise KeyboardInterrupt
+        return encode(*inputs)
 
-    def count(model, images):
-        seen.append(len(images))
-        return encode(model, images)
+    def write_3(self, target):
+        if str(target).endswith("000002.safetensors"):
+            raise KeyboardInterrupt
+        return write(self, target)
 
-    def count_to_20(model, images):
-        return killed() if sum(seen) >= 20 else count(model, images)
-
-    monkeypatch.setattr(gotr1, "encode_images", count_to_20)
-    with pytest.raises(KeyboardInterrupt):
-        token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
-    blocks = [f"tokens_{block:06d}.safetensors" for block in (0, 1)]
-    assert sorted(files(cache)) == ["cache.json", *blocks]
-    # killed while writing, and a file that a full disk cut off
-    monkeypatch.setattr(gotr1, "encode_images", count)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
+        if killed_in == "encoding":
+            patch.setattr(gotr1, "encode_images", encode_20)
+        else:
+            patch.setattr(Path, "replace", write_3)
         with pytest.raises(KeyboardInterrupt):
-            token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
-    assert "tokens_000002.safetensors" not in files(cache)
-    path = cache / "tokens_000001.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    seen.clear()
-    resumed = token_cache.prepare(rows, *policy, MEMORY, cache, batch=4)
-    assert sum(seen) == 32  # all but block 0
-    indices = list(range(40))
-    for a, b in zip(whole.batch(indices), resumed.batch(indices), strict=True):
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+            token_cache.prepare(rows, *policy, MEMORY, tmp_path / "cache", batch=4)
+    encoded.clear()
+    resumed = token_cache.prepare(rows, *policy, MEMORY, tmp_path / "cache", batch=4)
+    assert sum(encoded) == 40 - 16
+    assert content(resumed) == whole
 
 
-def test_a_complete_cache_needs_no_data(tmp_path, policy, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where a folder has the name of the toy world
-    rows = in_memory(20)
-    first = token_cache.prepare(lambda: rows, *policy, MEMORY, tmp_path)
-
-    def never(*_):
-        raise AssertionError("data or pixels were touched")
-
-    monkeypatch.setattr(gotr1, "encode_images", never)
-    monkeypatch.setattr(token_cache, "read_image", never)
-    again = token_cache.prepare(never, *policy, MEMORY, tmp_path)
-    prompts, chains, _ = again.batch([19, 2])
-    assert [prompts, chains] == list(first.batch([19, 2])[:2])
-    assert prompts == [rows[19]["prompt"], rows[2]["prompt"]]
-    assert chains == [rows[19]["chain"], rows[2]["chain"]]
-
-
-def test_a_cache_made_otherwise_is_refused(tmp_path, policy, monkeypatch):
-    model, tokenizer = policy
-    source, rows = write_lines(tmp_path / "set", make_examples(10))
-    cache = tmp_path / "cache"
-
-    def prepare(model=model, **changes):
-        changed = dataclasses.replace(source, **changes)
-
-        def opened():
-            return got_data.open_rows(changed)
-
-        return token_cache.prepare(opened, model, tokenizer, changed, cache)
-
-    prepare()
-    prepare(streaming=True)  # the way does not matter
-    said = r"was made with --box_format pixels \(now 0..999\): take another --cache"
-    with pytest.raises(ValueError, match=said):
-        prepare(box_format="0..999")
-    with pytest.raises(ValueError, match="--max_chain 600 .now 500."):
-        prepare(max_chain=500)
-    other = copy.deepcopy(model)
-    other.model.vqmodel.encoder.conv_in.weight.data[0] += 1e-3
-    with pytest.raises(ValueError, match="was made with picture tokenizer"):
-        prepare(other)
-    other = copy.deepcopy(model)
-    other.model.language_model.layers[0].mlp.up_proj.weight.data += 1
-    prepare(other)  # what training changes does not matter
-    monkeypatch.setattr(token_cache, "RULES", 2)
-    with pytest.raises(ValueError, match="was made with rules 1 .now 2."):
-        prepare()
-    for path in cache.glob("tokens_*"):
-        path.rename(token_cache.old_path(path))  # as a killed run leaves it
-    with pytest.raises(ValueError, match="was made with rules 1 .now 2."):
-        prepare()
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """How many pictures each call of `encode_images` was given, from now on."""
-    encode = gotr1.encode_images
-    calls = []
-
-    def count(model, images):
-        calls.append(len(images))
-        return encode(model, images)
-
-    monkeypatch.setattr(gotr1, "encode_images", count)
-    return calls
-
-
-def change_picture(folder: Path, rows: list[dict]) -> int:
+def change_picture(folder, rows, source):
     (folder / rows[13]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
-    return 1
 
 
-def touch_picture(folder: Path, rows: list[dict]) -> int:
+def touch_picture(folder, rows, source):
     os.utime(folder / rows[13]["file"], (1, 1))
-    return 1
 
 
-def mend_picture(folder: Path, rows: list[dict]) -> int:
+def mend_picture(folder, rows, source):
     """One that could not be read before."""
     (folder / rows[3]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
-    return 1
 
 
-def lose_picture(folder: Path, rows: list[dict]) -> int:
-    (folder / rows[13]["file"]).unlink()
-    return 0
-
-
-def change_prompt(folder: Path, rows: list[dict]) -> int:
+def change_prompt(folder, rows, source):
     rows[13]["caption"] = "something else"
     save_lines(folder, rows)
-    return 1
 
 
-def insert_line(folder: Path, rows: list[dict]) -> int:
-    """All records move on by one; in each block of 8 one is new."""
-    rows.insert(0, rows[-1] | {"caption": "one more"})
-    save_lines(folder, rows)
-    return 4
-
-
-def drop_lines(folder: Path, rows: list[dict]) -> int:
+def drop_lines(folder, rows, source):
     save_lines(folder, rows[:11])
-    return 0
 
 
-CHANGES = [change_picture, touch_picture, mend_picture, lose_picture]
-CHANGES += [change_prompt, insert_line, drop_lines]
+def change_flag(folder, rows, source):
+    source.max_chain = 500
+
+
+CHANGES = {
+    change_picture: "pictures have changed",
+    touch_picture: "pictures have changed",
+    mend_picture: "pictures have changed",
+    change_prompt: "data files changed since",
+    drop_lines: "data files changed since",
+    change_flag: "--max_chain changed since",
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_only_what_has_changed_is_encoded_again(change, tmp_path, policy, monkeypatch, encoded):
+def test_whatever_has_changed_makes_the_whole_cache_again(
+    change, tmp_path, policy, monkeypatch, encoded, capsys
+):
     monkeypatch.setattr(token_cache, "BLOCK", 8)
-    source, rows = write_lines(tmp_path / "set", make_examples(30))
+    source, rows = write_lines(tmp_path / "set", make_examples(20))
     (tmp_path / "set" / rows[3]["file"]).write_bytes(b"no picture")
 
     def prepare(cache):
-        def opened():
+        def open_rows():
             return got_data.open_rows(source)
 
-        return token_cache.prepare(opened, *policy, source, tmp_path / cache, batch=4)
+        return token_cache.prepare(open_rows, *policy, source, tmp_path / cache, batch=4)
 
     prepare("cache")
-    assert sum(encoded) == 29
-    before = files(tmp_path / "cache")
-    new = change(tmp_path / "set", rows)
+    change(tmp_path / "set", rows, source)
+    capsys.readouterr()
     encoded.clear()
     again = prepare("cache")
-    assert sum(encoded) == new
-    after = files(tmp_path / "cache")
-    if change in CHANGES[:4]:  # only the block with that picture was written again
-        assert sum(before[name] != after[name] for name in before) == 1
-    whole = prepare("from nothing")
-    assert after == files(tmp_path / "from nothing")
-    assert str(again.report) == str(whole.report)
-    indices = list(range(len(whole)))
-    for a, b in zip(again.batch(indices), whole.batch(indices), strict=True):
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-    # nothing is touched: nothing is read, encoded or written
-    def never(*_, **__):
-        raise AssertionError("data, pictures or files were touched")
-
-    for module, name in [(got_data, "open_rows"), (token_cache.run, "write_whole")]:
-        monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(gotr1, "encode_images", never)
-    monkeypatch.setattr(token_cache, "read_image", never)
-    prepare("cache")
+    assert CHANGES[change] in capsys.readouterr().out
+    assert sum(encoded) == len(again)
+    assert content(again) == content(prepare("from nothing"))
+    with monkeypatch.context() as patch:  # nothing is touched: nothing is read, encoded or written
+        patch.setattr(got_data, "open_rows", never)
+        patch.setattr(got_data, "read_image", never)
+        patch.setattr(token_cache.run, "write_whole", never)
+        prepare("cache")
+        patch.setattr(got_data, "open_rows", lambda source: [])
+        source.streaming = True  # the same records in another way
+        prepare("cache")
 
 
-def test_pictures_inside_of_data_files_are_compared(tmp_path, policy, encoded):
-    """Of a parquet file in which one picture is another, one is encoded."""
-    rows = [inline(example) for example in make_examples(20)]
-    source = write_parquet(tmp_path / "set", rows)
-    token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache")
-    encoded.clear()
-    rows[7]["image"]["bytes"] = png(make_examples(1, seed=9)[0].image)
-    shutil.rmtree(tmp_path / "set")
-    write_parquet(tmp_path / "set", rows)
-    token_cache.prepare(got_data.open_rows(source), *policy, source, tmp_path / "cache")
-    assert encoded == [1]
+def test_another_picture_tokenizer_means_another_cache(tmp_path, policy, monkeypatch, encoded):
+    """And so do other rules; a language model in training does not."""
+    rows = in_memory(10)
+    other = copy.deepcopy(policy[0])
+    token_cache.prepare(rows, *policy, MEMORY, tmp_path)
+    other.model.language_model.layers[0].mlp.up_proj.weight.data += 1
+    token_cache.prepare(never, other, policy[1], MEMORY, tmp_path)
+    assert sum(encoded) == 10
+    other.model.vqmodel.encoder.conv_in.weight.data += 1
+    prepared = token_cache.prepare(rows, other, policy[1], MEMORY, tmp_path)
+    assert sum(encoded) == 20
+    images = [row["image"] for row in rows]
+    assert content(prepared)[2] == gotr1.encode_images(other, images).tolist()
+    token_cache.prepare(never, *policy, MEMORY, tmp_path)  # the first one is still there
+    monkeypatch.setattr(token_cache, "RULES", token_cache.RULES + 1)
+    token_cache.prepare(rows, *policy, MEMORY, tmp_path)
+    assert sum(encoded) == 40
 
 
-def test_a_kill_while_changes_are_encoded_loses_nothing(tmp_path, policy, monkeypatch, encoded):
-    monkeypatch.setattr(token_cache, "BLOCK", 8)
-    source, rows = write_lines(tmp_path / "set", make_examples(30))
-
-    def prepare():
-        def opened():
-            return got_data.open_rows(source)
-
-        return token_cache.prepare(opened, *policy, source, tmp_path / "cache", batch=4)
-
-    prepare()
-    rows[1]["caption"] = rows[28]["caption"] = "something else"
-    save_lines(tmp_path / "set", rows)
-    encoded.clear()
-    write = token_cache.run.write_whole
-
-    def killed(path, content):
-        if path.name == "tokens_000002.safetensors":
-            raise KeyboardInterrupt
-        write(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(token_cache.run, "write_whole", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare()
-    assert encoded == [1]
-    prompts, _, _ = prepare().batch([0, 1, 28])
-    assert encoded == [1, 1]
-    assert prompts == [rows[0]["caption"], "something else", "something else"]
-    assert not list((tmp_path / "cache").glob("old_*"))
+def test_other_toy_scenes_mean_another_cache():
+    sources = []
+    for changes in ({}, {"examples": 9}, {"seed": 1}):
+        sources.append(train_sft.data_source(train_sft.Config(**changes)).data)
+    assert len(set(sources)) == 3
 
 
-def change_line(folder: Path) -> int:
-    """One more record in front of 16: in each block of 8, now three, one is new."""
-    rows = read_rows(folder / "3.parquet")
-    write_file(folder / "3.parquet", [rows[0] | {"prompt": "one more"}, *rows])
-    return 3
-
-
-def fill_file(folder: Path) -> int:
-    """The one that held no record."""
-    shutil.copy(folder / "1.parquet", folder / "0.parquet")
-    return 7
-
-
-def add_file(folder: Path) -> int:
-    """The last one: files are in the order of their names."""
-    shutil.copy(folder / "1.parquet", folder / "4.parquet")
-    return 7
-
-
-def remove_file(folder: Path) -> int:
-    (folder / "3.parquet").unlink()
-    return 0
-
-
-@pytest.mark.parametrize("change", [change_line, fill_file, add_file, remove_file])
-def test_streams_split_by_files_encode_again_only_what_has_changed(
-    change, tmp_path, policy, monkeypatch, encoded
-):
-    """Made by 2 processes, brought up to date by 1."""
-    monkeypatch.setattr(token_cache, "BLOCK", 8)
-    source = write_files(tmp_path / "set", make_examples(36), files=4)  # of 2, 7, 11, 16 records
-    if change is fill_file:
-        write_file(tmp_path / "set" / "0.parquet", [])
-    cache, log = tmp_path / "cache", tmp_path / "read.txt"
-    prepare_in_processes(source, policy, cache, 2, log)
-    before = files(cache)
-    new = change(tmp_path / "set")
-
-    def opened():
-        return got_data.open_rows(source)
-
-    encoded.clear()
-    again = token_cache.prepare(opened, *policy, source, cache, batch=4)
-    assert sum(encoded) == new
-    prepare_in_processes(source, policy, tmp_path / "from nothing", 2, log)
-    after = files(cache)
-    assert before != after == files(tmp_path / "from nothing")
-    whole = token_cache.prepare(opened, *policy, source, tmp_path / "one", batch=4)
-    indices = list(range(len(whole)))
-    assert len(again) == len(whole)
-    for a, b in zip(again.batch(indices), whole.batch(indices), strict=True):
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def test_a_changed_picture_of_a_stream_split_by_files(tmp_path, policy, monkeypatch, encoded):
-    """Made by 2 processes; one block is made anew, and all others stay as they were."""
-    monkeypatch.setattr(token_cache, "BLOCK", 8)
-    examples = make_examples(36)
-    source = write_files(tmp_path / "set", examples, files=4)
-    path = tmp_path / "set" / "3.parquet"
-    rows = read_rows(path)
-    rows[9]["image"] = "q.png"
-    write_file(path, rows)
-    picture = tmp_path / "set" / "q.png"
-    picture.write_bytes(png(examples[1].image))
-    cache, log = tmp_path / "cache", tmp_path / "read.txt"
-    prepare_in_processes(source, policy, cache, 2, log)
-    before = files(cache)
-    picture.write_bytes(png(examples[2].image))
-    stream = got_data.open_rows(source)
-    prepared = token_cache.prepare(stream, *policy, source, cache, batch=4)
-    assert sum(encoded) == 1
-    after = files(cache)
-    changed = [name for name in before if before[name] != after[name]]
-    assert before.keys() == after.keys() and changed == ["tokens_00003_000001.safetensors"]
-    want = gotr1.encode_images(policy[0], [examples[2].image])
-    assert torch.equal(prepared.batch([len(prepared) - len(rows) + 9])[2], want)
-
-
-def test_too_many_bad_records_stop_the_run(tmp_path, policy):
+def test_too_many_bad_records_stop_the_run(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(token_cache, "BLOCK", 128)
     rows = in_memory(300)
     for row in rows[50:80]:
         row["chain"] = "nothing"
-    got = []
+    asked = []
 
     class Rows(list):
         def __getitem__(self, index):
-            got.append(index)
+            asked.append(index)
             return super().__getitem__(index)
 
-    said = r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50"
-    with pytest.raises(ValueError, match=said):
+    message = r"more than 20%.*30 of 128 records skipped(?s:.*)30 no box +first: record 50"
+    with pytest.raises(ValueError, match=message):
         token_cache.prepare(Rows(rows), *policy, MEMORY, tmp_path / "a")
-    assert max(got) < 128 and not list((tmp_path / "a").glob("tokens_*"))
+    assert max(asked) < 128
     fewer = rows[:50] * 3 + rows[50:80]  # 17 % of them bad
     assert len(token_cache.prepare(fewer, *policy, MEMORY, tmp_path / "b")) == 150
     few = rows[:15] + rows[50:55]  # twenty pictures: 25 % at the end, although fewer than 100
@@ -1218,45 +936,12 @@ def test_too_many_bad_records_stop_the_run(tmp_path, policy):
 
 
 def test_no_file_stays_open(tmp_path, policy, monkeypatch):
-    """Thousands of blocks must not meet the limit of open files."""
+    """Thousands of files must not meet the limit of open ones."""
     monkeypatch.setattr(token_cache, "BLOCK", 1)
-    prepared = token_cache.prepare(in_memory(30), *policy, MEMORY, tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    assert len(prepared.batch(list(range(30)))[0]) == 30
+    prepared = token_cache.prepare(in_memory(30), *policy, MEMORY, tmp_path)
+    assert len(content(prepared)[0]) == 30
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-# -------------------------------------------------------------------------------------------------
-# Dry run
-
-
-def test_dry_run_shows_boxes_where_they_are(tmp_path, policy, capsys):
-    rows = in_memory(12)
-    rows[1]["chain"] = "nothing"
-    path = token_cache.dry_run(rows, *policy, MEMORY, tmp_path / "new" / "folder")
-    said = capsys.readouterr().out
-    good = [rows[k] for k in (0, 2, 3, 4, 5, 6, 7, 8)]
-    assert "1 of 9 records skipped" in said and "first: record 1" in said
-    tokenizer = policy[1]
-    for row in good:
-        prompt = gotr1.encode_prompt(tokenizer, row["prompt"])
-        written = gotr1.encode_chain(tokenizer, row["chain"])
-        assert row["prompt"] in said and row["chain"] in said
-        assert f"{len(prompt)} prompt + {len(written)} chain + 64 image tokens" in said
-    sheet, side = Image.open(path), 384
-    assert sheet.size == (3 * (side + 8) + 8, 8 * (side + 32) + 8)
-    for k, row in enumerate(good):
-        y = k * (side + 32) + 28
-        panels = [sheet.crop((x, y, x + side, y + side)) for x in (8, 16 + side, 24 + 2 * side)]
-        large = row["image"].resize((side, side), Image.Resampling.BICUBIC)
-        boxes = parse_chain(row["chain"])
-        assert (np.asarray(panels[0]) == np.asarray(large)).all()
-        assert (np.asarray(panels[1]) == np.asarray(draw_boxes(boxes, image=large))).all()
-        # the toy's VQ is nearly perfect: what is drawn over it differs little
-        difference = np.abs(np.asarray(panels[1], int) - np.asarray(panels[2], int))
-        assert difference.mean() < 6
-    with pytest.raises(ValueError, match="none of the first 1"):
-        token_cache.dry_run(rows[1:2], *policy, MEMORY, tmp_path)
 
 
 def test_pictures_are_encoded_where_the_picture_tokenizer_is(policy, tmp_path):
@@ -1268,3 +953,31 @@ def test_pictures_are_encoded_where_the_picture_tokenizer_is(policy, tmp_path):
     prepared = token_cache.prepare(rows, model, policy[1], MEMORY, tmp_path)
     want = gotr1.encode_images(model, [row["image"] for row in rows])
     assert torch.equal(prepared.batch([0, 1, 2])[2], want)
+
+
+def test_dry_run_shows_records_with_their_boxes(tmp_path, policy, capsys, monkeypatch):
+    rows = in_memory(12)
+    rows[1]["chain"] = "nothing"
+    cells = []
+
+    def draw_sheet(rows, path, **layout):
+        cells.extend(rows)
+        Image.new("RGB", (1, 1)).save(path)
+
+    monkeypatch.setattr(token_cache.sheets, "draw_sheet", draw_sheet)
+    path = token_cache.dry_run(rows, *policy, MEMORY, tmp_path / "new" / "folder")
+    printed = capsys.readouterr().out
+    assert path.is_file() and len(cells) == 2 * 8
+    assert "1 of 9 records skipped" in printed and "first: record 1" in printed
+    tokenizer = policy[1]
+    for row, before, after in zip(rows[:1] + rows[2:9], cells[::2], cells[1::2], strict=True):
+        prompt = gotr1.encode_prompt(tokenizer, row["prompt"])
+        written = gotr1.encode_chain(tokenizer, row["chain"])
+        assert row["prompt"] in printed and row["chain"] in printed
+        assert f"{len(prompt)} prompt + {len(written)} chain + 64 image tokens" in printed
+        assert before["chain"] == after["chain"] == row["chain"]
+        # the toy's picture tokenizer is nearly perfect
+        pixels = [np.asarray(cell["image"].resize((32, 32)), int) for cell in (before, after)]
+        assert np.abs(pixels[0] - pixels[1]).mean() < 6
+    with pytest.raises(ValueError, match="none of the first 1"):
+        token_cache.dry_run(rows[1:2], *policy, MEMORY, tmp_path)

@@ -191,7 +191,7 @@ def test_boxes_do_not_overwrite_a_text_that_cannot_be_read():
 def test_a_download_holds_prompt_plan_chain_and_pictures(studio, tmp_path):
     pictures, marked, _ = demo.draw_plan(studio, "toy", PROMPT, CHAIN, 1, 0)
     named = [("picture_0", pictures[0]), ("boxes_0", marked[0])]
-    demo.pack(tmp_path / "x.zip", PROMPT, CHAIN, named)
+    demo.write_zip(tmp_path / "x.zip", PROMPT, CHAIN, named)
     with zipfile.ZipFile(tmp_path / "x.zip") as file:
         names = {"prompt.txt", "chain.txt", "plan.png", "picture_0.png", "boxes_0.png"}
         assert set(file.namelist()) == names

@@ -162,7 +162,8 @@ def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(
     # what was trained on is what was meant: the same boxes, to a pixel of the large picture
     from data import cache as token_cache
 
-    cached = token_cache.Prepared([token_cache.block_path(whole / "cache", 0)])
+    (folder,) = (whole / "cache").iterdir()
+    cached = token_cache.Prepared(folder)
     assert len(cached) == GOOD
     prompts, got, tokens = cached.batch(list(range(GOOD)))
     for mine, meant in zip(got, chains, strict=True):
