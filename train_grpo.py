@@ -15,7 +15,7 @@ Departures from the paper, which leaves these open (equation 2, section 4.1):
 2. Groups whose rewards are all equal carry no signal. They are left out of the mean and counted
    (`zero_var` in the log).
 3. One optimizer step per rollout, so that ratio == 1 and nothing is clipped; `--updates` takes
-   more. Clip 0.2 (`--clip_low`, `--clip_high`).
+   more. Clip 0.2 (`--clip`).
 4. The KL weight is 0.02 (`--kl`; 0.01 in `--preset paper`). With 0 there is no reference model.
 5. What was not sampled is not trained, a <begin_of_image> forced at `max_chain` included.
 6. No guidance in the toy's rollout. With guidance, `--logp cond` scores the conditional
@@ -23,9 +23,10 @@ Departures from the paper, which leaves these open (equation 2, section 4.1):
    from.
 7. The toy trains all language parameters at 7e-4; the paper uses LoRA (rank 32) at 1e-5.
 8. The judge's instructions are our own wording of the paper's.
-9. The toy does not divide advantages by the standard deviation of the group; `--advantage_std` and
-   `--preset paper` do (equation 1). Divided, differences of a hundredth between good samples count
-   as much as those between right and wrong, and all plans become one layout: docs/toy.md.
+9. The toy does not divide advantages by the standard deviation of the group; `--advantage
+   group_std` and `--preset paper` do (equation 1). Divided, differences of a hundredth between good
+   samples count as much as those between right and wrong, and all plans become one layout:
+   docs/toy.md.
 
     torchrun train_grpo.py                          # the toy: two CPU cores, a few minutes
     python train_grpo.py --out out/again --seed 1   # the same without torchrun, another seed
@@ -55,7 +56,7 @@ from engine.drift import Drifts, check_drift, drift_limits, self_test
 from evaluation import held_out as held_out_prompts
 from evaluation import stats, variety
 from render_boxes import parse_chain
-from toy.world import random_plan, read_text
+from toy.world import read_text
 
 
 @dataclass
@@ -82,11 +83,10 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
     borrow_from: Literal["toy", "reference"] = "toy"  # random layouts; or the reference's best plan
     # Loss
     updates: int = 1  # optimizer steps per rollout, each over all of it
-    clip_low: float = 0.2  # the ratio policy / policy that sampled is clipped to 1 - clip_low
-    clip_high: float = 0.2  # and to 1 + clip_high; idle with one update
+    clip: float = 0.2  # the ratio policy / policy that sampled is clipped to 1 - clip … 1 + clip
     kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
     loss_mean: Literal["token", "sequence"] = "token"  # over tokens; or per sample, then samples
-    advantage_std: bool = False  # divide by the standard deviation of the group, as the paper does
+    advantage: Literal["mean", "group_std", "batch_std"] = "mean"  # minus the group's mean, / std
     logp: Literal["cond", "guided"] = "cond"  # distribution of image tokens that is scored with cfg
     # Optimisation
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)
@@ -95,9 +95,8 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
     # Looking at it
     eval_prompts: int = 240  # held-out prompts before and after
     eval_plans: str = "toy"  # given plans, to see whether pictures follow: `toy`, a .jsonl, or none
-    eval_every: int = 0  # steps between evaluations in between; 0: none
-    sheet_every: int = 0  # steps between sheets of the first 12 held-out prompts; 0: none
-    gif_every: int = 10  # steps between frames of learning.gif, 4 held-out prompts; 0: none
+    look_every: int = 10  # steps between frames of learning.gif, 4 held-out prompts; 0: none
+    evaluate_looks: bool = False  # then also evaluate all held-out prompts
 
 
 # Stated in section 4.1: group, batch, steps, lr and its cosine, LoRA 32/32, temperatures, judge.
@@ -118,7 +117,7 @@ PRESETS = {
         "rollout_batch": 0,
         "borrow_from": "reference",
         "kl": 0.01,
-        "advantage_std": True,
+        "advantage": "group_std",
         "lr": 1e-5,
         "lr_floor": 0.0,
         "warmup": 0.0,
@@ -129,7 +128,7 @@ PRESETS = {
         "micro_batch": 0,
         "judge_batch": 0,
         "eval_plans": "",
-        "gif_every": 50,
+        "look_every": 50,
     },
 }
 
@@ -157,46 +156,30 @@ def group_advantages(
     return torch.where(equal, 0.0, centered / scale).flatten()
 
 
-def grpo_loss(
-    logp,
-    logp_old,
-    logp_ref,
-    advantages,
-    mask,
-    total,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl: float = 0.01,
-    loss_mean: str = "token",
-):
+def grpo_loss(logp, logp_old, logp_ref, advantages, weight, clip: float = 0.2, kl: float = 0.01):
     """The clipped objective with the k3 estimator of the KL (joschu.net/blog/kl-approx.html; paper
     equation 2).
 
-    logp, logp_old, logp_ref, mask: (N, S); advantages: (N,). `logp_ref` may be None when kl is 0.
-    loss_mean: over tokens ("token"), or over those of each sample and then over samples
-    ("sequence"). total: the count of tokens, or of samples, of the whole step: the gradients of
-    calls and ranks add up.
+    logp, logp_old, logp_ref, weight: (N, S); advantages: (N,). `logp_ref` may be None when kl is 0.
+    weight: mask / tokens of the whole step, so that the losses of micro-batches and ranks add up.
 
-    Returns (loss, sums): a scalar, and for the log the sums over tokens of ratio, clipped share and
+    Returns (loss, sums): a scalar, and for the log the weighted sums of ratio, clipped share and
     KL."""
     advantages = advantages[:, None]
     ratio = (logp - logp_old).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
     k3 = torch.zeros_like(logp)
     if kl:
         gap = logp_ref - logp
         k3 = gap.exp() - gap - 1
-    weight = mask
-    if loss_mean == "sequence":
-        weight = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    loss = ((per_token + kl * k3) * weight).sum() / total
+    loss = ((per_token + kl * k3) * weight).sum()
 
     is_cut = (clipped * advantages < ratio * advantages).float()
     sums = {
-        "ratio": (ratio.detach() * mask).sum(),
-        "clip": (is_cut * mask).sum(),
-        "kl": (k3.detach() * mask).sum(),
+        "ratio": (ratio.detach() * weight).sum(),
+        "clip": (is_cut * weight).sum(),
+        "kl": (k3.detach() * weight).sum(),
     }
     return loss, sums
 
@@ -287,11 +270,14 @@ def main(argv: list[str] | None = None) -> None:
         first = 0
         for _, size, _ in groups:
             rewards_of_group = totals[first : first + size]
-            advantages.append(group_advantages(rewards_of_group, size, std=config.advantage_std))
+            std = config.advantage == "group_std"
+            advantages.append(group_advantages(rewards_of_group, size, std=std))
             if advantages[-1].any():
                 kept += range(first, first + size)
             first += size
         advantages = torch.cat(advantages)
+        if config.advantage == "batch_std":
+            advantages = advantages / (advantages.std() + 1e-4)
         n_images = sampled.image_tokens.shape[1]  # per sample
         n_tokens = run.all_sum(sampled.mask[kept].sum()).clamp(min=1)
         n_samples = run.all_sum(torch.tensor(float(len(kept)), device=device)).clamp(min=1)
@@ -316,17 +302,17 @@ def main(argv: list[str] | None = None) -> None:
                     if step == 0:
                         exact = config.dtype == "float32"
                         self_test(old_logps[k], mb.logp, ref_logps[k], mb_mask, exact)
+                mb_weight = mb_mask / n_tokens
+                if config.loss_mean == "sequence":
+                    mb_weight = mb_mask / mb_mask.sum(dim=1, keepdim=True).clamp(min=1) / n_samples
                 loss, sums = grpo_loss(
                     mb_logp,
                     old_logps[k],
                     ref_logps[k],
                     advantages[rows],
-                    mb_mask,
-                    total=n_tokens if config.loss_mean == "token" else n_samples,
-                    clip_low=config.clip_low,
-                    clip_high=config.clip_high,
+                    mb_weight,
+                    clip=config.clip,
                     kl=config.kl,
-                    loss_mean=config.loss_mean,
                 )
                 engine.backward(loss)
                 loss_sums += torch.stack([sums["ratio"], sums["clip"], sums["kl"]])
@@ -358,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         row.update(mean_row(sample_rows, config))
         row["drift_text"] = drift_text
         row["drift_image"] = drift_image
-        row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
+        row["ratio"], row["clip"], row["kl"] = run.all_sum(loss_sums).tolist()
         row.update({"grad_norm": norm, "skipped": skipped, "lr": lr})
         row.update(times(clock, asker.seconds if asker else clock[3] - clock[2], world, device))
         row["samples_s"] = config.batch_size * config.group / row["seconds"]
@@ -373,12 +359,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # 8) Save and look, now and then
         done = step + 1
-        if is_due(done, config.gif_every):
+        if is_due(done, config.look_every):
             draw_frame(training, done, row["reward"])
-        if done < config.steps and is_due(done, config.eval_every):
-            look(training, f"step_{done:06d}", done, count=len(training.held_out))
-        elif done < config.steps and is_due(done, config.sheet_every):
-            look(training, f"step_{done:06d}", done, count=12)
+            if config.evaluate_looks and done < config.steps:
+                look(training, f"step_{done:06d}", done, count=len(training.held_out))
         stopping = stopped()
         if stopping or is_due(done, config.save_every) or done == config.steps:
             engine.save(folder, done, config.keep)
@@ -451,8 +435,8 @@ def check(config: Config, world: int) -> None:
         config,
         at_least_one="steps batch_size updates max_chain eval_prompts save_every keep",
         above_zero="temperature lr clip_grad lora_alpha",
-        not_negative="rollout_batch micro_batch judge_batch kl warmup lr_floor clip_low clip_high "
-        "lora eval_every sheet_every seed cfg",
+        not_negative="rollout_batch micro_batch judge_batch kl warmup lr_floor clip lora "
+        "look_every seed cfg",
     )
     if not config.prompts:
         run.fail("--prompts is empty: give toy, or text files with one prompt per line")
@@ -602,12 +586,6 @@ def borrow_plans(training: Training, prompts: list[str], indices: list[int], ste
     config = training.config
     if not config.borrow:
         return []
-    if config.borrow_from == "toy":
-        plans = []
-        for prompt, index in zip(prompts, indices, strict=True):
-            rng = np.random.default_rng([config.seed, step, index, 2])
-            plans.append(random_plan(rng, prompt))
-        return plans
     with training.engine.gathered(reference=True) as reference:
         return gotr1.best_plans(
             reference,
