@@ -68,7 +68,7 @@ def test_three_steps_of_the_loop_and_its_first_step_is_that_of_the_engine(monkey
 
 def test_the_changes_are_those_of_two_calls_of_token_logps(policy):
     model = copy.deepcopy(policy[0])
-    config = explain.Config(prompt=PROMPT, group=6, micro_batch=4)
+    config = explain.Config(prompt=PROMPT, group=6)
     step = explain.take_step(config, ToyJudge(), crispness, model, policy[1])
     scores = rewards.score(ToyJudge(), crispness, [PROMPT] * 6, step.samples.chains, step.images)
     totals = np.array([row["total"] for row in scores])
@@ -144,6 +144,7 @@ def test_a_map_of_24_by_24_tokens(policy):
     [
         (["a red ball", "--group", "1"], "--group is 1"),
         (["a red ball", "--lr", "0"], "--lr is 0"),
+        (["a photo of a dog"], "--judge toy knows only the toy's world, not 'a photo of a dog'"),
     ],
 )
 def test_bad_settings_are_one_line(words, complaint, capsys):

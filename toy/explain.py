@@ -22,6 +22,7 @@ import gotr1
 import rewards
 from engine import run
 from render_boxes import MARKERS, Box, draw_boxes, parse_chain
+from toy.world import read_text
 from train_grpo import group_advantages, grpo_loss
 
 
@@ -32,19 +33,20 @@ class Config(rewards.JudgeConfig):
     out: Path = Path("out/step.png")  # the picture to write
     group: int = 16  # samples
     lr: float = 7e-4  # learning rate of the step; 1e-5 suits a real model
-    micro_batch: int = 16  # samples per forward and backward pass
     seed: int = 0  # of the samples
 
 
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
-    run.check_ranges(config, at_least_one="micro_batch", above_zero="lr", not_negative="seed")
+    run.check_ranges(config, above_zero="lr", not_negative="seed")
     if config.group < 2:
         run.fail(f"--group is {config.group}: a sample is compared with its group, so 2 or more")
+    if config.judge.split(":")[0] == "toy" and not read_text(config.prompt)[0]:
+        run.fail(f"--judge toy knows only the toy's world, not {config.prompt!r}: give another")
     _, _, device = run.start_processes()
     try:
         judge, hps = rewards.load_judge(config, device)
-        model, tokenizer = gotr1.load_policy(config.model, device)
+        model, tokenizer = gotr1.load_policy(config.model, device, torch.float32)
         step = take_step(config, judge, hps, model, tokenizer)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         draw_step(step, tokenizer).save(config.out)
@@ -89,7 +91,7 @@ def take_step(config: Config, judge, hps, model, tokenizer) -> Step:
             found[-1] += boxes or []  # None: the judge's reply could not be read
     totals = torch.tensor([row["total"] for row in scores], device=samples.mask.device)
     advantages = group_advantages(totals, config.group, std=False)
-    change = optimize(model, samples, advantages, config.lr, config.micro_batch)
+    change = optimize(model, samples, advantages, config.lr)
     tokens = samples.mask.sum(dim=1).clamp(min=1)
     return Step(
         prompt=config.prompt,
@@ -104,25 +106,25 @@ def take_step(config: Config, judge, hps, model, tokenizer) -> Step:
     )
 
 
-def optimize(model, samples, advantages, lr: float, micro_batch: int = 16) -> torch.Tensor:
+def optimize(model, samples, advantages, lr: float) -> torch.Tensor:
     """One step, in place -> (N, S): by how much the log-probability of each sampled token changed,
     0 where none was sampled.
 
     Without a reference: before its first step the policy is the reference, where the gradient of
     the KL is 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    batches = [rows.tolist() for rows in torch.arange(len(samples)).split(micro_batch)]
+    singles = [samples.select([k]) for k in range(len(samples))]  # one at a time: little memory
     before = []
-    for rows in batches:
-        logp, mask = gotr1.token_logps(model, samples.select(rows))
+    for single, advantage in zip(singles, advantages.split(1), strict=True):
+        logp, mask = gotr1.token_logps(model, single)
         weight = mask / samples.mask.sum()
-        loss, _ = grpo_loss(logp, logp.detach(), None, advantages[rows], weight, kl=0.0)
+        loss, _ = grpo_loss(logp, logp.detach(), None, advantage, weight, kl=0.0)
         loss.backward()
         before.append(logp.detach())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     with torch.no_grad():
-        after = [gotr1.token_logps(model, samples.select(rows))[0] for rows in batches]
+        after = [gotr1.token_logps(model, single)[0] for single in singles]
     return torch.cat(after) - torch.cat(before)
 
 
