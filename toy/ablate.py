@@ -316,7 +316,7 @@ def report(study: Study, trainings: list[Training], table: list[tuple]) -> str:
         seeds = ", ".join(str(seed) for seed in by_seed if seed not in missing)
         if missing:
             seeds += f" (missing: {', '.join(map(str, missing))})"
-        lines.append([*line, seeds])
+        lines.append([*line, seeds.strip()])
     return (
         f"# {study.question}\n\n"
         "Mean over training seeds, with the lowest and the highest in brackets. The first training "
@@ -408,6 +408,8 @@ def draw_steps(trainings: list[Training]):
         spreads = running_mean([row["group_std"] for row in rows])
         varieties = running_mean([row["layout_variety"] for row in rows])
         spread.plot(spreads, varieties, color=color, label=title if is_first else None)
+    for axis in (total, layout, spread):
+        axis.set_ylim(0, 1)
     total.set(title="held-out prompts: total reward", xlabel="step")
     layout.set(title="held-out prompts: variety of layouts", xlabel="step")
     spread.set(title="training prompts, running means over 20 steps", ylabel="variety of layouts")
