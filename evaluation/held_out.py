@@ -288,7 +288,7 @@ def read_plans(source: str) -> list[tuple[str, str]]:
     valid layouts. Else a file with one {"prompt": …, "chain": …} per line, or "" for none. Raises
     OSError or ValueError."""
     if source == "toy":
-        return follow_plans(60, seed=7)
+        return follow_plans()
     if not source:
         return []
     plans = []

@@ -16,6 +16,7 @@ own, and GRPO has something to mend.
 """
 
 import functools
+import json
 import re
 import zlib
 from collections import Counter
@@ -46,17 +47,11 @@ GRID = 8  # cells per side; a cell is an image token
 CELL = 4  # pixels per side of a cell
 SIZE = GRID * CELL  # pixels per side of a picture
 
-KINDS = {  # kind of scene -> objects in it
-    "single": 1,
-    "color": 2,
-    "spatial": 2,
-    "complex": 3,
-    "four": 4,  # these two are like complex ones; no training shows them
-    "five": 5,
-}
+KINDS = {"single": 1, "color": 2, "spatial": 2, "complex": 3}  # kind of scene -> objects in it
 SFT_MIX = {"single": 0.2, "color": 0.1, "spatial": 0.3, "complex": 0.4}
 PROMPT_MIX = {"color": 0.25, "spatial": 0.5, "complex": 0.25}  # of GRPO's and evaluation's prompts
 FAULTS = {"flip": 0.4, "swap": 0.2, "drift": 0.35}  # share of SFT examples that are to get a fault
+GIVEN_PLANS = Path(__file__).with_name("given_plans.jsonl")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -130,8 +125,6 @@ def make_scene(rng: np.random.Generator, kind: str, held_out: bool = False) -> S
     """A scene of a `kind` (a key of KINDS), its colours all different, with a layout that satisfies
     its relations. With `held_out`, two of its objects never occur together in training (a single
     object cannot be held out)."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of scene {kind!r}: expected one of {', '.join(KINDS)}")
     count = KINDS[kind]
     names = random_names(rng, count)
     while count > 1 and is_held_out(names) != held_out:
@@ -140,10 +133,6 @@ def make_scene(rng: np.random.Generator, kind: str, held_out: bool = False) -> S
     if kind not in ("single", "color"):
         for j in range(1, count):
             relations.append((0, str(rng.choice(RELATIONS)), j))
-    if kind in ("four", "five"):
-        return Scene(names, relations, random_layout(rng, relations, count))
-    # random_layout would do here, too. But then the random numbers, and so the data of the shipped
-    # model and the prompts that it is evaluated with, would be others
     scene = Scene(names, relations, random_cells(rng, count))
     while not is_laid_out(scene):
         scene = Scene(names, relations, random_cells(rng, count))
@@ -175,76 +164,6 @@ def is_laid_out(scene: Scene) -> bool:
     return all(is_related(boxes[i], words, boxes[j]) for i, words, j in scene.relations)
 
 
-@functools.cache
-def all_places() -> list[tuple[int, int, int]]:
-    """Every place that an object can have: (column, row, size)."""
-    places = []
-    for size in (2, 3):
-        for x in range(GRID - size + 1):
-            for y in range(GRID - size + 1):
-                places.append((x, y, size))
-    return places
-
-
-@functools.cache
-def place_chances() -> np.ndarray:
-    """(places,) float: how likely random_cells draws each of all_places for a first object."""
-    return np.array([1 / 2 / (GRID - size + 1) ** 2 for _, _, size in all_places()])
-
-
-@functools.cache
-def place_pairs() -> dict[str | None, np.ndarray]:
-    """For each of RELATIONS: (places, places) bool, whether an object at the first place is
-    <words> one at the second, and does not touch it. Under None: whether they do not touch."""
-    places = all_places()
-    boxes = Scene([""] * len(places), [], places).boxes
-    pairs = {None: np.array([[not is_touching(a, b) for b in places] for a in places])}
-    for words in RELATIONS:
-        is_there = np.array([[is_related(a, words, b) for b in boxes] for a in boxes])
-        pairs[words] = pairs[None] & is_there
-    return pairs
-
-
-def random_layout(
-    rng: np.random.Generator, relations: list[tuple[int, str, int]], count: int
-) -> list[tuple[int, int, int]]:
-    """Cells of `count` objects that satisfy the relations, each of them between object 0 and one
-    other object.
-
-    The layouts are as likely as if `random_cells` were repeated until `is_laid_out`. With five
-    objects that would fail nearly always. Here the others are drawn from the places that suit
-    object 0, and object 0 by how much room it leaves to each of them. What can still fail is that
-    two of the others touch: `tries` layouts are drawn at a time, and the first that fits is the
-    result."""
-    tries = 64
-    relation = {j: words for _, words, j in relations}
-    first_weights = place_chances()
-    other_weights = []  # (places, places) per other object: of its places, given object 0's
-    for j in range(1, count):
-        weights = place_pairs()[relation.get(j)] * place_chances()
-        other_weights.append(weights)
-        first_weights = first_weights * weights.sum(axis=1)
-    while True:
-        first = draw_columns(rng, np.tile(first_weights, (tries, 1)))
-        others = []  # (tries,) per other object: which of all_places it has
-        fits = np.ones(tries, bool)
-        for weights in other_weights:
-            new = draw_columns(rng, weights[first])
-            for earlier in others:
-                fits &= place_pairs()[None][new, earlier]
-            others.append(new)
-        if fits.any():
-            k = fits.argmax()
-            return [all_places()[drawn[k]] for drawn in (first, *others)]
-
-
-def draw_columns(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
-    """(rows, columns) weights, none negative -> (rows,): a column of each row, drawn by weight."""
-    sums = weights.cumsum(axis=1)
-    point = rng.random((len(weights), 1)) * sums[:, -1:]
-    return (sums <= point).sum(axis=1)
-
-
 def sentence(scene: Scene, things: list) -> list:
     """The scene in words, in pieces: "a", thing, "left of a", thing, "and above a", thing. `things`
     are its objects, as names or as boxes."""
@@ -267,20 +186,27 @@ def chain_of(scene: Scene) -> str:
     return format_chain(["A", *sentence(scene, scene.boxes)[1:]])
 
 
-def toy_prompts(n: int, seed: int, held_out: bool = False, kind: str | None = None) -> list[str]:
-    """`n` prompts of PROMPT_MIX, or all of one `kind` (a key of KINDS). Held-out ones each contain
-    a pair of objects that training never shows together, unless they name a single object."""
-    if kind is None:
-        rng = np.random.default_rng([seed, held_out])
-        kinds = rng.choice(list(PROMPT_MIX), size=n, p=list(PROMPT_MIX.values()))
-    else:
-        rng = np.random.default_rng([seed, held_out, zlib.crc32(kind.encode())])
-        kinds = [kind] * n
+def toy_prompts(n: int, seed: int, held_out: bool = False) -> list[str]:
+    """`n` prompts of PROMPT_MIX. Held-out ones each contain a pair of objects that training never
+    shows together."""
+    rng = np.random.default_rng([seed, held_out])
+    kinds = rng.choice(list(PROMPT_MIX), size=n, p=list(PROMPT_MIX.values()))
     prompts = []
     for kind in kinds:
         scene = make_scene(rng, kind, held_out)
         prompts.append(" ".join(sentence(scene, scene.names)))
     return prompts
+
+
+def follow_plans() -> list[tuple[str, str]]:
+    """180 held-out prompts, 60 of each kind of PROMPT_MIX, with a plan each: (prompt, chain). Every
+    plan satisfies its prompt by a random layout that no model wrote. Pictures of these plans show
+    how well a model follows a plan."""
+    plans = []
+    for line in GIVEN_PLANS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        plans.append((row["prompt"], row["chain"]))
+    return plans
 
 
 # -------------------------------------------------------------------------------------------------
@@ -386,40 +312,6 @@ def drifted(
         if moved is None and place and max(abs(place[0] - x), abs(place[1] - y)) > 1:
             moved = place
     return moved
-
-
-# -------------------------------------------------------------------------------------------------
-# Plans that no model wrote
-
-
-def random_plan(rng: np.random.Generator, prompt: str) -> str:
-    """A faultless chain for a toy prompt, in the words of the SFT data: its layout is a random one
-    of all that satisfy the prompt.
-
-    Raises ValueError for a prompt that `sentence` would write otherwise, or with more objects than
-    the largest kind of scene has."""
-    names, relations = read_text(prompt)
-    most = max(KINDS.values())
-    is_toy = 1 <= len(names) <= most
-    if not is_toy or " ".join(sentence(Scene(names, relations, []), names)) != prompt:
-        raise ValueError(
-            f"{prompt!r} is not a prompt of the toy's world: expected 1 to {most} objects, as in "
-            "'a red ball left of a blue cube and above a green cone'"
-        )
-    return chain_of(Scene(names, relations, random_layout(rng, relations, len(names))))
-
-
-def follow_plans(
-    count: int, seed: int, kinds: tuple[str, ...] = tuple(PROMPT_MIX)
-) -> list[tuple[str, str]]:
-    """`count` held-out prompts of each kind, each with a random plan: (prompt, chain). They show
-    how well a model draws a plan that it did not write itself."""
-    plans = []
-    for kind in kinds:
-        rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
-        for prompt in toy_prompts(count, seed, held_out=True, kind=kind):
-            plans.append((prompt, random_plan(rng, prompt)))
-    return plans
 
 
 # -------------------------------------------------------------------------------------------------
@@ -544,15 +436,13 @@ class ToyJudge:
     """The judge's contract of rewards.py, answered exactly: text by its grammar, plans by boxes,
     pictures by pixels.
 
-    error   probability, 0 to 1, that an answer is wrong: that of another row of the same call
-    seed    of these errors; a call with the same content gets the same ones, after a resume, too
+    error   probability, 0 to 1, that an answer is replaced by that of another sample of the call
+    seed    of these errors, which depend on it and on the content of the call and nothing else: a
+            resumed run gets the same ones
 
-    Such errors are noise. They do not depend on what the picture shows: on average a score moves
-    towards the mean of the other rows by the share `error`, which keeps the rows in their order
-    (while `error` is below 1 - 1 / rows), and the next step's errors are new. A policy cannot learn
-    to cause them. The errors of a real judge do depend on the picture: it errs in the same way each
-    time, and a policy can learn to exploit that. That a training stands these errors does not say
-    that it stands those.
+    Such errors are noise: they do not depend on what the picture shows, so a policy cannot learn to
+    cause them. A real judge errs in the same way each time, and a policy can learn to exploit that:
+    that a training stands these errors does not say that it stands those.
 
     Raises ValueError when `error` is not a probability."""
 
@@ -618,14 +508,13 @@ class ToyJudge:
             answers[k] = [box._replace(name=name) for box in answers[k]]
         return answers
 
-    def _with_errors(self, answers: list, call: str, *asked: list) -> list:
-        """The answers to a call, some of them replaced by another row's. Which ones depends on the
-        seed, the name of the call and what was `asked`, and on nothing else."""
+    def _with_errors(self, answers: list, call: str, *inputs: list) -> list:
+        """The answers to a call, a share `error` of them replaced by another sample's answer."""
         count = len(answers)
-        if not self.error or count < 2:  # a single row has no other
+        if not self.error or count < 2:  # a single sample has no other
             return answers
         content = 0
-        for items in asked:
+        for items in inputs:
             for item in items:
                 is_image = isinstance(item, Image.Image)
                 data = item.tobytes() if is_image else repr(item).encode()
