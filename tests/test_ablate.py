@@ -255,10 +255,11 @@ def test_study_variety_of_made_up_trainings(tmp_path):
     assert len(spread.get_xdata()) == 201 and spread.get_ydata()[0] == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_one_real_training(capsys, tmp_path):
     """Through train_grpo.py, its files, the table and the figure."""
     words = ["--rows", "all", "--seeds", "1", "--steps", "1", "--out", str(tmp_path)]
-    words += ["--flags=--batch_size 2 --group 4 --eval_prompts 4 --eval_plans ''"]
+    words += ["--flags=--batch_size 2 --group 4 --eval_prompts 4"]
     ablate.main(words)
     report = (tmp_path / "rewards.md").read_text()
     after = json.loads((tmp_path / "1_steps" / "all_seed0" / "eval_after.json").read_text())

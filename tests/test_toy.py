@@ -178,6 +178,7 @@ def test_given_plans_do_what_their_prompts_say():
         names, relations = toy.read_text(prompt)
         kinds.append((len(names), len(relations)))
     assert kinds == 60 * [(2, 0)] + 60 * [(2, 1)] + 60 * [(3, 2)]
+    assert toy.follow_plans(1) == toy.follow_plans()[::60]
 
 
 def test_image_codes_name_every_patch(policy):

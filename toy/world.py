@@ -198,14 +198,17 @@ def toy_prompts(n: int, seed: int, held_out: bool = False) -> list[str]:
     return prompts
 
 
-def follow_plans() -> list[tuple[str, str]]:
-    """180 held-out prompts, 60 of each kind of PROMPT_MIX, with a plan each: (prompt, chain). Every
-    plan satisfies its prompt by a random layout that no model wrote. Pictures of these plans show
-    how well a model follows a plan."""
+def follow_plans(count: int = 60) -> list[tuple[str, str]]:
+    """Held-out prompts, `count` (at most 60) of each kind of PROMPT_MIX, with a plan each: (prompt,
+    chain). A plan satisfies its prompt by a random layout that no model wrote. Pictures of these
+    plans show how well a model follows a plan."""
+    rows = [
+        json.loads(line) for line in GIVEN_PLANS.read_text(encoding="utf-8").split("\n") if line
+    ]
     plans = []
-    for line in GIVEN_PLANS.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        plans.append((row["prompt"], row["chain"]))
+    for first in range(0, len(rows), 60):  # of a kind
+        for row in rows[first : first + min(count, 60)]:
+            plans.append((row["prompt"], row["chain"]))
     return plans
 
 
