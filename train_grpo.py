@@ -38,7 +38,6 @@ import functools
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         look(training, "before", step=0, count=len(training.held_out))
 
     # a served judge leaves this process free to draw on
-    asker = Asker(training) if isinstance(training.judge, rewards.ServedJudge) else None
+    asks_early = hasattr(training.judge, "ask_early")
     skipped = 0  # gradients in a row that were not finite
     bar = tqdm(
         range(engine.first_step, config.steps),
@@ -242,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         plans = borrow_plans(training, batch, indices, step)
         rollouts = []
         groups = []
+        images = []
         with engine.gathered() as model:
             for first in range(0, share, config.rollout_batch):
                 part = slice(first, first + config.rollout_batch)
@@ -261,23 +261,21 @@ def main(argv: list[str] | None = None) -> None:
                     )
                     rollouts.append(drawn)
                     groups += [Group(prompt, size, is_borrowed) for prompt in batch[part]]
-                    if asker:  # the judge looks at these while the next are drawn
-                        images = gotr1.decode_images(model, drawn.image_tokens)
-                        asker.ask(repeat(batch[part], size), drawn.chains, images)
+                    if asks_early:  # the judge looks at these while the next are drawn
+                        drawn_images = gotr1.decode_images(model, drawn.image_tokens)
+                        training.judge.ask_early(
+                            repeat(batch[part], size), drawn.chains, drawn_images, config.rewards
+                        )
+                        images += drawn_images
         sampled = gotr1.Rollout.join(rollouts)
         clock.append(time.time())
 
         # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics
-        if asker:
-            images = asker.images()
-        else:
+        if not asks_early:
             images = gotr1.decode_images(engine.model, sampled.image_tokens)
         clock.append(time.time())
-        if asker:
-            scores = asker.scores()
-        else:
-            asked = [prompt for prompt, size, _ in groups for _ in range(size)]
-            scores = score(training, asked, sampled.chains, images)
+        asked = [prompt for prompt, size, _ in groups for _ in range(size)]
+        scores = score(training, asked, sampled.chains, images)
         clock.append(time.time())
 
         # 4) Advantages: within a group. From here on groups of equal rewards are left out
@@ -360,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         row["drift_image"] = drift_image
         row["ratio"], row["clip"], row["kl"] = (run.all_sum(loss_sums) / n_tokens).tolist()
         row.update({"grad_norm": norm, "skipped": skipped, "lr": lr})
-        row.update(times(clock, asker.seconds if asker else clock[3] - clock[2], world, device))
+        row.update(times(clock, clock[3] - clock[2], world, device))
         row["samples_s"] = config.batch_size * config.group / row["seconds"]
         row["peak_gib"] = run.peak_gib(device)
         bar.set_postfix_str(f"reward {row['reward']:.3f}")
@@ -638,50 +636,6 @@ def score(training: Training, prompts, chains, images) -> list[dict]:
 def repeat(prompts: list[str], group: int) -> list[str]:
     """The prompt of each sample."""
     return [prompt for prompt in prompts for _ in range(group)]
-
-
-class Asker:
-    """Asks the judge of a run in a thread of its own, while the run goes on.
-
-    The rewards are those of `score`: the same questions in the same order, and whether most replies
-    can be read is asked of the whole step. One thread: what is drawn first is asked first."""
-
-    def __init__(self, training: Training):
-        self.training = training
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.asked = []  # Futures of rewards.Asked and the seconds that it took
-        self.drawn = []  # the images that were asked about
-        self.seconds = 0.0  # that the judge was busy with the last step
-
-    def ask(self, prompts, chains, images) -> None:
-        """Samples to be judged; returns at once."""
-        self.drawn += images
-        self.asked.append(self.thread.submit(self._ask, prompts, chains, images))
-
-    def _ask(self, prompts, chains, images):
-        begin = time.time()
-        parts = self.training.config.rewards
-        asked = rewards.ask(self.training.judge, prompts, chains, images, parts)
-        return asked, time.time() - begin
-
-    def images(self) -> list:
-        """All that was asked about since the last call."""
-        images, self.drawn = self.drawn, []
-        return images
-
-    def scores(self) -> list[dict]:
-        """The rewards of all samples since the last call, in the order in which they were asked.
-        Raises what the judge raised."""
-        try:
-            results = [future.result() for future in self.asked]
-        except Exception:
-            self.thread.shutdown(wait=False, cancel_futures=True)  # the rest would fail as well
-            raise
-        self.asked = []
-        self.seconds = sum(seconds for _, seconds in results)
-        config = self.training.config
-        asked = rewards.Asked.join([one for one, _ in results])
-        return rewards.add_up(asked, self.training.hps, config.rewards, config.combine)
 
 
 def split_evenly(kept: list[int], micro_batch: int) -> list[tuple[list[int], bool]]:

@@ -642,7 +642,6 @@ def load_annotator(config: Config):
     flags = rewards.JudgeConfig(
         judge=config.model,
         judge_model=config.judge_model,
-        judge_frame=config.judge_frame,
         judge_batch=config.judge_batch,
         hps="",
     )

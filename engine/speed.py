@@ -23,7 +23,6 @@ from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
 )
@@ -35,9 +34,7 @@ from engine import run, trainer
 from engine.checkpoints import TOY, janus_pro_config, load_policy
 from engine.trainer import add_lora, trainable_parameters
 from judges.hps import HPS
-from judges.qwen import QwenJudge, Row, Seen
 from render_boxes import Box, draw_boxes
-from rewards import Reply
 
 # -------------------------------------------------------------------------------------------------
 # One dataclass per subcommand
@@ -799,88 +796,6 @@ def rows_per_second(
     return rows / (time.perf_counter() - start)
 
 
-class PlainJudge(QwenJudge):
-    """The straightforward way to write replies, to be timed and to be tested against.
-
-    Each row sends its picture through the vision tower, rows come in the order of the questions,
-    and transformers' `generate` sees all rows of a batch to the end of its longest reply."""
-
-    def write(self, questions):
-        return self._in_batches(self._generate, questions)
-
-    def _generate(self, questions):
-        inputs = {}
-        rows = [Row(question, None) for question in questions]
-        if questions[0].image is not None:
-            rgb = [question.image.convert("RGB") for question in questions]
-            inputs.update(self.image_processor(rgb, return_tensors="pt"))
-            patches_per_token = self.image_processor.merge_size**2
-            for i, grid in enumerate(inputs["image_grid_thw"].tolist()):
-                count = grid[1] * grid[2] // patches_per_token
-                rows[i] = Row(questions[i], Seen(tuple(grid), None, range(count), []))
-        texts, frames = self._inputs(rows)
-        for name in ("input_ids", "attention_mask"):
-            inputs[name] = texts[name]
-        inputs["mm_token_type_ids"] = (
-            inputs["input_ids"] == self.model.config.image_token_id
-        ).int()
-        for name, tensor in inputs.items():
-            inputs[name] = tensor.to(self.model.device)
-        settings = GenerationConfig(
-            do_sample=False,
-            eos_token_id=self.ends,
-            pad_token_id=self.tokenizer.pad_token_id,
-            max_new_tokens=questions[0].max_tokens,
-        )
-        with torch.inference_mode():
-            self.model.generation_config = settings
-            ids = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        ended = torch.isin(ids, torch.tensor(self.ends, device=ids.device)).any(dim=1).tolist()
-        replies = []
-        for row, is_whole, frame in zip(ids, ended, frames, strict=True):
-            text = self.tokenizer.decode(row, skip_special_tokens=True)
-            replies.append(Reply(text if is_whole else text + "…", frame))
-        return replies
-
-
-def time_pictures(judge: QwenJudge, pictures: int, tokens: int) -> None:
-    """Alignment and grounding of pictures with three names each, straightforward and ours.
-
-    A judge with random weights ends no reply by itself: all have as many tokens as are allowed."""
-    noise = np.random.default_rng(0).integers(0, 256, (pictures, 384, 384, 3), np.uint8)
-    images = [Image.fromarray(array) for array in noise]
-    names = ["red ball", "blue cube", "green cup"]
-    rows = pictures * (1 + len(names))
-    through_tower = 0
-
-    def count(module, inputs, keywords, output):
-        nonlocal through_tower
-        through_tower += len(keywords["grid_thw"])
-
-    hook = judge.model.model.visual.register_forward_hook(count, with_kwargs=True)
-    loaded = (judge.model, judge.tokenizer, judge.image_processor)
-    words = []
-    seconds = []
-    asked_for = f"{rows} rows of alignment and grounding, at most {tokens} tokens each"
-    print(f"\n{pictures} pictures, three names each: {asked_for}")
-    for title, kind in (("straightforward", PlainJudge), ("ours", QwenJudge)):
-        asked = kind(loaded, device=judge.model.device)
-        asked.most_tokens = tokens
-        asked.alignment(names[:1], images[:1])  # the first call pays for what later ones reuse
-        asked.seen.clear()
-        through_tower = 0
-        start = time.perf_counter()
-        asked.alignment(["a red ball, a blue cube, a green cup"] * pictures, images)
-        asked.ground([image for image in images for _ in names], names * pictures)
-        seconds.append(time.perf_counter() - start)
-        words.append(asked.words["pi"] + asked.words["ri"])
-        tower = f"{through_tower} pictures through the vision tower"
-        print(f"{title:16} {seconds[-1]:7.2f} s, {rows / seconds[-1]:6.2f} rows/s, {tower}")
-    hook.remove()
-    equal = sum(one == other for one, other in zip(*words, strict=True))
-    print(f"ratio {seconds[0] / seconds[1]:.2f}; {equal} of {rows} replies are equal")
-
-
 # -------------------------------------------------------------------------------------------------
 # Networks of the evaluation
 
@@ -1262,8 +1177,6 @@ def main(argv: list[str] | None = None) -> None:
             run.check_ranges(settings, at_least_one="pictures tokens")
             judge = load_judge(settings)
             time_judge(judge)
-            if settings.judge != "toy":
-                time_pictures(judge, settings.pictures, settings.tokens)
         elif isinstance(settings, Networks):
             time_networks(settings, run.start_processes()[2])
         else:
