@@ -593,7 +593,9 @@ class VlmJudge:
             intros.append(self._intro("spa", prompt=prompt, layout=given))
         if self.spatial_as == "text":
             return self._score("spa", intros)
-        return self._score("spa", intros, [draw_boxes(layout, size=448) for layout in layouts])
+        # in black: a colour could contradict the names ("blue ball" in a red rectangle)
+        sketches = [draw_boxes(layout, size=448, colours=("black",)) for layout in layouts]
+        return self._score("spa", intros, sketches)
 
     def alignment(self, prompts, images):
         intros = [self._intro("pi", prompt=prompt) for prompt in prompts]

@@ -963,6 +963,8 @@ def test_the_layout_is_drawn_or_written():
     judge.spatial(["p"], [[Box("red dog", 1, 2, 333, 444)]])
     drawn, written = judge.asked
     assert drawn.image.size == (448, 448) and "red dog" not in drawn.text and written.image is None
+    for red, green, blue in (colour for _, colour in drawn.image.getcolors(2**18)):
+        assert red == green == blue  # no colour contradicts the names
     assert "red dog: 1 2 333 444" in written.text
 
 
