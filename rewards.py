@@ -367,44 +367,56 @@ COMMA = r",\s{0,9}"
 FOUR_NUMBERS = COMMA.join([NUMBER] * 4)
 BBOX = re.compile(rf"\[\s{{0,9}}{FOUR_NUMBERS}(?:{COMMA})?\]")  # [x1, y1, x2, y2]
 BBOX_BEGINS = re.compile(r"""[\[(]\s{0,9}["']?-?[0-9]""")
+IN_PICTURE = r"in (?:the|this) (?:picture|image|photo|scene)"
 NO_BBOX = re.compile(
-    r"(?<!\w)\[\s{0,9}\](?!\w)|\b(null|none|there (is|are) no|not (visible|found|there))\b",
+    r"(?<!\w)\[\s{0,9}\](?!\w)"
+    r"|\b(?:null|none)\b"
+    r"|\bthere(?:['’]s| is| are) no\b|\bthere (?:is|are)(?:n['’]t| not)\b"
+    rf"|\bnot (?:be )?(?:visible|found|there|present|shown|seen|{IN_PICTURE})\b"
+    r"|\b(?:do|does|did)(?: not|n['’]t) (?:contain|show|include|have|depict|appear|see|find)\b"
+    r"|\b(?:cannot|can['’]t|could(?: not|n['’]t)|unable to) (?:find|locate|see|detect|identify)\b"
+    # "No red ball is visible", "no such thing in this picture"; and a whole reply like "No ball."
+    rf"|\bno\b[^.,:\n]{{1,60}}\b(?:visible|found|present|{IN_PICTURE})\b"
+    r"|\A\W{0,9}no\b[^.,:\n]{0,40}\W{0,9}\Z",
     re.IGNORECASE,
 )
 
 
 def parse_bboxes(reply: str, width: float, height: float) -> list[Box] | None:
-    """The boxes of a grounding reply on the 0..1000 grid, named ""; [] when it says there is none.
+    """The boxes of a grounding reply on the 0..1000 grid, named ""; [] when it says there is none,
+    in words or by [0, 0, 0, 0].
 
     `width` and `height` are the frame in which the reply counts. For Qwen2.5-VL that is the picture
     as its processor *resized* it, in pixels, 384 to 392 for example (QwenLM/Qwen3-VL issues 676 and
     866); for Qwen3-VL it is 1000 by 1000.
     Reads one box or a list, in all the ways of writing that parse_score reads; of a reply that was
-    cut off, the complete boxes. Labels are not compared: one name was asked for.
-    None when it cannot be read: corners in the wrong order, or a box more than 5 % outside the
-    frame, hence not meant in this frame (less than that is clipped).
+    cut off, the complete boxes. Labels are not compared: one name was asked for. What reaches out
+    of the frame is clipped, a box without area is left out.
+    None when it cannot be read: no box is left, or one is more than 10 % outside the frame, hence
+    not meant in this frame, nor are the others.
 
     >>> cut_off = '[{"bbox_2d": [98, 49, 196, 98], "label": "ball"}, {"bbox_2d": [0, 0, 39'
     >>> parse_bboxes(cut_off, width=392, height=392)
     [Box(name='', x1=250.0, y1=125.0, x2=500.0, y2=250.0)]
     """
     boxes = []
+    says_there_is_none = bool(NO_BBOX.search(reply)) and not BBOX_BEGINS.search(reply)
     for corners in BBOX.findall(reply):
         left, top, right, bottom = map(float, corners)
+        if left == top == right == bottom == 0:
+            says_there_is_none = True
         edges = (
             1000 * left / width,
             1000 * top / height,
             1000 * right / width,
             1000 * bottom / height,
         )
-        x1, y1, x2, y2 = [min(max(edge, 0.0), 1000.0) for edge in edges]
-        if min(edges) < -50 or max(edges) > 1050 or x1 >= x2 or y1 >= y2:
+        if min(edges) < -100 or max(edges) > 1100:
             return None
-        boxes.append(Box("", x1, y1, x2, y2))
-    if boxes:
-        return boxes
-    says_there_is_none = NO_BBOX.search(reply) and not BBOX_BEGINS.search(reply)
-    return [] if says_there_is_none else None
+        x1, y1, x2, y2 = [min(max(edge, 0.0), 1000.0) for edge in edges]
+        if x1 < x2 and y1 < y2:
+            boxes.append(Box("", x1, y1, x2, y2))
+    return boxes if boxes or says_there_is_none else None
 
 
 # -------------------------------------------------------------------------------------------------

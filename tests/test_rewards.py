@@ -421,9 +421,33 @@ CUP, ALL = Box("", 250, 125, 500, 250), Box("", 0, 0, 1000, 1000)
         ('{"bbox_2d": null}', []),
         ("There is no cup in this picture.", []),
         ("A cup is not visible.", []),
+        # refusals in ordinary words
+        ("The image does not contain a cup.", []),
+        ("The picture doesn't show any cups", []),
+        ("The picture doesn’t show any cups", []),
+        ("No cup is visible", []),
+        ("no cups were found in the image.", []),
+        ("I see no cup in this picture.", []),
+        ("I cannot find any", []),
+        ("I'm sorry, but I can't locate a cup.", []),
+        ("I was unable to detect it.", []),
+        ("not present", []),
+        ("There isn't a cup.", []),
+        ("There's no cup.", []),
+        ("No.", []),
+        ("No cup.", []),
+        ('[{"bbox_2d": [0, 0, 0, 0], "label": "cup"}]', []),
+        # one bad box takes nothing from the good ones beside it
+        ('[{"bbox_2d": [98, 49, 196, 98]}, {"bbox_2d": [0, 0, 0, 0]}]', [CUP]),
+        ('[{"bbox_2d": [50, 60, 50, 60]}, {"bbox_2d": [98, 49, 196, 98]}]', [CUP]),
+        ('[{"bbox_2d": [196, 49, 98, 98]}, {"bbox_2d": [98, 49, 196, 98]}]', [CUP]),
+        ('[{"bbox_2d": [-30, -3, 398, 425]}, {"bbox_2d": [98, 49, 196, 98]}]', [ALL, CUP]),
+        ('[{"bbox_2d": [393, 10, 420, 20]}, {"bbox_2d": [98, 49, 196, 98]}]', [CUP]),
         # not readable
         ("", None),
         ("I see a cup.", None),
+        ("The cup is on the left, behind the plate.", None),
+        ("No, it is at the left: behind the plate, not on it", None),
         ("everything beauty[]over way", None),  # what a random model wrote
         ('[{"bbox_2d": [98, 49, 196', None),
         ('[{"bbox_2d": [98, 49, 196, 98', None),  # 98, or 980?
