@@ -425,9 +425,9 @@ def parse_bboxes(reply: str, width: float, height: float) -> list[Box] | None:
 
 class Task(NamedTuple):
     intro: str  # what is to be checked
-    question: str  # for scoring="reply": how to mark it
-    answer: str  # inside the braces of the JSON to reply with: reasons before the mark
-    max_tokens: int  # most tokens of that reply
+    max_tokens: int  # most tokens of a reply
+    question: str = ""  # for scoring="reply": how to mark it
+    answer: str = ""  # inside the braces of the JSON to reply with: reasons before the mark
     marks: tuple[str, ...] = ("score",)  # the keys of the marks in it; the score is their mean
     yes_or_no: tuple[str, ...] = ()  # for scoring="yes": one question per mark
 
@@ -487,39 +487,37 @@ ALIGNMENT_YES = (
     "taken strictly? (Left of: further left, side by side. On top of: right above and touching.)",
 )
 
+# The paper's figure 11, which asks for JSON, with an example: a list, and what to say of nothing
 GROUND = """\
-Find each "{name}" in the picture. The answer is a list of them, [] if there is none."""
+Locate every "{name}" in the picture, report the bbox coordinates in JSON format: a list like this
+and nothing else: [{{"bbox_2d": [x1, y1, x2, y2], "label": "{name}"}}, ...]
+If there is none, answer with an empty list: []"""
 
 TASKS = {
     "sem": Task(
         SEMANTIC_INTRO,
-        SEMANTIC,
-        answer=", ".join(f'"{name}": mark' for name in CRITERIA),
         max_tokens=80,
+        question=SEMANTIC,
+        answer=", ".join(f'"{name}": mark' for name in CRITERIA),
         marks=CRITERIA,
         yes_or_no=SEMANTIC_YES,
     ),
     "spa": Task(
         SPATIAL_INTRO,
-        SPATIAL,
-        answer='"reasoning": "two sentences", "score": mark',
         max_tokens=200,
+        question=SPATIAL,
+        answer='"reasoning": "two sentences", "score": mark',
         yes_or_no=SPATIAL_YES,
     ),
     "pi": Task(
         ALIGNMENT_INTRO,
-        ALIGNMENT,
+        max_tokens=200,
+        question=ALIGNMENT,
         answer='"description": "what is seen, one sentence", '
         '"reasoning": "one sentence", "score": mark',
-        max_tokens=200,
         yes_or_no=ALIGNMENT_YES,
     ),
-    "ri": Task(
-        GROUND,
-        question="",
-        answer='"bbox_2d": [x1, y1, x2, y2], "label": "name"',
-        max_tokens=128,  # a box is about 30: what is cut off behind three boxes costs no box
-    ),
+    "ri": Task(GROUND, max_tokens=300),  # a box is 30 to 45
 }
 ANSWER = "\nAnswer with JSON like this and nothing else: {%s}"
 YES_OR_NO = "\nAnswer with Yes or No."
@@ -614,7 +612,7 @@ class VlmJudge:
         return self._score("pi", intros, images)
 
     def ground(self, images, names):
-        texts = [self._intro("ri", name=name) + ANSWER % TASKS["ri"].answer for name in names]
+        texts = [self._intro("ri", name=name) for name in names]
         replies = self.write(self._questions(texts, images, TASKS["ri"].max_tokens))
         self.words["ri"] = [reply.text for reply in replies]
         answers = []

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from render_boxes import Box, iou
-from rewards import ANSWER, TASKS, Question, Reply, VlmJudge, ask_judge, parse_bboxes
+from rewards import TASKS, Question, Reply, VlmJudge, ask_judge, parse_bboxes
 
 ATTEMPT = 120.0  # seconds that one attempt may take, waiting its turn in the server included
 PATIENCE = 600.0  # seconds for all attempts at one request; a server loads a 7B for minutes
@@ -342,7 +342,7 @@ class ServedJudge(VlmJudge):
         corners = [edge * side / 1000 for edge in RED_SQUARE[1:]]
         image = Image.new("RGB", (side, side), "white")
         ImageDraw.Draw(image).rectangle(corners, fill="red")
-        text = self._intro("ri", name=RED_SQUARE.name) + ANSWER % TASKS["ri"].answer
+        text = self._intro("ri", name=RED_SQUARE.name)
         picture = Picture(image.tobytes(), image.size, image.size)
         request = Request(text, picture, TASKS["ri"].max_tokens)
         reply = self.server.complete([request])[0].text

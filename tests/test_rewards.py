@@ -922,8 +922,9 @@ def test_replies_have_room_in_real_tokens(real_tokens):
 
     tens = {name: 10 for name in CRITERIA}
     assert count(json.dumps(tens, indent=2)) <= rewards.TASKS["sem"].max_tokens
-    box = {"bbox_2d": [123, 345, 567, 789], "label": "a small red wooden chair"}
-    lines = ",\n\t".join([json.dumps(box)] * 3)
+    # six things of one name: what is cut off would lower R_RI
+    box = {"bbox_2d": [123, 345, 567, 789], "label": "a small wooden rowing boat"}
+    lines = ",\n\t".join([json.dumps(box)] * 6)
     assert count(f"[\n\t{lines}\n]") <= rewards.TASKS["ri"].max_tokens
 
 
@@ -990,6 +991,16 @@ def test_the_layout_is_drawn_or_written():
     for red, green, blue in (colour for _, colour in drawn.image.getcolors(2**18)):
         assert red == green == blue  # no colour contradicts the names
     assert "red dog: 1 2 333 444" in written.text
+
+
+def test_the_grounding_question_asks_for_a_list():
+    """The example is one, too; and it says what to answer when there is none."""
+    judge = Dictated("[]")
+    assert judge.ground(pictures(1), ["red {dog}"]) == [[]]
+    text = judge.asked[0].text
+    assert 'Locate every "red {dog}" in the picture' in text and "in JSON format" in text
+    assert '[{"bbox_2d": [x1, y1, x2, y2], "label": "red {dog}"}, ...]' in text
+    assert text.endswith("If there is none, answer with an empty list: []")
 
 
 def test_a_plan_gets_four_marks():
