@@ -217,8 +217,8 @@ class Server:
         try:
             try:
                 models = self._wait_for(ask(self.client.with_options(max_retries=0)))
-            except ConnectionError as problem:
-                print(f"judge: {problem}; waiting for it", file=sys.stderr)
+            except ConnectionError:
+                print(f"judge: waiting up to {self.patience:g} s for {self.url}", file=sys.stderr)
                 models = self._wait_for(ask(self.client))
             return [model.id for model in models.data]
         except (AttributeError, TypeError):
@@ -254,10 +254,11 @@ def without_complaint(task: asyncio.Task) -> None:
 # -------------------------------------------------------------------------------------------------
 # The judge
 
-GRIDS = {  # what boxes count in -> (a side of a picture is a multiple of this, fewest pixels)
-    "pixels": (28, 56 * 56),  # Qwen2.5-VL: tokens of 28 x 28 pixels
-    "grid": (32, 256 * 256),  # Qwen3-VL: of 32 x 32
+GRIDS = {  # what boxes count in -> (side of a token in pixels, fewest tokens of a picture)
+    "pixels": (28, 4),  # Qwen2.5-VL
+    "grid": (32, 64),  # Qwen3-VL
 }
+MOST_TOKENS = 16384  # of a picture, for both
 RED_SQUARE = Box("red square", 500, 125, 875, 500)
 
 
@@ -378,15 +379,18 @@ class Recorder(VlmJudge):
 def sent_size(size: tuple[int, int], frame: str) -> tuple[int, int]:
     """(width, height) in which a judge sees a picture: the server then has nothing to resize.
 
-    As the processors of Qwen-VL resize: both sides to the nearest multiple of a token's, and more
-    when that is too small; with the same filter. Theirs also shrink what is above 12 million
-    pixels; our pictures are far from it."""
+    As the processors of Qwen-VL resize: both sides to the nearest multiple of a token's, unless
+    those are too few or too many tokens."""
     width, height = size
-    side, fewest = GRIDS[frame]
-    sent_width = round(width / side) * side
-    sent_height = round(height / side) * side
-    if sent_width * sent_height < fewest:
-        scale = math.sqrt(fewest / (width * height))
-        sent_width = math.ceil(width * scale / side) * side
-        sent_height = math.ceil(height * scale / side) * side
-    return sent_width, sent_height
+    side, fewest_tokens = GRIDS[frame]
+    wide = round(width / side)  # tokens
+    high = round(height / side)
+    if wide * high > MOST_TOKENS:
+        scale = math.sqrt(MOST_TOKENS * side**2 / (width * height))
+        wide = max(1, math.floor(width * scale / side))
+        high = max(1, math.floor(height * scale / side))
+    elif wide * high < fewest_tokens:
+        scale = math.sqrt(fewest_tokens * side**2 / (width * height))
+        wide = math.ceil(width * scale / side)
+        high = math.ceil(height * scale / side)
+    return wide * side, high * side

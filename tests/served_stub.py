@@ -24,10 +24,13 @@ class Stub:
                 json", "two choices", "no text", "silent", or a status such as 500
     retry_ms    what a status is sent with: when to come again, in milliseconds
     delay       seconds before each answer
+    port, after  where it listens, and from when on (seconds)
     """
 
-    def __init__(self, answer, models=("judge",)):
+    def __init__(self, answer, models=("judge",), port=0, after=0.0):
         self.answer = answer
+        self.port = port
+        self.after = after
         self.models = models
         self.lists = None  # what is sent as the list of models, if not those
         self.faults = []
@@ -102,8 +105,13 @@ class Stub:
             def handle_error(self, request, client_address):
                 pass  # the client has left
 
-        self.http = Server(("127.0.0.1", 0), Handler)
+        self.http = Server(("127.0.0.1", self.port), Handler, bind_and_activate=False)
+        self.http.server_bind()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        if self.after:
+            threading.Timer(self.after, self.http.server_activate).start()
+        else:
+            self.http.server_activate()
         serve = threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True)
         serve.start()
         return self

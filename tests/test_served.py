@@ -22,6 +22,7 @@ from PIL import Image
 from random_networks import PARTS_TEMPLATE, random_judge
 from served_stub import Stub, by_chance, by_judge, wait_until
 from test_rewards import LAYOUTS, PROMPTS, ask_all, images
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import gotr1
 import rewards
@@ -108,11 +109,35 @@ def test_pictures_are_sent_as_qwen_resizes_them(stub):
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
         height, width = stub.rows[-1].image.height, stub.rows[-1].image.width
         assert theirs["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
-    # Qwen3-VL: 32 pixels per token, and 64 tokens or more
-    assert [served.sent_size(size, "grid") for size in ((384, 200), (32, 32))] == [
-        (384, 192),
-        (256, 256),
-    ]
+
+
+@pytest.mark.parametrize(
+    "frame, patch, fewest, most",  # as in the published preprocessor_config.json of the two
+    [("pixels", 14, 56 * 56, 12845056), ("grid", 16, 65536, 16777216)],
+)
+def test_sizes_are_those_of_qwen_from_tiny_to_huge(frame, patch, fewest, most):
+    """Their rule is transformers' smart_resize; 8000 x 6000 is more than they look at."""
+    sizes = [(8000, 6000), (3584, 3584), (4096, 4096), (12000, 200), (384, 200), (32, 32), (9, 300)]
+    for width, height in sizes:
+        high, wide = smart_resize(height, width, 2 * patch, fewest, most)
+        assert served.sent_size((width, height), frame) == (wide, high), (width, height)
+
+
+def test_each_distinct_picture_is_encoded_once_per_call(readable, monkeypatch):
+    saved = []
+    save = Image.Image.save
+
+    def counted(image, *args, **settings):
+        saved.append(image.size)
+        save(image, *args, **settings)
+
+    judge = ServedJudge(readable.url, frame="pixels")
+    monkeypatch.setattr(Image.Image, "save", counted)
+    first, second = images()[:2]
+    judge.ground([first, first, second, first.copy()], ["dog", "cat", "dog", "cow"])
+    assert saved == [(56, 56), (112, 56)] or saved == [(112, 56), (56, 56)]
+    judge.alignment(["a", "b"], [second, second])
+    assert len(saved) == 3
 
 
 # -------------------------------------------------------------------------------------------------
@@ -177,6 +202,28 @@ def test_what_may_pass_is_tried_again(stub, fault):
     requests = [Request(text, None, 3) for text in "abc"]
     assert [answer.text for answer in server.complete(requests)] == ["a", "b", "c"]
     assert not stub.faults
+
+
+def test_the_server_says_when_to_come_again(stub):
+    """Retry-After, here in milliseconds."""
+    server = served.Server(stub.url)
+    stub.faults = [503]
+    stub.retry_ms = 700
+    begin = time.monotonic()
+    assert server.complete([HI])[0].text == "Hi"
+    assert time.monotonic() - begin > 0.7
+
+
+def test_a_server_that_is_still_loading_is_waited_for(capsys):
+    """Nobody listens at first; by default for ten minutes, which a 7B needs to load."""
+    assert served.PATIENCE == 600
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Stub(echo, port=port, after=0.5):
+        server = served.Server(f"http://127.0.0.1:{port}/v1")
+        assert server.model == "judge" and server.complete([HI])[0].text == "Hi"
+    assert f"waiting up to 600 s for http://127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_silence_is_not_waited_for_for_ever(stub, monkeypatch):
@@ -251,7 +298,7 @@ def test_what_is_no_server_is_refused_in_one_line(stub, monkeypatch, capsys):
         served.Server(stub.url)
     with pytest.raises(ConnectionError, match="127.0.0.1:9/v1 within 0.1 s: .*attempts failed"):
         served.Server("http://127.0.0.1:9/v1", patience=0.1)
-    assert "127.0.0.1:9/v1 within 0.1 s" in capsys.readouterr().err  # before the wait
+    assert "waiting up to 0.1 s for http://127.0.0.1:9/v1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match="pip install openai"):
         served.Server(stub.url)
