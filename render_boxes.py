@@ -21,7 +21,9 @@ OBJ_START = "<|obj_start|>"
 OBJ_END = "<|obj_end|>"
 BOX_START = "<|box_start|>"
 BOX_END = "<|box_end|>"
-MARKERS = (OBJ_START, OBJ_END, BOX_START, BOX_END)
+# In the order in which GoT-R1's processor adds them to a tokenizer that lacks them: by it each one
+# gets its id
+MARKERS = (BOX_START, BOX_END, OBJ_START, OBJ_END)
 EXAMPLE = f"{OBJ_START}name{OBJ_END} {BOX_START}(x1,y1),(x2,y2){BOX_END}"
 
 # A chain is a sequence of segments: names of objects, boxes, markers without their partner, and the
@@ -180,21 +182,21 @@ def iou(a: Box, b: Box) -> float:
 LABEL_SCALES = (1.0, 0.8, 0.6, 0.4)  # of the letters and of the longest name; tried in this order
 
 
-def draw_boxes(boxes, size=448, image=None) -> Image.Image:
+def draw_boxes(boxes, size=448, image=None, colours=COLOURS) -> Image.Image:
     """The boxes with their names on a white square of `size` pixels, or on a copy of `image` in its
-    own size. These boxes are still on the 0..1000 grid."""
+    own size. These boxes are still on the 0..1000 grid. They take turns with the colours."""
     canvas = Image.new("RGB", (size, size), "white") if image is None else image.convert("RGB")
     boxes = in_pixels(boxes, canvas.size)
     pen = ImageDraw.Draw(canvas)
     line_width = canvas.width // 150 + 1
     for k, box in enumerate(boxes):
         outline = (box.x1, box.y1, box.x2 - 1, box.y2 - 1)  # PIL counts the last pixel in
-        pen.rectangle(outline, outline=COLOURS[k % len(COLOURS)], width=line_width)
+        pen.rectangle(outline, outline=colours[k % len(colours)], width=line_width)
     labels, font = place_labels(boxes, canvas.size)
     for k, label in enumerate(labels):
         # Drawn on a tile of its own, so that no letter sticks out of its label.
         tile_size = (label.x2 - label.x1, label.y2 - label.y1)
-        tile = Image.new("RGB", tile_size, COLOURS[k % len(COLOURS)])
+        tile = Image.new("RGB", tile_size, colours[k % len(colours)])
         ImageDraw.Draw(tile).text((3, 1), label.name, "white", font)
         canvas.paste(tile, (label.x1, label.y1))
     return canvas

@@ -24,10 +24,12 @@ Not stated in the paper, decided here:
     python rewards.py … --judge http://localhost:8000/v1    # the same judge on a server
 """
 
+import importlib
 import json
 import math
 import operator
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,15 +40,16 @@ from render_boxes import Box, draw_boxes, iou, parse_chain, strip_boxes
 
 PARTS = ("sem", "spa", "ri", "pi", "hps")
 
-# A judge is any object with these four calls. Each takes two lists with one entry per row, and
-# answers with a list of the same length.
+# A judge is any object with these four methods. Each takes a batch as two lists of equal length,
+# and returns a list of that length.
 #   semantic(prompts, chains)    -> scores        the chain without its boxes, against the prompt
 #   spatial(prompts, layouts)    -> scores        a list of Box, never empty, against the prompt
 #   alignment(prompts, images)   -> scores        a PIL picture against the prompt
 #   ground(images, names)        -> lists of Box  where that name is in that picture; [] if nowhere
 # Scores are in [0, 1], boxes on the 0..1000 grid. None stands for a reply that cannot be read.
-# Optional: `words`, a dict: part -> the judge's literal replies to its last call, one per row.
-# Optional: `marks`, a dict: "sem" -> name -> one mark per row, where R_sem is a mean of marks.
+# Optional: `words`, a dict: part -> the judge's literal replies to its last call, in their order.
+# Optional: `marks`, a dict: "sem" -> name -> one mark per sample, where R_sem is a mean of marks.
+# Optional: `forget_early()`, called at the end of `score`: see ServedJudge.ask_early.
 
 
 def total_reward(parts: dict[str, float], combine: str = "product") -> float:
@@ -90,131 +93,105 @@ def score(
 
     Where the judge gives four marks for R_sem they are there too: `sem_completeness`, …
     `judge_fail` counts the sample's replies that could not be read. `hps` is a callable
-    (prompts, images) -> floats, or None. A part that is left out is not asked for, and is neither
+    (prompts, images) -> floats, or None. A part that is left out costs no question, and is neither
     in the dict nor in the total.
-    Raises ValueError for an unknown part and for a score outside [0, 1]; RuntimeError when most
-    replies cannot be read (see stop_if_unreadable).
+    Raises ValueError for an unknown part, and for a score that is not finite or outside [0, 1];
+    RuntimeError when most replies cannot be read (see check_readable), unless `strict` is False:
+    then a message is printed, once.
     """
-    asked = ask(judge, prompts, chains, images, parts)
-    return add_up(asked, hps, parts, combine)
+    scores, _ = score_with_boxes(judge, hps, prompts, chains, images, parts, combine, strict)
+    return scores
 
 
 def score_with_boxes(
     judge, hps, prompts, chains, images, parts=PARTS, combine="product", strict=True
 ) -> tuple[list[dict[str, float]], list[dict[str, list[Box] | None]]]:
-    """(rewards as those of `score`, where the judge sees each planned object, by name)."""
-    layouts = [parse_chain(chain) for chain in chains]
-    rows = score(judge, hps, prompts, chains, images, parts, combine)
-    return rows, ground_plans(judge, layouts, images)[0]
-
-
-@dataclass
-class Asked:
-    """Samples, and what a judge answered about them."""
-
-    prompts: list[str]
-    images: list[Image.Image]
-    layouts: list[list[Box]]  # the planned boxes
-    answers: dict[str, list]  # part -> the judge's answers, one per row that it was asked
-    found: list[dict[str, list[Box] | None]]  # see ground_plans; [] if that was not asked
-    words: dict[str, list[str]]  # part -> its literal replies, one per row that it was asked
-    marks: dict[str, list[float | None]]  # name of a mark of R_sem -> one per sample
-
-    @classmethod
-    def join(cls, several: list["Asked"]) -> "Asked":
-        """What was asked in several calls, as if it had been one."""
-        joined = cls([], [], [], {}, [], {}, {})
-        for one in several:
-            joined.prompts += one.prompts
-            joined.images += one.images
-            joined.layouts += one.layouts
-            joined.found += one.found
-            for name in ("answers", "words", "marks"):
-                for key, values in getattr(one, name).items():
-                    getattr(joined, name).setdefault(key, []).extend(values)
-        return joined
-
-
-def ask(judge, prompts, chains, images, parts=PARTS) -> Asked:
-    """The first half of `score`: all that needs the judge."""
+    """(scores, found): what `score` returns, and where the judge found each planned object: per
+    sample a dict name -> boxes as in ground_plans; [] when R_RI is not among the parts."""
     if not set(parts) <= set(PARTS):
         expected = f"expected some of {' '.join(PARTS)}"
         raise ValueError(f"unknown rewards in {' '.join(parts)}: {expected}")
-    layouts = [parse_chain(chain) for chain in chains]
-    answers = {}
-    found = []
-    marks = {}
-    if "sem" in parts:
-        answers["sem"] = judge.semantic(prompts, [strip_boxes(chain) for chain in chains])
-        marks = dict(getattr(judge, "marks", {}).get("sem", {}))
-    planned = [i for i, layout in enumerate(layouts) if layout]
-    if "spa" in parts and planned:
-        planned_prompts = [prompts[i] for i in planned]
-        planned_layouts = [layouts[i] for i in planned]
-        answers["spa"] = judge.spatial(planned_prompts, planned_layouts)
-    if "pi" in parts:
-        answers["pi"] = judge.alignment(prompts, images)
-    if "ri" in parts:
-        found, answers["ri"] = ground_plans(judge, layouts, images)
-    said = getattr(judge, "words", {})
-    # a part that was not asked about, for want of boxes, has the words of an earlier call
-    words = {part: list(said[part]) for part in answers if answers[part] and part in said}
-    return Asked(list(prompts), list(images), layouts, answers, found, words, marks)
+    try:
+        plans, answers, found = ask_judge(judge, prompts, chains, images, parts)
+    finally:
+        if hasattr(judge, "forget_early"):
+            judge.forget_early()
 
-
-def add_up(asked: Asked, hps, parts=PARTS, combine="product") -> list[dict[str, float]]:
-    """The second half of `score`: from the judge's answers, and hps, to rewards."""
     parts = [part for part in PARTS if part in parts and (part != "hps" or hps)]
-    rows = []
-    for _ in asked.prompts:
-        row = dict.fromkeys(parts, 0.0)
-        row["judge_fail"] = 0
-        rows.append(row)
-    all_samples = range(len(rows))
-    planned = [i for i in all_samples if asked.layouts[i]]  # the others keep spa = ri = 0
+    scores = []
+    for _ in prompts:
+        sample = dict.fromkeys(parts, 0.0)
+        sample["judge_fail"] = 0
+        scores.append(sample)
     for part in ("sem", "spa", "pi"):
-        if part in asked.answers:
-            samples = planned if part == "spa" else all_samples
-            _enter_scores(rows, part, samples, asked.answers[part])
-    for name, marks in asked.marks.items():
-        for row, mark in zip(rows, marks, strict=True):
-            row[f"sem_{name}"] = mark or 0.0  # None: the reply could not be read
+        for i, answer in answers.get(part, {}).items():
+            if answer is None:
+                scores[i]["judge_fail"] += 1
+            elif 0 <= answer <= 1:
+                scores[i][part] = float(answer)
+            else:
+                raise ValueError(
+                    f"the judge's {part} for {prompts[i]!r} is {answer}: scores are in [0, 1], "
+                    "or None where a reply cannot be read"
+                )
+    if "sem" in parts:
+        for name, marks in getattr(judge, "marks", {}).get("sem", {}).items():
+            for sample, mark in zip(scores, marks, strict=True):
+                sample[f"sem_{name}"] = mark or 0.0  # None: the reply could not be read
     if "ri" in parts:
-        for i in planned:
-            found = asked.found[i]
-            overlaps = [overlap for overlap, _ in match_boxes(asked.layouts[i], found)]
-            rows[i]["ri"] = sum(overlaps) / len(overlaps)
-            rows[i]["judge_fail"] += list(found.values()).count(None)
-    stop_if_unreadable(asked.answers, asked.words)
+        for sample, plan, boxes in zip(scores, plans, found, strict=True):
+            if plan:
+                overlaps = [overlap for overlap, _ in match_boxes(plan, boxes)]
+                sample["ri"] = sum(overlaps) / len(overlaps)
+                sample["judge_fail"] += list(boxes.values()).count(None)
+    check_readable(answers, getattr(judge, "words", {}), strict)
 
     if "hps" in parts:
-        for row, cosine in zip(rows, hps(asked.prompts, asked.images), strict=True):
-            row["hps"] = float(cosine)
-    for row in rows:
-        row["total"] = total_reward(row, combine)
-    return rows
+        for sample, cosine in zip(scores, hps(prompts, images), strict=True):
+            sample["hps"] = float(cosine)
+    for prompt, sample in zip(prompts, scores, strict=True):
+        for part in parts:
+            if not math.isfinite(sample[part]):
+                raise ValueError(f"{part} for {prompt!r} is {sample[part]}: not a finite number")
+        sample["total"] = total_reward(sample, combine)
+    return scores, found
 
 
-def _enter_scores(rows: list[dict], part: str, samples, answers: list[float | None]) -> None:
-    """Writes the judge's answers about these samples into their rows."""
-    for i, answer in zip(samples, answers, strict=True):
-        if answer is None:
-            rows[i]["judge_fail"] += 1
-        elif 0 <= answer <= 1:
-            rows[i][part] = float(answer)
-        else:
-            raise ValueError(
-                f"the judge gave sample {i} {answer} for {part}: scores are in [0, 1], or None"
-            )
+def ask_judge(judge, prompts, chains, images, parts):
+    """Everything that `score` asks a judge: (plans, answers, found).
+
+    plans    per sample the boxes of its chain
+    answers  part -> what the judge answered, by sample; samples without a box have no "spa".
+             Under "ri": by question, see ground_plans
+    found    see ground_plans; [] without "ri" in parts
+    """
+    samples = range(len(prompts))
+    plans = [parse_chain(chain) for chain in chains]
+    answers = {}
+    found = []
+    if "sem" in parts:
+        in_words = [strip_boxes(chain) for chain in chains]
+        answers["sem"] = dict(zip(samples, judge.semantic(prompts, in_words), strict=True))
+    planned = [i for i in samples if plans[i]]
+    if "spa" in parts and planned:
+        layouts = [plans[i] for i in planned]
+        marks = judge.spatial([prompts[i] for i in planned], layouts)
+        answers["spa"] = dict(zip(planned, marks, strict=True))
+    if "pi" in parts:
+        answers["pi"] = dict(zip(samples, judge.alignment(prompts, images), strict=True))
+    if "ri" in parts:
+        found, boxes = ground_plans(judge, plans, images)
+        answers["ri"] = dict(enumerate(boxes))
+    return plans, answers, found
 
 
 def ground_plans(
     judge, plans: list[list[Box]], images: list[Image.Image]
 ) -> tuple[list[dict[str, list[Box] | None]], list[list[Box] | None]]:
-    """Where each planned object is: per sample a dict name -> boxes; and the judge's raw answers.
+    """Where each planned object is: per sample a dict name -> boxes; and the judge's answers.
 
-    One question per picture and name, all in one call. Samples of a group often share both: a
-    question that stands there twice is asked once.
+    One question per picture and name, all in one call. Samples of a group often share both: equal
+    questions are asked once.
     """
     pixels = [(image.mode, image.size, image.tobytes()) for image in images]
     questions = {}  # (pixels, name) -> picture
@@ -257,38 +234,46 @@ def match_boxes(
     return matched
 
 
-def stop_if_unreadable(answers: dict[str, list], words: dict[str, list[str]]) -> None:
+has_warned = False  # whether check_readable has printed its message
+
+
+def check_readable(answers: dict[str, dict], words: dict[str, list[str]], strict: bool) -> None:
     """Raises RuntimeError, with three quotes, when more than half of the answers are None.
 
-    That is of all answers; or of the answers to one part, if there are at least 8 of them: one
-    broken part is enough to make every product 0.
+    That is of all answers; or of the answers for one part, if there are at least 8 of them: one
+    broken part is enough to make every product 0. Without `strict` the message is printed instead,
+    the first time only.
     """
-    unread = {}  # part -> positions of the replies that could not be read
-    for part, replies in answers.items():
-        unread[part] = [k for k, reply in enumerate(replies) if reply is None]
-    asked_in_all = sum(map(len, answers.values()))
-    unread_in_all = sum(map(len, unread.values()))
-    too_many = 2 * unread_in_all > asked_in_all
-    for part, replies in answers.items():
-        if len(replies) >= 8 and 2 * len(unread[part]) > len(replies):
-            too_many = True
-    if not too_many:
-        return
+    global has_warned
+    total = 0
+    total_unread = 0
+    too_many = False
     counts = []
     quotes = []
-    for part, positions in unread.items():
-        counts.append(f"{part} {len(positions)} of {len(answers[part])}")
+    for part, by_sample in answers.items():
+        replies = list(by_sample.values())
+        unread = [k for k, reply in enumerate(replies) if reply is None]
+        total += len(replies)
+        total_unread += len(unread)
+        if len(replies) >= 8 and 2 * len(unread) > len(replies):
+            too_many = True
+        counts.append(f"{part} {len(unread)} of {len(replies)}")
         if part in words:
-            for k in positions:
-                quotes.append(f"\n  {part}: {words[part][k][:300]!r}")
-    raise RuntimeError(
-        f"most of the judge's replies cannot be read: {', '.join(counts)}{''.join(quotes[:3])}"
-    )
+            quotes += [f"\n  {part}: {words[part][k][:300]!r}" for k in unread]
+    if not too_many and 2 * total_unread <= total:
+        return
+    message = f"most of the judge's replies cannot be read: {', '.join(counts)}"
+    message += "".join(quotes[:3])
+    if strict:
+        raise RuntimeError(message)
+    if not has_warned:
+        print(f"judge: {message}", file=sys.stderr)
+    has_warned = True
 
 
 # -------------------------------------------------------------------------------------------------
 # Reading what a judge wrote. Any text goes in; None comes out unless it holds one clear answer:
-# never a guess, never an exception. All repetitions are bounded: linear time on any input.
+# never a guess, never an exception.
 
 # what a mark is written behind, with %s for its name: "score": or **Score:** or score =
 NAMED = (
@@ -297,6 +282,8 @@ NAMED = (
 )
 # 8, 8.5, 8/10, 8 out of 10, with or without a sentence behind it
 MARK = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,2})?)(?: ?(?:/|out of) ?10)?(?:\.(?: [^0-9].*)?)?")
+# numbers stay text, as they were written; an object becomes a tuple of (key, value), a list a list
+JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=str, parse_float=str)
 
 
 def parse_score(reply: str, name: str = "score") -> float | None:
@@ -317,7 +304,7 @@ def parse_score(reply: str, name: str = "score") -> float | None:
     is_cut_off = rest.count("{") > rest.count("}")
     marks = _marks_behind(name, rest, is_cut_off)
     for value in values:
-        # numbers come as they are written; null, true, lists and objects are no marks
+        # null, true, lists and objects are no marks
         marks += _marks_behind(name, f"{name}: {value}") if isinstance(value, str) else [None]
     if None in marks or len(set(marks)) != 1:
         return None
@@ -341,43 +328,20 @@ def _split_json(text: str, key: str) -> tuple[list, str]:
     """The values under a key in the JSON objects of a text, and the text without these objects."""
     values = []
     rest = ""
-    end = 0  # of the last object that has the key
-    for start, stop in _braces(text):
-        found = []
-        if key in text[start:stop].lower():
-            try:
-                # numbers stay text; an object becomes a tuple of (key, value), a list is a list
-                decoded = json.loads(
-                    text[start:stop], object_pairs_hook=tuple, parse_int=str, parse_float=str
-                )
-                found = _values_under(key, decoded)
-            except (ValueError, RecursionError):
-                pass  # not JSON: stays in the text
-        if found:
-            values += found
-            rest += text[end:start]
-            end = stop
+    end = 0  # of what has been read
+    start = text.find("{")
+    while start >= 0:
+        rest += text[end:start]
+        try:
+            decoded, end = JSON.raw_decode(text, start)
+            found = _values_under(key, decoded)
+        except (ValueError, RecursionError):  # no JSON begins at this brace
+            end = start + 1
+            found = []
+        values += found
+        rest += "]" if found else text[start:end]  # a bracket ends what NAMED reads
+        start = text.find("{", end)
     return values, rest + text[end:]
-
-
-def _braces(text: str) -> list[tuple[int, int]]:
-    """Where the outermost { } of a text begin and end; braces in strings within them count not."""
-    spans = []
-    depth = 0
-    in_string = False
-    for found in re.finditer(r'\\.|["{}]', text, re.DOTALL):
-        character = found[0]
-        if character == '"' and depth:
-            in_string = not in_string
-        elif character == "{" and not in_string:
-            if depth == 0:
-                start = found.start()
-            depth += 1
-        elif character == "}" and depth and not in_string:
-            depth -= 1
-            if depth == 0:
-                spans.append((start, found.end()))
-    return spans
 
 
 def _values_under(key: str, decoded) -> list:
@@ -403,44 +367,56 @@ COMMA = r",\s{0,9}"
 FOUR_NUMBERS = COMMA.join([NUMBER] * 4)
 BBOX = re.compile(rf"\[\s{{0,9}}{FOUR_NUMBERS}(?:{COMMA})?\]")  # [x1, y1, x2, y2]
 BBOX_BEGINS = re.compile(r"""[\[(]\s{0,9}["']?-?[0-9]""")
+IN_PICTURE = r"in (?:the|this) (?:picture|image|photo|scene)"
 NO_BBOX = re.compile(
-    r"(?<!\w)\[\s{0,9}\](?!\w)|\b(null|none|there (is|are) no|not (visible|found|there))\b",
+    r"(?<!\w)\[\s{0,9}\](?!\w)"
+    r"|\b(?:null|none)\b"
+    r"|\bthere(?:['’]s| is| are) no\b|\bthere (?:is|are)(?:n['’]t| not)\b"
+    rf"|\bnot (?:be )?(?:visible|found|there|present|shown|seen|{IN_PICTURE})\b"
+    r"|\b(?:do|does|did)(?: not|n['’]t) (?:contain|show|include|have|depict|appear|see|find)\b"
+    r"|\b(?:cannot|can['’]t|could(?: not|n['’]t)|unable to) (?:find|locate|see|detect|identify)\b"
+    # "No red ball is visible", "no such thing in this picture"; and a whole reply like "No ball."
+    rf"|\bno\b[^.,:\n]{{1,60}}\b(?:visible|found|present|{IN_PICTURE})\b"
+    r"|\A\W{0,9}no\b[^.,:\n]{0,40}\W{0,9}\Z",
     re.IGNORECASE,
 )
 
 
 def parse_bboxes(reply: str, width: float, height: float) -> list[Box] | None:
-    """The boxes of a grounding reply on the 0..1000 grid, named ""; [] when it says there is none.
+    """The boxes of a grounding reply on the 0..1000 grid, named ""; [] when it says there is none,
+    in words or by [0, 0, 0, 0].
 
     `width` and `height` are the frame in which the reply counts. For Qwen2.5-VL that is the picture
     as its processor *resized* it, in pixels, 384 to 392 for example (QwenLM/Qwen3-VL issues 676 and
     866); for Qwen3-VL it is 1000 by 1000.
     Reads one box or a list, in all the ways of writing that parse_score reads; of a reply that was
-    cut off, the complete boxes. Labels are not compared: one name was asked for.
-    None when it cannot be read: corners in the wrong order, or a box more than 5 % outside the
-    frame, hence not meant in this frame (less than that is clipped).
+    cut off, the complete boxes. Labels are not compared: one name was asked for. What reaches out
+    of the frame is clipped, a box without area is left out.
+    None when it cannot be read: no box is left, or one is more than 10 % outside the frame, hence
+    not meant in this frame, nor are the others.
 
     >>> cut_off = '[{"bbox_2d": [98, 49, 196, 98], "label": "ball"}, {"bbox_2d": [0, 0, 39'
     >>> parse_bboxes(cut_off, width=392, height=392)
     [Box(name='', x1=250.0, y1=125.0, x2=500.0, y2=250.0)]
     """
     boxes = []
+    says_there_is_none = bool(NO_BBOX.search(reply)) and not BBOX_BEGINS.search(reply)
     for corners in BBOX.findall(reply):
         left, top, right, bottom = map(float, corners)
+        if left == top == right == bottom == 0:
+            says_there_is_none = True
         edges = (
             1000 * left / width,
             1000 * top / height,
             1000 * right / width,
             1000 * bottom / height,
         )
-        x1, y1, x2, y2 = [min(max(edge, 0.0), 1000.0) for edge in edges]
-        if min(edges) < -50 or max(edges) > 1050 or x1 >= x2 or y1 >= y2:
+        if min(edges) < -100 or max(edges) > 1100:
             return None
-        boxes.append(Box("", x1, y1, x2, y2))
-    if boxes:
-        return boxes
-    says_there_is_none = NO_BBOX.search(reply) and not BBOX_BEGINS.search(reply)
-    return [] if says_there_is_none else None
+        x1, y1, x2, y2 = [min(max(edge, 0.0), 1000.0) for edge in edges]
+        if x1 < x2 and y1 < y2:
+            boxes.append(Box("", x1, y1, x2, y2))
+    return boxes if boxes or says_there_is_none else None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -448,81 +424,108 @@ def parse_bboxes(reply: str, width: float, height: float) -> list[Box] | None:
 
 
 class Task(NamedTuple):
-    question: str
-    answer: str  # what is inside the braces of the JSON to answer with; reasons before the mark
+    intro: str  # what is to be checked
     max_tokens: int  # most tokens of a reply
+    question: str = ""  # for scoring="reply": how to mark it
+    answer: str = ""  # inside the braces of the JSON to reply with: reasons before the mark
     marks: tuple[str, ...] = ("score",)  # the keys of the marks in it; the score is their mean
+    yes_or_no: tuple[str, ...] = ()  # for scoring="yes": one question per mark
 
 
 # What a plan is marked for, one mark each (paper, appendix, figure 8)
 CRITERIA = ("completeness", "faithfulness", "consistency", "clarity")
 
-SEMANTIC = """\
+SEMANTIC_INTRO = """\
 You check the plan for a picture against the request. The plan is text; nothing is drawn yet.
 Request: {prompt}
 Plan: {chain}
+"""
+SEMANTIC = """\
 There are four criteria, each with a mark from 0 to 10. completeness: everything requested is in the
 plan, each thing with its own colour, number and other properties. faithfulness: nothing in the plan
 contradicts the request, and what it adds suits the request. consistency: no part of the plan
 contradicts another. clarity: it is one clear, well-formed scene. 9-10: nothing is wrong. 7-8: a
 slip in a detail. 5-6: clear gaps. 3-4: much is wrong. 1-2: hardly anything is right. 0: no
 meaningful text."""
+SEMANTIC_YES = (  # in the order of CRITERIA
+    "Is everything requested in the plan, each thing with its own colour, number and other "
+    "properties?",
+    "Does the plan agree with the request, without contradicting it and with nothing that does not "
+    "suit it?",
+    "Do all parts of the plan agree with each other?",
+    "Does the plan describe one clear, well-formed scene?",
+)
 
-SEMANTIC_ONE = """\
-You check the plan for a picture against the request. The plan is text; nothing is drawn yet.
-Request: {prompt}
-Plan: {chain}
-Is everything requested in the plan, each thing with its own colour, number and other properties?
-Does anything in it contradict the request, or the rest of the plan? Is it one clear scene? Give a
-mark from 0 to 10. 9-10: complete, no contradiction, what it adds suits the request. 7-8: good, a
-slip in a detail. 5-6: the main idea, with clear gaps. 3-4: much is missing or contradicted. 1-2:
-hardly about the request. 0: no meaningful text."""
-
-SPATIAL = """\
+SPATIAL_INTRO = """\
 You check the layout of a picture against the request: a rectangle for each object, {layout}
 Request: {prompt}
+"""
+LAYOUT_DRAWN = "drawn with its name at a corner."
+LAYOUT_AS_TEXT = "given by its left, top, right and bottom edge, 0 to 1000, y downwards:"
+SPATIAL = """\
 Does each requested object have its own rectangle? Do the rectangles agree, in place and size, with
 the relations that the request states or implies? Give a mark from 1 to 10. 8-10: all objects, and
 their places agree. 5-7: partly, or it can be read either way (5: on the edge). 4: one object is
 missing. 3: a relation is plainly contradicted. 2: several objects or relations are wrong. 1:
 nothing agrees."""
+SPATIAL_YES = (
+    "Does each requested object have its own rectangle, and do the rectangles agree, in place and "
+    "size, with the relations that the request states or implies?",
+)
 
-ALIGNMENT = """\
+ALIGNMENT_INTRO = """\
 You check a picture against the request that it was made for: only its composition, not its beauty.
 Request: {prompt}
+"""
+ALIGNMENT = """\
 Is each requested object there, with its own properties? Does each spatial relation hold, taken
 strictly? (Left of: further left, side by side. On top of: right above and touching.) Give a mark
 from 0 to 10. 8-10: all objects, all relations. 5-7: all objects, a relation is slightly off. 0-4: a
 relation is wrong or an important object is missing."""
+ALIGNMENT_YES = (
+    "Is each requested object there, with its own properties, and does each spatial relation hold, "
+    "taken strictly? (Left of: further left, side by side. On top of: right above and touching.)",
+)
 
+# The paper's figure 11, which asks for JSON, with an example: a list, and what to say of nothing
 GROUND = """\
-Find each "{name}" in the picture. The answer is a list of them, [] if there is none."""
+Locate every "{name}" in the picture, report the bbox coordinates in JSON format: a list like this
+and nothing else: [{{"bbox_2d": [x1, y1, x2, y2], "label": "{name}"}}, ...]
+If there is none, answer with an empty list: []"""
 
 TASKS = {
     "sem": Task(
-        SEMANTIC,
-        answer=", ".join(f'"{name}": mark' for name in CRITERIA),
+        SEMANTIC_INTRO,
         max_tokens=80,
+        question=SEMANTIC,
+        answer=", ".join(f'"{name}": mark' for name in CRITERIA),
         marks=CRITERIA,
+        yes_or_no=SEMANTIC_YES,
     ),
-    "sem_one": Task(SEMANTIC_ONE, answer='"score": mark', max_tokens=32),
-    "spa": Task(SPATIAL, answer='"reasoning": "two sentences", "score": mark', max_tokens=200),
+    "spa": Task(
+        SPATIAL_INTRO,
+        max_tokens=200,
+        question=SPATIAL,
+        answer='"reasoning": "two sentences", "score": mark',
+        yes_or_no=SPATIAL_YES,
+    ),
     "pi": Task(
-        ALIGNMENT,
+        ALIGNMENT_INTRO,
+        max_tokens=200,
+        question=ALIGNMENT,
         answer='"description": "what is seen, one sentence", '
         '"reasoning": "one sentence", "score": mark',
-        max_tokens=200,
+        yes_or_no=ALIGNMENT_YES,
     ),
-    "ri": Task(
-        GROUND,
-        answer='"bbox_2d": [x1, y1, x2, y2], "label": "name"',
-        max_tokens=128,  # a box is about 30: what is cut off behind three boxes costs no box
-        marks=(),
-    ),
+    "ri": Task(GROUND, max_tokens=300),  # a box is 30 to 45
 }
 ANSWER = "\nAnswer with JSON like this and nothing else: {%s}"
-LAYOUT_DRAWN = "drawn with its name at a corner."
-LAYOUT_TOLD = "given by its left, top, right and bottom edge, 0 to 1000, y downwards:"
+YES_OR_NO = "\nAnswer with Yes or No."
+
+# How a reply to YES_OR_NO may begin. Each is one token of Qwen's
+YES = ("Yes", "yes", "YES")
+NO = ("No", "no", "NO")
+LEAST_YES_OR_NO = 0.5  # probability of these six: below it the reply was going to be something else
 
 
 # -------------------------------------------------------------------------------------------------
@@ -530,12 +533,9 @@ LAYOUT_TOLD = "given by its left, top, right and bottom edge, 0 to 1000, y downw
 
 
 class Question(NamedTuple):
-    """One row of a call: what the judge is asked at one time."""
-
-    text: str  # all that it reads, after the picture
+    text: str  # all that the judge reads, after the picture
     image: Image.Image | None
     max_tokens: int  # most tokens of its reply
-    begun: str = ""  # how its reply begins: written for it
 
 
 class Reply(NamedTuple):
@@ -543,11 +543,6 @@ class Reply(NamedTuple):
     frame: tuple[float, float] = (1000, 1000)  # (width, height) that the boxes in it count in
 
 
-# With scoring="expected" the judge's reply is begun, {"score": , and we look at the digit to come.
-BEGUN = '{"%s": '
-DIGIT_MASS = (
-    0.5  # least probability of a digit there; below it the judge was not about to give a mark
-)
 # What separates the turns of a chat, in Qwen's notation
 CHAT_MARKERS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?(?:tool_call|tool_response|think)>")
 
@@ -556,73 +551,69 @@ class VlmJudge:
     """The judge's contract, met by a vision-language model; a class that inherits runs the model.
 
     scoring="reply"     (the paper's) The judge writes its reasons, then a mark: up to 200 tokens.
-    scoring="expected"  Nothing is written. The reply is begun for it, {"score": , and the reward is
-                        the mean of the marks 0 to 10 under its probabilities of what comes next.
-                        It marks without having reasoned. In return rewards are smooth: fewer
-                        groups have equal rewards only, which teach nothing.
+    scoring="yes"       Nothing is written. Each criterion is a question to be answered by Yes or
+                        No, and its mark is P(Yes) / (P(Yes) + P(No)) of the reply's first token
+                        (VQAScore, arXiv 2404.01291). The judge does not reason before it marks.
+                        In return rewards are smooth: fewer groups have equal rewards only, which
+                        teach nothing.
     spatial_as="boxes"  (the paper's) R_spa sees the boxes drawn.
     spatial_as="text"   It reads their coordinates (the paper's table 6).
-    semantic_as="four"  R_sem is the mean of four marks, one for each of CRITERIA.
-    semantic_as="one"   (the paper's figure 8) One mark, with the four as considerations.
     """
 
     markers = CHAT_MARKERS
 
-    def __init__(self, scoring="reply", spatial_as="boxes", semantic_as="four"):
-        if scoring not in ("reply", "expected") or spatial_as not in ("boxes", "text"):
-            expected = "scoring is reply or expected, spatial_as boxes or text"
+    def __init__(self, scoring="reply", spatial_as="boxes"):
+        if scoring not in ("reply", "yes") or spatial_as not in ("boxes", "text"):
+            expected = "scoring is reply or yes, spatial_as boxes or text"
             raise ValueError(f"{expected}: got {scoring} and {spatial_as}")
-        if semantic_as not in ("four", "one"):
-            raise ValueError(f"semantic_as is four or one: got {semantic_as}")
         self.scoring = scoring
         self.spatial_as = spatial_as
-        self.semantic_as = semantic_as
-        self.most_tokens = None  # a limit for all replies, where it is below that of the task
         self.words = {}  # part -> the replies of the last call
-        self.marks = {}  # part -> name of a mark -> that mark / 10 per row, None if unreadable
+        self.marks = {}  # part -> name of a mark -> per sample that mark / 10, None if unreadable
 
-    # What runs the model. A call hands over all its rows at once, in order.
+    # What runs the model. All questions of a call are handed over at once, in order.
 
     def write(self, questions: list[Question]) -> list[Reply]:
         """What the judge replies to each question, decoded greedily."""
         raise NotImplementedError
 
-    def digits(self, questions: list[Question]) -> list[tuple[list[float], list[float]]]:
-        """Per question (first, after_one), ten probabilities each: that the begun reply goes on
-        with this digit; and, were a 1 written there, that it goes on with this digit after it."""
+    def probabilities(self, questions: list[Question], words: list[str]) -> list[list[float]]:
+        """Per question and word: the probability that the reply begins with this word.
+
+        A word should be one token of the judge's tokenizer. What becomes of one that is several
+        tokens is said where this is implemented."""
         raise NotImplementedError
 
-    # The four calls of the contract
+    # The four methods of the contract
 
     def semantic(self, prompts, chains):
-        task = TASKS["sem"] if self.semantic_as == "four" else TASKS["sem_one"]
-        texts = []
+        intros = []
         for prompt, chain in zip(prompts, chains, strict=True):
-            texts.append(self._question(task, prompt=prompt, chain=chain))
-        return self._score("sem", task, texts)
+            intros.append(self._intro("sem", prompt=prompt, chain=chain))
+        return self._score("sem", intros)
 
     def spatial(self, prompts, layouts):
-        texts = []
+        intros = []
         for prompt, layout in zip(prompts, layouts, strict=True):
-            told = LAYOUT_DRAWN
+            given = LAYOUT_DRAWN
             if self.spatial_as == "text":
-                told = LAYOUT_TOLD
+                given = LAYOUT_AS_TEXT
                 for name, x1, y1, x2, y2 in layout:
-                    told += f"\n{name}: {x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}"
-            texts.append(self._question(TASKS["spa"], prompt=prompt, layout=told))
+                    given += f"\n{name}: {x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}"
+            intros.append(self._intro("spa", prompt=prompt, layout=given))
         if self.spatial_as == "text":
-            return self._score("spa", TASKS["spa"], texts)
-        sketches = [draw_boxes(layout, size=448) for layout in layouts]
-        return self._score("spa", TASKS["spa"], texts, sketches)
+            return self._score("spa", intros)
+        # in black: a colour could contradict the names ("blue ball" in a red rectangle)
+        sketches = [draw_boxes(layout, size=448, colours=("black",)) for layout in layouts]
+        return self._score("spa", intros, sketches)
 
     def alignment(self, prompts, images):
-        texts = [self._question(TASKS["pi"], prompt=prompt) for prompt in prompts]
-        return self._score("pi", TASKS["pi"], texts, images)
+        intros = [self._intro("pi", prompt=prompt) for prompt in prompts]
+        return self._score("pi", intros, images)
 
     def ground(self, images, names):
-        task = TASKS["ri"]
-        texts = [self._question(task, name=name) for name in names]
-        replies = self.write(self._rows(task, task.answer, texts, images))
+        texts = [self._intro("ri", name=name) for name in names]
+        replies = self.write(self._questions(texts, images, TASKS["ri"].max_tokens))
         self.words["ri"] = [reply.text for reply in replies]
         answers = []
         for reply, name in zip(replies, names, strict=True):
@@ -633,35 +624,25 @@ class VlmJudge:
         return answers
 
     def try_out(self):
-        """Asks one made-up row per call, of which a few tokens are answered.
+        """Asks a made-up question, without and with a picture, with room for a few tokens of reply.
 
         Raises ValueError, in one line, when the judge cannot be asked: most likely its chat
         template does not take what we hand over."""
-        box = Box("red ball", 100, 100, 500, 500)
-        picture = draw_boxes([box], size=112)
-        rows = {
-            "semantic": ("a red ball", "A red ball."),
-            "spatial": ("a red ball", [box]),
-            "alignment": ("a red ball", picture),
-            "ground": (picture, "red ball"),
-        }
-        self.most_tokens = 4
-        for call, (first, second) in rows.items():
+        for image in (None, Image.new("RGB", (112, 112), "white")):
+            question = Question("Is this a red ball?" + YES_OR_NO, image, max_tokens=4)
             try:
-                getattr(self, call)([first], [second])
+                self.write([question])
+                if self.scoring == "yes":
+                    self.probabilities([question], [*YES, *NO])
             except Exception as error:  # templates raise whatever they like
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise ValueError(
-                    f"this judge cannot be asked; its call {call} ended in {reason}"
-                ) from error
-        self.most_tokens = None
-        self.words.clear()
-        self.marks.clear()
+                kind = "a question with a picture" if image else "a question"
+                raise ValueError(f"this judge cannot be asked: {kind} ended in {reason}") from error
 
     # From questions to answers
 
-    def _question(self, task, **fields):
-        """The question of one row.
+    def _intro(self, part, **fields):
+        """The beginning of a question.
 
         The policy wrote some of the fields. With chat markers of its own it could end the question
         there and answer in the judge's name, so markers are taken out.
@@ -669,26 +650,24 @@ class VlmJudge:
         clean = {}
         for name, text in fields.items():
             clean[name] = self.markers.sub(" ", text)
-        return task.question.format(**clean)
+        return TASKS[part].intro.format(**clean)
 
-    def _rows(self, task, answer, texts, images, begun=""):
-        """Questions with this form of answer; `images` is None for a call without pictures."""
-        limit = min(task.max_tokens, self.most_tokens or task.max_tokens)
-        rows = []
+    def _questions(self, texts, images, max_tokens):
+        """One per text; `images` is None for questions without pictures."""
+        questions = []
         for text, image in zip(texts, images or [None] * len(texts), strict=True):
-            rows.append(Question(text + ANSWER % answer, image, limit, begun))
-        return rows
+            questions.append(Question(text, image, max_tokens))
+        return questions
 
-    def _score(self, part, task, texts, images=None):
+    def _score(self, part, intros, images=None):
         """Scores in [0, 1], the mean of the marks / 10; None where one of them is missing."""
-        if self.scoring == "expected":
-            words, marks = self._expected_marks(task, texts, images)
+        if self.scoring == "yes":
+            marks = self._marks_by_yes(part, intros, images)
         else:
-            words, marks = self._written_marks(task, texts, images)
-        self.words[part] = words
+            marks = self._written_marks(part, intros, images)
         scores = []
-        for row_marks in zip(*marks.values(), strict=True):
-            scores.append(None if None in row_marks else sum(row_marks) / len(row_marks))
+        for of_sample in zip(*marks.values(), strict=True):
+            scores.append(None if None in of_sample else sum(of_sample) / len(of_sample))
         self.marks[part] = {}
         if len(marks) > 1:
             for name, column in marks.items():
@@ -696,55 +675,38 @@ class VlmJudge:
                 self.marks[part][name] = [None if score is None else mark for mark, score in kept]
         return scores
 
-    def _written_marks(self, task, texts, images):
-        """scoring="reply": (words per row, {name of a mark: mark / 10 or None per row})."""
-        replies = self.write(self._rows(task, task.answer, texts, images))
-        words = [reply.text for reply in replies]
+    def _written_marks(self, part, intros, images):
+        """scoring="reply": {name of a mark: per sample the mark / 10, or None}."""
+        task = TASKS[part]
+        texts = [intro + task.question + ANSWER % task.answer for intro in intros]
+        replies = self.write(self._questions(texts, images, task.max_tokens))
+        self.words[part] = [reply.text for reply in replies]
         marks = {}
         for name in task.marks:
-            marks[name] = [parse_score(reply, name) for reply in words]
-        return words, marks
+            marks[name] = [parse_score(reply.text, name) for reply in replies]
+        return marks
 
-    def _expected_marks(self, task, texts, images):
-        """scoring="expected": the same. Each mark has a question and a begun reply of its own."""
-        rows = []
-        for name in task.marks:
-            rows += self._rows(task, f'"{name}": mark', texts, images, BEGUN % name)
-        digits = self.digits(rows)
-        words = [[] for _ in texts]
+    def _marks_by_yes(self, part, intros, images):
+        """scoring="yes": the same, with one question per mark."""
+        task = TASKS[part]
+        questions = []
+        for criterion in task.yes_or_no:
+            texts = [intro + criterion + YES_OR_NO for intro in intros]
+            questions += self._questions(texts, images, max_tokens=1)
+        chances = iter(self.probabilities(questions, [*YES, *NO]))
+        words = [[] for _ in intros]
         marks = {}
-        for k, name in enumerate(task.marks):
+        for name in task.marks:
             marks[name] = []
-            for i in range(len(texts)):
-                mean, mass = expected_mark(*digits[k * len(texts) + i])
-                marks[name].append(mean / 10 if mass >= DIGIT_MASS else None)
-                label = f"{name} " if len(task.marks) > 1 else ""
-                words[i].append(f"{label}{mean:.2f} on average ({mass:.0%} on digits)")
-        return [", ".join(said) for said in words], marks
-
-
-def expected_mark(first: list[float], after_one: list[float]) -> tuple[float, float]:
-    """The mean of the marks 0 to 10, and the probability that a mark comes at all.
-
-    first      ten probabilities: of each digit where the mark begins
-    after_one  ten probabilities: of each digit where a 1 has just been written
-    """
-    marks = [*first, first[1] * after_one[0]]  # marks[n]: the probability of the mark n
-    marks[1] = first[1] * (1 - after_one[0])
-    mass = sum(marks)
-    mean = sum(n * chance for n, chance in enumerate(marks)) / max(mass, 1e-30)
-    return mean, mass
-
-
-def check_finite(questions: list[str], logits, network: str = "the judge") -> None:
-    """Raises ValueError with the first question whose row of the logits (rows, V) holds nan or inf:
-    greedy decoding would make words of it."""
-    import torch
-
-    broken = (~torch.isfinite(logits)).any(dim=-1).nonzero().flatten().tolist()
-    if broken:
-        message = f"{network}'s answer about row {broken[0] + 1} of its batch is not finite"
-        raise ValueError(f"{message} (nan or inf): {questions[broken[0]]!r}")
+            for i in range(len(intros)):
+                chance = next(chances)
+                yes = sum(chance[: len(YES)])
+                yes_or_no = sum(chance)
+                mark = yes / yes_or_no if yes_or_no >= LEAST_YES_OR_NO else None
+                marks[name].append(mark)
+                words[i].append(f"{name}: yes {yes:.3f}, no {yes_or_no - yes:.3f}")
+        self.words[part] = [", ".join(of_sample) for of_sample in words]
+        return marks
 
 
 # -------------------------------------------------------------------------------------------------
@@ -757,76 +719,64 @@ class JudgeConfig:
 
     judge: str = "toy"  # `toy`, toy:0.2 (errs), folder or hub id of a Qwen2.5-VL or 3-VL, http://…
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
-    judge_frame: Literal["ask", "pixels", "grid"] = "ask"  # what a served judge's boxes count in
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank
-    scoring: Literal["reply", "expected"] = "reply"  # marks are written; or read off probabilities
-    semantic: Literal["four", "one"] = "four"  # R_sem is the mean of four marks; or one (figure 8)
+    scoring: Literal["reply", "yes"] = "reply"  # marks are written; or P(Yes) of yes-no questions
     spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa sees the boxes drawn; or reads numbers
-    judge_batch: int = 0  # rows that the judge takes at a time; 0: 16, or 64 on a server
+    judge_batch: int = 0  # questions that the judge takes at a time; 0: 16, or 64 on a server
     hps: str = "toy"  # `toy` (stand-in), or file or hub id of HPS v2.1
     rewards: tuple[str, ...] = PARTS  # the parts that take part
     combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
 
 
+LAZY = {"QwenJudge": "judges.qwen", "ServedJudge": "judges.served", "HPS": "judges.hps"}
+
+
 def __getattr__(name: str):
     """`rewards.QwenJudge`, `rewards.ServedJudge` and `rewards.HPS`: loaded when they are named."""
-    if name == "QwenJudge":
-        from judges.qwen import QwenJudge
-
-        return QwenJudge
-    if name == "ServedJudge":
-        from judges.served import ServedJudge
-
-        return ServedJudge
-    if name == "HPS":
-        from judges.hps import HPS
-
-        return HPS
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)
 
 
-def load_judge(flags: JudgeConfig, device):
+def load_judge(config: JudgeConfig, device):
     """(judge, hps) that the flags name. hps is there for evaluations even when it has no part in
     the reward; None without a --hps, or when the stand-in cannot judge these pictures.
 
     Raises OSError or ValueError when there is no such judge, or when it cannot be asked."""
-    where = flags.judge_device or device
-    is_toy = flags.judge.split(":")[0] == "toy"  # toy:0.2 is one, too
+    device = config.judge_device or device
+    is_toy = config.judge.split(":")[0] == "toy"  # toy:0.2 is one, too
     if is_toy:
         from toy.world import ToyJudge
 
-        judge = ToyJudge.from_flag(flags.judge)
-    elif flags.judge.startswith(("http://", "https://")):
+        judge = ToyJudge.from_flag(config.judge)
+    elif config.judge.startswith(("http://", "https://")):
         from judges.served import ServedJudge
 
         judge = ServedJudge(
-            flags.judge,
-            model=flags.judge_model,
-            in_flight=flags.judge_batch or 64,
-            frame=flags.judge_frame,
-            scoring=flags.scoring,
-            spatial_as=flags.spatial_as,
-            semantic_as=flags.semantic,
+            config.judge,
+            model=config.judge_model,
+            in_flight=config.judge_batch or 64,
+            scoring=config.scoring,
+            spatial_as=config.spatial_as,
         )
     else:
         from judges.qwen import QwenJudge
 
         judge = QwenJudge(
-            flags.judge,
-            device=where,
-            batch_size=flags.judge_batch or 16,
-            scoring=flags.scoring,
-            spatial_as=flags.spatial_as,
-            semantic_as=flags.semantic,
+            config.judge,
+            device=device,
+            batch_size=config.judge_batch or 16,
+            scoring=config.scoring,
+            spatial_as=config.spatial_as,
         )
     if isinstance(judge, VlmJudge):
         judge.try_out()
     hps = None
-    if flags.hps and flags.hps != "toy":
+    if config.hps and config.hps != "toy":
         from judges.hps import HPS
 
-        hps = HPS(flags.hps, device=where)
-    elif flags.hps and (is_toy or "hps" in flags.rewards):
+        hps = HPS(config.hps, device=device)
+    elif config.hps and (is_toy or "hps" in config.rewards):
         from toy.world import crispness
 
         hps = crispness
@@ -843,12 +793,14 @@ class Config(JudgeConfig):
     out: Path = Path("rewards.png")  # planned and found boxes over the picture
 
 
-def draw_matches(judge, plan: list[Box], image: Image.Image) -> Image.Image:
-    """The picture with the planned boxes, each with its IoU, and the boxes that the judge found."""
-    found, _ = ground_plans(judge, [plan], [image])
+def draw_matches(
+    plan: list[Box], found: dict[str, list[Box] | None], image: Image.Image
+) -> Image.Image:
+    """The picture with the planned boxes, each with its IoU, and their partners among those that
+    the judge found (see score_with_boxes)."""
     planned_boxes = []
     found_boxes = []
-    for box, (overlap, partner) in zip(plan, match_boxes(plan, found[0]), strict=True):
+    for box, (overlap, partner) in zip(plan, match_boxes(plan, found), strict=True):
         planned_boxes.append(box._replace(name=f"{box.name}: IoU {overlap:.2f}"))
         if partner:
             found_boxes.append(partner._replace(name=f"found {partner.name}"))
@@ -867,7 +819,7 @@ def main(argv: list[str] | None = None) -> None:
         judge, hps = load_judge(config, config.judge_device)
         chain = config.chain.read_text("utf-8")
         image = Image.open(config.image).convert("RGB")
-        row = score(
+        scores, found = score_with_boxes(
             judge,
             hps,
             prompts=[config.prompt],
@@ -875,15 +827,18 @@ def main(argv: list[str] | None = None) -> None:
             images=[image],
             parts=config.rewards,
             combine=config.combine,
-        )[0]
-        draw_matches(judge, parse_chain(chain), image).save(config.out)
+        )
+        plan = parse_chain(chain)
+        words = dict(getattr(judge, "words", {}))
+        if not found:  # --rewards without ri
+            found, _ = ground_plans(judge, [plan], [image])
+        draw_matches(plan, found[0], image).save(config.out)
     except (OSError, ValueError, RuntimeError) as error:
         run.fail(" ".join(str(error).split()))  # in one line
-    words = getattr(judge, "words", {})
-    width = max(10, *map(len, row))
-    for part, value in row.items():
-        said = " ".join(words.get(part, [])).split()
-        print(f"{part:{width}} {value:6.3f}", *said)
+    width = max(10, *map(len, scores[0]))
+    for part, value in scores[0].items():
+        replies = " ".join(words.get(part, [])).split()
+        print(f"{part:{width}} {value:6.3f}", *replies)
     print(f"wrote {config.out}: planned and found boxes over the picture")
 
 

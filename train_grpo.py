@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 2) Rollout: `group` chains and pictures for each prompt. Sample n belongs to prompt
         # n // group. Random numbers hang on seed, step and place: the same on any number of ranks
+        early = EarlyQuestions(training, prompts)
         with engine.gathered() as model:
             rollouts = gotr1.rollout(
                 model,
@@ -227,12 +228,12 @@ def main(argv: list[str] | None = None) -> None:
                 indices=places,
                 logp_mode=config.logp,
                 at_once=config.rollout_batch,
-                each=early_questions(training, model, prompts),
+                each=early.ask,
             )
         clock.append(time.time())
 
         # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics
-        images = gotr1.decode_images(engine.model, rollouts.image_tokens)
+        images = early.images or gotr1.decode_images(engine.model, rollouts.image_tokens)
         clock.append(time.time())
         scores = rewards.score(
             training.judge,
@@ -370,7 +371,7 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
         run.fail(str(problem))
     given_plans = []
     if config.eval_file == "toy":  # all 180 beside 240 prompts, fewer beside fewer
-        given_plans = follow_plans()[:: max(1, 240 // config.eval_prompts)]
+        given_plans = follow_plans(math.ceil(config.eval_prompts / 4))
     folder = run.open_run(config.out, config)
     return Training(
         config=chosen,
@@ -453,21 +454,25 @@ def repeat(prompts: list[str], group: int) -> list[str]:
     return [prompt for prompt in prompts for _ in range(group)]
 
 
-def early_questions(training: Training, model, prompts: list[str]):
-    """What `gotr1.rollout` calls with every part that is finished: a judge on a server can look at
-    it while the next part is drawn. None for a judge in this process."""
-    if not hasattr(training.judge, "ask_early"):
-        return None
+class EarlyQuestions:
+    """Lets a judge on a server look at every finished part of a rollout while the next is drawn; for
+    a judge in this process it does nothing."""
 
-    def ask(first: int, part: gotr1.Rollout) -> None:
-        """`first`: place of the part's first prompt among `prompts`."""
-        group = training.config.group
-        part_prompts = prompts[first : first + len(part) // group]
-        images = gotr1.decode_images(model, part.image_tokens)  # decoded again for the rewards
-        parts = training.config.rewards
-        training.judge.ask_early(repeat(part_prompts, group), part.chains, images, parts)
+    def __init__(self, training: Training, prompts: list[str]):
+        self.training = training
+        self.prompts = prompts
+        self.images = []  # of all parts, where there is such a judge
 
-    return ask
+    def ask(self, first: int, part: gotr1.Rollout) -> None:
+        """`first`: the place of the part's first prompt among the prompts of this rank."""
+        judge = self.training.judge
+        if not hasattr(judge, "ask_early"):
+            return
+        config = self.training.config
+        prompts = self.prompts[first : first + len(part) // config.group]
+        images = gotr1.decode_images(self.training.engine.model, part.image_tokens)
+        judge.ask_early(repeat(prompts, config.group), part.chains, images, config.rewards)
+        self.images += images
 
 
 def split_evenly(kept: list[int], weights: torch.Tensor, micro_batch: int):

@@ -189,8 +189,12 @@ def draw_plan(
         scores = [{} for _ in pictures]
         if not studio.judge:
             return pictures, [draw_boxes(boxes, image=picture) for picture in pictures], scores
-        scores = rewards.score(studio.judge, None, [prompt] * count, [chain] * count, pictures)
-        marked = [rewards.draw_matches(studio.judge, boxes, picture) for picture in pictures]
+        scores, found = rewards.score_with_boxes(
+            studio.judge, None, [prompt] * count, [chain] * count, pictures
+        )
+        marked = []
+        for of_names, picture in zip(found, pictures, strict=True):
+            marked.append(rewards.draw_matches(boxes, of_names, picture))
     return pictures, marked, scores
 
 

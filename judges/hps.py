@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from rewards import check_finite
-
 # open_clip's names of weights -> transformers': regular expressions, applied in this order
 CLIP_NAMES = {
     "^(token_|positional_)": r"text_model.embeddings.\1",
@@ -113,11 +111,9 @@ class HPS:
         pixels = torch.stack([self.pixels(image) for image in images])
         with torch.inference_mode():
             text = self.model.get_text_features(**tokens).pooler_output  # (unique prompts, D)
-            image = self.model.get_image_features(pixels).pooler_output  # (rows, D)
-        text = text[[unique.index(prompt) for prompt in prompts]]  # (rows, D)
-        cosines = torch.cosine_similarity(image.float(), text.float())
-        check_finite(prompts, cosines[:, None], network="HPS")
-        return cosines.tolist()
+            image = self.model.get_image_features(pixels).pooler_output  # (samples, D)
+        text = text[[unique.index(prompt) for prompt in prompts]]  # (samples, D)
+        return torch.cosine_similarity(image.float(), text.float()).tolist()
 
     def pixels(self, image):
         """(3, 224, 224) network input of one picture, prepared as HPS was trained.

@@ -1,9 +1,11 @@
-"""GenEval's and T2I-CompBench's networks with random weights: real classes, tiny or in full size.
+"""Networks with random weights, real classes: a Qwen-VL as the judge; GenEval's and T2I-CompBench's
+networks, tiny or in full size.
 
 python tests/random_networks.py FOLDER [tiny|full]    # writes them, for speed measurements
 """
 
 import contextlib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -12,11 +14,20 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import rewards  # noqa: E402
 from evaluation import geneval, networks  # noqa: E402
 
 M2F = ROOT / "tests" / "golden_eval" / "mask2former"
@@ -28,6 +39,10 @@ SMALL_TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+
+
+# -------------------------------------------------------------------------------------------------
+# Networks of the evaluation
 
 
 def save_networks(folder, size: str = "tiny") -> None:
@@ -181,6 +196,132 @@ def noise(count: int, width: int = 64, height: int = 64, seed: int = 0) -> list[
     """Pictures of random pixels."""
     array = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
     return [Image.fromarray(one) for one in array]
+
+
+# -------------------------------------------------------------------------------------------------
+# A judge
+
+QWEN_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+# Chat templates of the two kinds that the real judges have, written for these tests. The one that
+# the tokenizer of Qwen2.5-VL brings along is for text and tools only: it concatenates, and a list
+# of parts is a TypeError. Its processor's, and those of Qwen3-VL, take strings and lists.
+TEXT_TEMPLATE = """{% if tools %}{{ raise_exception('no tools here') }}{% endif %}\
+{{ '<|im_start|>system\nYou are a judge.<|im_end|>\n' }}\
+{% for message in messages %}\
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+PARTS_TEMPLATE = """{% for message in messages %}\
+{% if loop.first and message.role != 'system' %}\
+{{ '<|im_start|>system\nYou judge pictures.<|im_end|>\n' }}{% endif %}\
+{{ '<|im_start|>' + message.role + '\n' }}\
+{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}\
+{% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}\
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+JUDGE_SIZES = {  # width, attention heads, key-value heads, width of the MLP
+    "tiny": (32, 4, 2, 64),
+    "served": (128, 2, 1, 256),  # the smallest that vLLM takes
+}
+
+
+def small_tokenizer(template):
+    """Qwen2's class with merges of our own instructions: prompts are about as long as with Qwen's.
+
+    Every byte is there, so that any text can be written."""
+    vocab, merges = small_vocabulary()
+    return qwen_tokenizer(vocab, merges, QWEN_TOKENS, template)
+
+
+@functools.cache
+def small_vocabulary():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    texts = [task.intro + task.question for task in rewards.TASKS.values()]
+    bpe.train_from_iterator(texts * 3, trainer)
+    state = json.loads(bpe.to_str())["model"]
+    return state["vocab"], [tuple(pair) for pair in state["merges"]]
+
+
+def qwen_tokenizer(vocab, merges, special_tokens, template):
+    vocab = dict(vocab)
+    for token in special_tokens:
+        vocab[token] = len(vocab)
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,
+        extra_special_tokens=list(special_tokens),
+        chat_template=template,
+        padding_side="right",
+    )
+
+
+def random_judge(
+    size="tiny",
+    family="qwen2_5_vl",
+    dtype=torch.float32,
+    template=TEXT_TEMPLATE,
+    tokenizer=None,
+):
+    """(model, tokenizer, image processor) of transformers' own classes with random weights."""
+    tokenizer = tokenizer or small_tokenizer(template)
+    ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(QWEN_TOKENS), strict=True))
+    width, heads, kv_heads, mlp = JUDGE_SIZES[size]
+    half = width // heads // 2
+    side = half * 3 // 8
+    text = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [half - 2 * side, side, side],  # pairs for time, height, width
+        },
+        "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    patch = 14 if family == "qwen2_5_vl" else 16
+    tower = {
+        "depth": 2,
+        "hidden_size": width,
+        "num_heads": 2,
+        "intermediate_size": mlp,
+        "out_hidden_size": width,
+        "patch_size": patch,
+    }
+    if family == "qwen2_5_vl":
+        tower["fullatt_block_indexes"] = [1]
+    else:
+        text["head_dim"] = width // heads
+        tower["deepstack_visual_indexes"] = [0]
+        tower["num_position_embeddings"] = 64
+    config = transformers.AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=tower,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    for weight in model.parameters():
+        if weight.ndim > 1:  # at the usual scale so small a model hardly looks at what it is given
+            weight.data.normal_(std=1.5 * weight[0].numel() ** -0.5)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    return model, tokenizer, transformers.Qwen2VLImageProcessorPil(patch_size=patch)
 
 
 if __name__ == "__main__":

@@ -13,30 +13,29 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import torch
 from PIL import Image
 
 from rewards import Question
 
 
 class Stub:
-    """answer   a function of a Row that gives (text, log-probabilities of the next token or None)
-    faults      what is wrong with the next answers, one each; None: nothing. "cut", "half",
-                "two choices", "no text", "silent", or a status such as 500
-    closes      a begun turn is closed and a new one opened, as servers do that know no better
-    logprobs    whether it gives any
+    """answer   a function of a Row that gives (text, log-probabilities of its first token or None)
+    faults      what is wrong with the next answers, one each; None: nothing. "cut", "half", "no
+                json", "two choices", "no text", "silent", or a status such as 500
+    retry_ms    what a status is sent with: when to come again, in milliseconds
     delay       seconds before each answer
+    port, after  where it listens, and from when on (seconds)
     """
 
-    def __init__(self, answer, models=("judge",)):
+    def __init__(self, answer, models=("judge",), port=0, after=0.0):
         self.answer = answer
+        self.port = port
+        self.after = after
         self.models = models
         self.lists = None  # what is sent as the list of models, if not those
         self.faults = []
-        self.closes = False
-        self.logprobs = True
+        self.retry_ms = 10
         self.delay = 0.0
-        self.silence = 30.0  # seconds
         self.rows = []  # all that was asked
         self.keys = set()  # all that authorised
         self.busy = 0  # requests at this moment
@@ -72,34 +71,32 @@ class Stub:
 
             def reply(self, body, fault):
                 if fault == "silent":
-                    stub.going_down.wait(stub.silence)
+                    stub.going_down.wait(30)
                 if fault in ("cut", "silent"):
                     self.close_connection = True
                     return
                 if isinstance(fault, int):
-                    told = f"status {fault} for {self.headers['Authorization']}"
-                    self.send(fault, {"error": {"message": told}})
+                    words = f"status {fault} for {self.headers['Authorization']}"
+                    self.send(fault, {"error": {"message": words}})
                     return
-                if body["model"] not in stub.models:
-                    told = f"The model `{body['model']}` does not exist."
-                    self.send(404, {"error": {"message": told}})
-                    return
-                time.sleep(stub.delay)
+                stub.going_down.wait(stub.delay)
                 try:
                     completion = stub.completion(body, fault)
                 except Exception as error:  # in a test's own function: shown, not repeated
                     self.send(400, {"error": {"message": f"the stub failed: {error!r}"}})
                     return
-                self.send(200, completion, half=fault == "half")
+                self.send(200, completion, fault)
 
-            def send(self, status, content, half=False):
-                data = json.dumps(content).encode()
-                data = data[: len(data) // 2] if half else data
+            def send(self, status, content, fault=None):
+                data = b"<html>" if fault == "no json" else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                if status != 200:
+                    self.send_header("Retry-After-Ms", str(stub.retry_ms))
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if fault == "half" else data)
+                self.close_connection |= fault == "half"
 
         class Server(ThreadingHTTPServer):
             request_queue_size = 128  # connections that wait to be accepted; the default is 5
@@ -108,9 +105,15 @@ class Stub:
             def handle_error(self, request, client_address):
                 pass  # the client has left
 
-        self.http = Server(("127.0.0.1", 0), Handler)
+        self.http = Server(("127.0.0.1", self.port), Handler, bind_and_activate=False)
+        self.http.server_bind()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        if self.after:
+            threading.Timer(self.after, self.http.server_activate).start()
+        else:
+            self.http.server_activate()
+        serve = threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True)
+        serve.start()
         return self
 
     def __exit__(self, *_):
@@ -123,29 +126,24 @@ class Stub:
         with self.lock:  # one model
             self.rows.append(row)
             text, logps = self.answer(row)
-        ending = "stop"
-        if text.endswith("…"):
-            text, ending = text.removesuffix("…"), "length"
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": None if fault == "no text" else text},
-            "finish_reason": ending,
+            "finish_reason": "stop",
         }
-        if row.top and self.logprobs and logps:
+        if text.endswith("…"):
+            choice["message"]["content"] = text.removesuffix("…")
+            choice["finish_reason"] = "length"
+        if row.top and logps:
             likeliest = sorted(logps, key=logps.get, reverse=True)[: row.top]
             top = [{"token": token, "logprob": logps[token]} for token in likeliest]
-            token = {**top[0], "top_logprobs": top}
-            choice["logprobs"] = {"content": [token]}
-        # one token per character, and five for the marks that close a turn and open another
-        length = len(row.text) + len(row.begun)
-        length += 5 if row.begun and (self.closes or not row.continues) else 0
+            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
         return {
             "id": "1",
             "object": "chat.completion",
             "created": 0,
             "model": body["model"],
             "choices": [choice] * (2 if fault == "two choices" else 1),
-            "usage": {"prompt_tokens": length, "completion_tokens": 1, "total_tokens": length + 1},
         }
 
 
@@ -154,21 +152,19 @@ class Row:
 
     def __init__(self, body: dict):
         self.body = body
-        user, *begun = body["messages"]
-        self.begun = begun[0]["content"] if begun else ""
-        self.continues = body.get("continue_final_message") and not body["add_generation_prompt"]
+        (user,) = body["messages"]
         self.top = body.get("top_logprobs", 0) if body.get("logprobs") else 0
         self.image = None
         self.text = user["content"]
         if isinstance(self.text, list):
-            shown, told = user["content"]
-            self.text = told["text"]
+            shown, written = user["content"]
+            self.text = written["text"]
             png = shown["image_url"]["url"].removeprefix("data:image/png;base64,")
             self.image = Image.open(io.BytesIO(base64.b64decode(png)))
             assert self.image.format == "PNG"
 
     def question(self) -> Question:
-        return Question(self.text, self.image, self.body["max_tokens"], self.begun)
+        return Question(self.text, self.image, self.body["max_tokens"])
 
 
 def by_judge(judge):
@@ -176,20 +172,24 @@ def by_judge(judge):
     texts = [judge.tokenizer.decode([k]) for k in range(len(judge.tokenizer))]
 
     def answer(row):
-        if not row.begun:
-            return judge.write([row.question()])[0].text, None
-        inputs, _ = judge._inputs(judge._look([row.question()]))
-        with torch.inference_mode():
-            logps = judge.model(**inputs).logits[0, -1].double().log_softmax(0).tolist()
+        question = row.question()
+        if not row.top:
+            return judge.write([question])[0].text, None
+        inputs, _ = judge._inputs([question])
+        output = judge._generate([question], inputs, max_new_tokens=1, output_logits=True)
+        logps = output.logits[0][0].double().log_softmax(0).tolist()
         return "", dict(zip(texts, logps, strict=True))
 
     return answer
 
 
 def by_chance(row):
-    """Readable answers to everything that rewards.py asks, from a hash of the row."""
-    seen = row.image.tobytes() if row.image else b""
-    digest = hashlib.sha256(row.text.encode() + seen).digest()
+    """Readable answers to all that rewards.py asks, from a hash of the row. Boxes count in
+    pixels: it finds the red square."""
+    if '"red square"' in row.text:
+        return json.dumps({"bbox_2d": [224, 56, 392, 224]}), None
+    pixels = row.image.tobytes() if row.image else b""
+    digest = hashlib.sha256(row.text.encode() + pixels).digest()
     if '"bbox_2d"' in row.text:
         x, y = digest[0] % 3, digest[1] % 3
         width, height = row.image.size
@@ -198,4 +198,13 @@ def by_chance(row):
     marks = {}
     for k, name in enumerate(("score", "completeness", "faithfulness", "consistency", "clarity")):
         marks[name] = digest[k] % 10 + 1
-    return json.dumps(marks), {str(k): -3.0 for k in range(10)}
+    return json.dumps(marks), {"Yes": -1.0 - digest[0] / 255, "No": -1.0}
+
+
+def wait_until(condition, seconds=20.0):
+    """Raises TimeoutError if the condition does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("waited in vain")
+        time.sleep(0.01)

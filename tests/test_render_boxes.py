@@ -2,13 +2,10 @@
 pytest tests/test_render_boxes.py"""
 
 import itertools
+import os
 import random
 import re
-import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +41,8 @@ RED_BALL, BLUE_DOG = Box("red ball", 125, 250, 375, 500), Box("blue dog", 560, 3
 
 def short(text):
     """<o>, </o>, <b>, </b> for the markers, so that the cases below can be read."""
-    for mark, marker in zip(("<o>", "</o>", "<b>", "</b>"), MARKERS, strict=True):
+    shorthands = {"<o>": OBJ_START, "</o>": OBJ_END, "<b>": BOX_START, "</b>": BOX_END}
+    for mark, marker in shorthands.items():
         text = text.replace(mark, marker)
     return text
 
@@ -119,7 +117,12 @@ def test_the_chain_of_the_docstring():
     assert strip_boxes(CHAIN) == "A red ball left of a blue dog, on grass."
     parts = ["A", RED_BALL, "left of a", BLUE_DOG]
     assert format_chain(parts) == CHAIN.removesuffix(", on grass.")
-    assert MARKERS == ("<|obj_start|>", "<|obj_end|>", "<|box_start|>", "<|box_end|>")
+
+
+def test_markers_are_in_the_order_of_the_official_processor():
+    """A tokenizer without them gives them ids in this order, and so the released checkpoints have
+    them."""
+    assert MARKERS == ("<|box_start|>", "<|box_end|>", "<|obj_start|>", "<|obj_end|>")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ debris = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.one_of(words, boxes), max_size=6))
 def test_round_trip(parts):
     chain = format_chain(parts)
@@ -254,7 +257,7 @@ def test_round_trip(parts):
     assert bool(chain_problems(chain)) == (not planned)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(debris, st.text()))
 def test_any_text_can_be_read(text):
     found = parse_chain(text)
@@ -269,7 +272,7 @@ def test_any_text_can_be_read(text):
         assert all(0 <= box.x1 < box.x2 <= 999 and 0 <= box.y1 < box.y2 <= 999 for box in found)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(boxes, min_size=1, max_size=3), st.data())
 def test_a_damaged_chain_can_be_read(planned, data):
     chain = format_chain(planned)
@@ -283,17 +286,18 @@ def test_a_damaged_chain_can_be_read(planned, data):
 
 
 PIECES = ["(1,1),(", "a", " ", "9", "1,", "(", "<|", "obj_", "|>", ".", OBJ_START + "a"]
+PIECES += [*MARKERS, BOX_START + "(", CHAIN]
 
 
-@pytest.mark.parametrize("piece", [*MARKERS, *PIECES, BOX_START + "(", CHAIN])
-@pytest.mark.parametrize("lead", ["", "<|obj_start|>a<|obj_end|> <|box_start|>("])
-def test_reading_takes_linear_time(piece, lead):
-    text = lead + piece * (100_000 // len(piece))
-    start = time.process_time()
-    for read in (parse_chain, strip_boxes, chain_problems):
-        read(text)
-    # About 0.05 s; a quadratic expression would take minutes.
-    assert time.process_time() - start < 1.0
+def test_reading_takes_linear_time():
+    """About 0.05 s per text; a quadratic expression would take minutes."""
+    for lead in ("", "<|obj_start|>a<|obj_end|> <|box_start|>("):
+        for piece in PIECES:
+            text = lead + piece * (100_000 // len(piece))
+            start = time.process_time()
+            for read in (parse_chain, strip_boxes, chain_problems):
+                read(text)
+            assert time.process_time() - start < 1.0, (lead, piece)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -364,15 +368,13 @@ def apart(a, b):
     return a.x2 <= b.x1 or b.x2 <= a.x1 or a.y2 <= b.y1 or b.y2 <= a.y1
 
 
-@pytest.mark.parametrize(
-    "size, count", [(64, 2), (64, 3), (256, 8), (448, 5), (448, 15), (448, 30), (1024, 30)]
-)
-@pytest.mark.parametrize("seed", range(3))
-def test_labels_stay_apart_and_on_the_canvas(size, count, seed):
-    labels, _ = place_labels(scaled(random_boxes(count, seed), size), (size, size))
-    assert len(labels) == count
-    assert all(on_canvas(label, size, size) for label in labels)
-    assert all(apart(a, b) for a, b in itertools.combinations(labels, 2))
+@pytest.mark.parametrize("size, count", [(64, 3), (256, 8), (448, 15), (448, 30), (1024, 30)])
+def test_labels_stay_apart_and_on_the_canvas(size, count):
+    for seed in range(2):
+        labels, _ = place_labels(scaled(random_boxes(count, seed), size), (size, size))
+        assert len(labels) == count
+        assert all(on_canvas(label, size, size) for label in labels)
+        assert all(apart(a, b) for a, b in itertools.combinations(labels, 2))
 
 
 def test_labels_of_equal_boxes_stay_apart():
@@ -427,7 +429,6 @@ def test_a_nameless_box_is_drawn_with_a_question_mark():
 def test_too_many_labels_stay_on_the_canvas():
     labels, _ = place_labels(scaled(random_boxes(30, seed=0), 64), (64, 64))
     assert len(labels) == 30 and all(on_canvas(label, 64, 64) for label in labels)
-    assert draw_boxes(random_boxes(30, seed=0), 64).size == (64, 64)
 
 
 def test_pixels_of_a_box():
@@ -441,6 +442,14 @@ def test_pixels_of_a_box():
         assert picture.getpixel(point) == (255, 255, 255), point
     for point in ((0, 399), (399, 399), (399, 320), (200, 320)):
         assert picture.getpixel(point) == colours[1], point
+
+
+def test_a_layout_in_one_colour_has_no_other():
+    """The judge sees layouts in black: a colour could contradict the names."""
+    picture = draw_boxes(random_boxes(15, seed=0), 448, colours=("black",))
+    colours = [colour for _, colour in picture.getcolors(448 * 448)]
+    assert all(red == green == blue for red, green, blue in colours)
+    assert {(0, 0, 0), (255, 255, 255)} < set(colours)
 
 
 def test_labels_are_drawn_where_they_are_placed():
@@ -474,7 +483,7 @@ def test_colours_can_be_told_apart_and_read():
 
 
 def test_drawing_over_a_picture_leaves_it_as_it_was():
-    kinds = {"RGB": (300, 200), "L": (64, 64), "RGBA": (448, 448), "P": (90, 400)}
+    kinds = {"RGB": (300, 200), "L": (64, 64), "RGBA": (99, 99), "P": (90, 400)}
     for mode, size in kinds.items():
         picture = Image.new(mode, size, 5)
         ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), 99)
@@ -501,7 +510,7 @@ def spots_by_definition(label, box, taken, size):
             yield abs(x - box.x1) + abs(y - box.y1)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_the_first_free_spot_is_the_nearest_of_all_places(seed):
     """With fewer obstacles than are looked at: no pixel of the canvas would be nearer."""
     rng = random.Random(seed)
@@ -532,9 +541,6 @@ def test_drawing_many_boxes_takes_no_time_to_speak_of():
 # The script
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 def draw(*arguments):
     """The command line, in this process."""
     main([str(argument) for argument in arguments])
@@ -551,21 +557,19 @@ def test_command_draws_a_chain(tmp_path, capsys):
     assert drawn.tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
 
 
-def test_script_reads_standard_input_and_draws_over_a_picture(tmp_path):
-    under = tmp_path / "under.png"
-    Image.new("RGB", (200, 200), "green").save(under)
-    command = [sys.executable, str(ROOT / "render_boxes.py"), "-", "--image", str(under)]
-    done = subprocess.run(
-        command,
-        input=CHAIN,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 0 and done.stderr == ""
-    assert Image.open(tmp_path / "boxes.png").size == (200, 200)
+def test_command_reads_standard_input_and_draws_over_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (200, 200), "green").save("under.png")
+    (tmp_path / "chain.txt").write_text(CHAIN)
+    before = os.dup(0)
+    with open("chain.txt") as chain:
+        os.dup2(chain.fileno(), 0)
+    try:
+        draw("-", "--image", "under.png")
+    finally:
+        os.dup2(before, 0)
+    drawn = draw_boxes([RED_BALL, BLUE_DOG], image=Image.open("under.png"))
+    assert Image.open("boxes.png").tobytes() == drawn.tobytes()
 
 
 def test_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
@@ -607,18 +611,3 @@ def test_help_explains(capsys):
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert all(word in said for word in (OBJ_START, "--size", "--image", "standard input"))
-
-
-def test_a_copy_needs_pillow_only(tmp_path):
-    """In a folder of its own, without the packages that training needs."""
-    shutil.copy(ROOT / "render_boxes.py", tmp_path)
-    program = """
-import sys
-import render_boxes
-render_boxes.draw_boxes(render_boxes.parse_chain(sys.argv[1])).save("boxes.png")
-print(sorted({"torch", "numpy", "tyro", "engine"} & sys.modules.keys()))
-"""
-    command = [sys.executable, "-c", program, CHAIN]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "[]\n" and (tmp_path / "boxes.png").exists()

@@ -2,8 +2,6 @@
 
 pytest tests/test_served.py
 bash tests/make_vllm_env.sh FOLDER && GOTR1_VLLM=FOLDER/bin/python pytest -m server
-python tests/test_served.py FOLDER    # writes a random judge that vLLM serves and whose marks
-                                      # can be read
 """
 
 import json
@@ -17,25 +15,27 @@ import time
 import urllib.request
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the command above
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from served_stub import Stub, by_chance, by_judge
-from test_rewards import LAYOUTS, PARTS_TEMPLATE, PROMPTS, ask_all, images, random_judge
+from random_networks import PARTS_TEMPLATE, random_judge
+from served_stub import Stub, by_chance, by_judge, wait_until
+from test_rewards import LAYOUTS, PROMPTS, ask_all, images
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import gotr1
 import rewards
 import train_grpo
 from judges import served
+from judges.qwen import QwenJudge
+from judges.served import Request, ServedJudge
 from render_boxes import Box, format_chain
-from rewards import JudgeConfig, QwenJudge, ServedJudge
+from rewards import JudgeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+HI = Request("Hi", None, 3)
+CHAINS = [format_chain(["A", *layout]) for layout in LAYOUTS]
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +43,14 @@ def short(monkeypatch):
     """Replies of 8 tokens, pauses that nobody notices, and no key."""
     for part, task in rewards.TASKS.items():
         monkeypatch.setitem(rewards.TASKS, part, task._replace(max_tokens=8))
-    monkeypatch.setattr(served, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def echo(row):
-    """Answers with the question; later rows come back first."""
+    """Answers with the question; later requests come back first."""
     time.sleep(random.random() / 100)
-    return row.text, {"7": -0.1}
+    return row.text, {"Yes": -0.1}
 
 
 @pytest.fixture
@@ -59,61 +59,85 @@ def stub():
         yield one
 
 
+@pytest.fixture
+def readable():
+    with Stub(by_chance) as one:
+        yield one
+
+
 # -------------------------------------------------------------------------------------------------
 # The same judge
 
 
-@pytest.fixture(scope="module")
-def parts():
-    """A random judge in float64 that likes digits, so that the 20 likeliest tokens hold all ten."""
-    model, tokenizer, image_processor = random_judge(dtype=torch.float64)
-    loud = torch.full((len(tokenizer),), -8.0)
-    loud[tokenizer.convert_tokens_to_ids(list("0123456789"))] = 0.0
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits / 5 + loud)
-    return model, tokenizer, image_processor
-
-
-@pytest.mark.parametrize(
-    "scoring, semantic_as, spatial_as",
-    [("reply", "four", "boxes"), ("expected", "four", "boxes"), ("expected", "one", "text")],
-)
-def test_what_a_judge_says_does_not_depend_on_where_it_runs(
-    parts, scoring, semantic_as, spatial_as
-):
-    settings = {"scoring": scoring, "semantic_as": semantic_as, "spatial_as": spatial_as}
-    local = QwenJudge(parts, **settings)
-    wanted, wanted_words = ask_all(local, range(5))
+@pytest.mark.parametrize("scoring, spatial_as", [("reply", "text"), ("yes", "boxes")])
+def test_what_a_judge_says_does_not_depend_on_where_it_runs(scoring, spatial_as, monkeypatch):
+    """A random judge in float64; for "yes" some of its likely first tokens are the words."""
+    parts = random_judge(dtype=torch.float64)
+    monkeypatch.setattr(rewards, "YES", ("the", "a"))
+    monkeypatch.setattr(rewards, "NO", ("is", "in"))
+    loud = torch.full((len(parts[1]),), -8.0)
+    loud[parts[1].convert_tokens_to_ids([*rewards.YES, *rewards.NO])] = 0.0
+    if scoring == "yes":
+        parts[0].lm_head.register_forward_hook(lambda module, inputs, logits: logits / 5 + loud)
+    local = QwenJudge(parts, scoring=scoring, spatial_as=spatial_as)
+    wanted, wanted_words = ask_all(local, range(4))
     with Stub(by_judge(QwenJudge(parts))) as stub:
-        judge = ServedJudge(stub.url, frame="pixels", **settings)
-        answers, words = ask_all(judge, range(5))
+        judge = ServedJudge(stub.url, frame="pixels", scoring=scoring, spatial_as=spatial_as)
+        answers, words = ask_all(judge, range(4))
         sent = [row.body for row in stub.rows]
     assert words == wanted_words
     for calls, theirs in zip(answers, wanted, strict=True):
         assert calls == [pytest.approx(one, abs=1e-6) for one in theirs]
-    if scoring == "expected":
-        assert None not in answers[0] and len(set(answers[0])) == 5
-        assert judge.marks.keys() == local.marks.keys()
+    if scoring == "yes":
+        assert None not in answers[0] and len(set(answers[0])) == 4
+        assert judge.marks["sem"].keys() == local.marks["sem"].keys()
     assert len(set(words["ri"])) > 1  # it looks at what it is given
     for body in sent:
         assert (body["temperature"], body["seed"], body["repetition_penalty"]) == (0, 0, 1.0)
 
 
-def test_pictures_are_sent_as_qwen_resizes_them(parts, stub):
+def test_pictures_are_sent_as_qwen_resizes_them(stub):
     """The processor makes the same pixels of what we send as of the original."""
+    processor = random_judge()[2]
     judge = ServedJudge(stub.url, frame="pixels")
-    random.seed(0)
-    for size in [(384, 384), (32, 32), (8, 300), (448, 448), *((k * 37, k * 23) for k in (1, 5))]:
+    for size in [(384, 384), (32, 32), (8, 300), (448, 448), (37, 23), (185, 115)]:
         picture = images()[0].resize(size)
-        sent = judge._resized(picture)
-        ours = parts[2]([sent], return_tensors="pt")
-        theirs = parts[2]([picture], return_tensors="pt")
+        judge.alignment(["a dog"], [picture])
+        ours = processor([stub.rows[-1].image], return_tensors="pt")
+        theirs = processor([picture], return_tensors="pt")
         assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
-        judge.alignment(["a dog"], [picture])
-        assert stub.rows[-1].image.tobytes() == sent.tobytes()  # a PNG: without loss
-    judge.frame = "grid"  # Qwen3-VL: 32 pixels per token, and 64 tokens or more
-    sizes = [judge._resized(Image.new("RGB", size)).size for size in ((384, 200), (32, 32))]
-    assert sizes == [(384, 192), (256, 256)]
+        height, width = stub.rows[-1].image.height, stub.rows[-1].image.width
+        assert theirs["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
+
+
+@pytest.mark.parametrize(
+    "frame, patch, fewest, most",  # as in the published preprocessor_config.json of the two
+    [("pixels", 14, 56 * 56, 12845056), ("grid", 16, 65536, 16777216)],
+)
+def test_sizes_are_those_of_qwen_from_tiny_to_huge(frame, patch, fewest, most):
+    """Their rule is transformers' smart_resize; 8000 x 6000 is more than they look at."""
+    sizes = [(8000, 6000), (3584, 3584), (4096, 4096), (12000, 200), (384, 200), (32, 32), (9, 300)]
+    for width, height in sizes:
+        high, wide = smart_resize(height, width, 2 * patch, fewest, most)
+        assert served.sent_size((width, height), frame) == (wide, high), (width, height)
+
+
+def test_each_distinct_picture_is_encoded_once_per_call(readable, monkeypatch):
+    saved = []
+    save = Image.Image.save
+
+    def counted(image, *args, **settings):
+        saved.append(image.size)
+        save(image, *args, **settings)
+
+    judge = ServedJudge(readable.url, frame="pixels")
+    monkeypatch.setattr(Image.Image, "save", counted)
+    first, second = images()[:2]
+    judge.ground([first, first, second, first.copy()], ["dog", "cat", "dog", "cow"])
+    assert saved == [(56, 56), (112, 56)] or saved == [(112, 56), (56, 56)]
+    judge.alignment(["a", "b"], [second, second])
+    assert len(saved) == 3
 
 
 # -------------------------------------------------------------------------------------------------
@@ -140,10 +164,8 @@ def test_a_drawn_square_tells_what_boxes_count_in(kind):
         if kind in ("pixels", "grid"):
             assert ServedJudge(stub.url).frame == kind
         else:
-            with pytest.raises(ValueError, match="does not find a red square.*--judge_frame"):
+            with pytest.raises(ValueError, match="does not find a red square.*Expected a Qwen"):
                 ServedJudge(stub.url)
-            # who knows better may say so
-            assert ServedJudge(stub.url, frame="grid").frame == "grid"
 
 
 @pytest.mark.parametrize(
@@ -161,28 +183,53 @@ def test_boxes_come_back_in_the_frame_of_the_picture(frame, box):
 # Many at once, and none is lost
 
 
-def test_rows_are_in_flight_together_and_come_back_in_order(stub):
+def test_requests_are_in_flight_together_and_come_back_in_order(stub):
     stub.answer = lambda row: (row.text, None)
     stub.delay = 0.02
     server = served.Server(stub.url, in_flight=8)
-    requests = [{**HI, "messages": [{"role": "user", "content": str(k)}]} for k in range(40)]
+    requests = [Request(str(k), None, 3) for k in range(40)]
     assert [answer.text for answer in server.complete(requests)] == [str(k) for k in range(40)]
-    assert 4 <= stub.most_busy <= 8
+    assert 4 <= stub.most_busy <= 8 and len(stub.rows) == 40
     assert server.complete([]) == []
+    assert [answer.text for answer in server.complete([HI] * 3)] == ["Hi"] * 3
+    assert len(stub.rows) == 41  # equal requests are sent once
 
 
 @pytest.mark.parametrize("fault", ["cut", "half", 408, 429, 500, 503])
-def test_what_may_pass_is_tried_again(stub, fault, capsys):
+def test_what_may_pass_is_tried_again(stub, fault):
     server = served.Server(stub.url)
     stub.faults = [fault, None, fault, fault]
-    answers = server.complete([HI] * 3)
-    assert [answer.text for answer in answers] == ["Hi"] * 3 and not stub.faults
-    assert "again in" in capsys.readouterr().err  # in the bar
+    requests = [Request(text, None, 3) for text in "abc"]
+    assert [answer.text for answer in server.complete(requests)] == ["a", "b", "c"]
+    assert not stub.faults
 
 
-def test_silence_is_not_waited_for_for_ever(stub):
+def test_the_server_says_when_to_come_again(stub):
+    """Retry-After, here in milliseconds."""
+    server = served.Server(stub.url)
+    stub.faults = [503]
+    stub.retry_ms = 700
+    begin = time.monotonic()
+    assert server.complete([HI])[0].text == "Hi"
+    assert time.monotonic() - begin > 0.7
+
+
+def test_a_server_that_is_still_loading_is_waited_for(capsys):
+    """Nobody listens at first; by default for ten minutes, which a 7B needs to load."""
+    assert served.PATIENCE == 600
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Stub(echo, port=port, after=0.5):
+        server = served.Server(f"http://127.0.0.1:{port}/v1")
+        assert server.model == "judge" and server.complete([HI])[0].text == "Hi"
+    assert f"waiting up to 600 s for http://127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_silence_is_not_waited_for_for_ever(stub, monkeypatch):
+    monkeypatch.setattr(served, "ATTEMPT", 0.3)
+    server = served.Server(stub.url)
     stub.faults = ["silent"]
-    server = served.Server(stub.url, timeout=0.3)
     begin = time.time()
     assert server.complete([HI])[0].text == "Hi"
     assert time.time() - begin < 5
@@ -190,42 +237,13 @@ def test_silence_is_not_waited_for_for_ever(stub):
 
 @pytest.mark.parametrize(
     "fault, message",
-    [("cut", "connection lost"), (500, "HTTP 500: .*status 500"), ("silent", "no answer within")],
+    [("cut", "disconnected"), (500, "500 Internal Server Error"), ("silent", "no answer")],
 )
 def test_what_does_not_pass_stops_the_run(stub, fault, message):
-    server = served.Server(stub.url, timeout=0.1, patience=0.3)
+    judge = ServedJudge(stub.url, frame="grid", patience=0.4)
     stub.faults = [fault] * 200
-    with pytest.raises(ConnectionError, match=f"failed for 0.3 s, last with {message}"):
-        server.complete([HI] * 3)
-    stub.faults = [fault] * 200
-    judge = ServedJudge(stub.url, "judge", frame="grid")
-    judge.server = server
-    with pytest.raises(ConnectionError):  # never a score
-        rewards.score(judge, None, ["a dog"], ["A dog."], images()[:1])
-
-
-def test_pauses_grow(stub, monkeypatch):
-    monkeypatch.setattr(served, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(served, "LONGEST_PAUSE", 0.08)
-    server = served.Server(stub.url)
-    pauses = []
-    sleep = served.asyncio.sleep
-
-    async def sleeping(seconds, *more):
-        if seconds:
-            pauses.append(seconds)
-        return await sleep(seconds, *more)
-
-    monkeypatch.setattr(served.asyncio, "sleep", sleeping)
-    stub.faults = [500] * 5
-    server.complete([HI])
-    assert [pause for pause in pauses if pause in (0.02, 0.04, 0.08)] == [
-        0.02,
-        0.04,
-        0.08,
-        0.08,
-        0.08,
-    ]
+    with pytest.raises(ConnectionError, match=f"no answer from .* within 0.4 s: .*{message}"):
+        rewards.score(judge, None, ["a dog"], ["A dog."], images()[:1])  # never a reward
 
 
 @pytest.mark.parametrize("fault", [400, 401, 403, 404, 422])
@@ -237,12 +255,21 @@ def test_a_refused_request_stops_at_once_with_the_words_of_the_server(stub, faul
     assert not stub.rows
 
 
-@pytest.mark.parametrize("fault", ["two choices", "no text"])
-def test_an_answer_of_another_shape_stops_at_once(stub, fault):
+@pytest.mark.parametrize(
+    "fault, request_, message",
+    [
+        ("two choices", HI, "did not answer with one choice that has a text:"),
+        ("no text", HI, "did not answer with one choice that has a text:"),
+        ("no json", HI, "sends no JSON"),
+        (None, HI._replace(likeliest=True), r"a text and log-probabilities \(top_logprobs\)"),
+    ],
+)
+def test_an_answer_of_another_shape_stops_at_once(stub, fault, request_, message):
     server = served.Server(stub.url)
+    stub.answer = lambda row: ("Hi", None)  # and no log-probabilities
     stub.faults = [fault]
-    with pytest.raises(ValueError, match="did not answer with one choice that has a text"):
-        server.complete([HI])
+    with pytest.raises(ValueError, match=message):
+        server.complete([request_])
     assert len(stub.rows) == 1
 
 
@@ -260,7 +287,7 @@ def test_the_key_comes_from_the_environment_and_is_not_shown(stub, monkeypatch, 
         assert "secret" not in str(problem.value)
 
 
-def test_what_is_no_server_is_refused_in_one_line(stub, monkeypatch):
+def test_what_is_no_server_is_refused_in_one_line(stub, monkeypatch, capsys):
     for url in ("http://", "http://host:eighty/v1"):
         with pytest.raises(ValueError):
             served.Server(url)
@@ -269,6 +296,9 @@ def test_what_is_no_server_is_refused_in_one_line(stub, monkeypatch):
     stub.lists = "a page"
     with pytest.raises(ValueError, match="does not list its models"):
         served.Server(stub.url)
+    with pytest.raises(ConnectionError, match="127.0.0.1:9/v1 within 0.1 s: .*attempts failed"):
+        served.Server("http://127.0.0.1:9/v1", patience=0.1)
+    assert "waiting up to 0.1 s for http://127.0.0.1:9/v1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match="pip install openai"):
         served.Server(stub.url)
@@ -277,191 +307,158 @@ def test_what_is_no_server_is_refused_in_one_line(stub, monkeypatch):
 def test_the_model_is_the_only_one_or_named(stub):
     assert served.Server(stub.url).model == "judge"
     stub.models = ("judge", "other")
-    with pytest.raises(ValueError, match="has the models judge, other: choose .* --judge_model"):
+    with pytest.raises(ValueError, match="has the models judge, other: choose .* --judge_model$"):
         served.Server(stub.url)
     assert served.Server(stub.url, "other").complete([HI])[0].text == "Hi"
-    with pytest.raises(ValueError, match="The model `third` does not exist"):
-        served.Server(stub.url, "third").complete([HI])
+    with pytest.raises(ValueError, match="judge, other: .* --judge_model, not third"):
+        served.Server(stub.url, "third")
+
+
+def test_probabilities_are_those_of_the_likeliest_tokens(stub):
+    """A word that is not among them counts as impossible, also one that is two tokens."""
+    stub.answer = lambda row: ("", {"Yes": math.log(0.5), " ": math.log(0.25), "3": -3.0})
+    judge = ServedJudge(stub.url, frame="grid", scoring="yes")
+    question = rewards.Question("Is it?", None, 9)
+    chances = judge.probabilities([question], ["Yes", "No", " 3"])
+    assert chances == [[pytest.approx(0.5), 0.0, 0.0]]
+    assert stub.rows[-1].body["max_tokens"] == 1 and stub.rows[-1].top == 20
+    assert judge.semantic(["a"], ["c"]) == [pytest.approx(1.0)] and len(stub.rows) == 5
 
 
 # -------------------------------------------------------------------------------------------------
-# Expected marks
+# Questions sent before the rewards are needed
 
 
-def test_expected_marks_with_hand_numbers(stub):
-    """P(8) = P(1) = 0.4, P(0 behind a 1) = 0.25: as in the same test of QwenJudge, 5.625."""
-
-    def answer(row):
-        if row.begun.endswith("1"):
-            return "", {"0": math.log(0.25), "x": math.log(0.75)}
-        return "", {"8": math.log(0.4), "1": math.log(0.4), "x": math.log(0.2)}
-
-    stub.answer = answer
-    judge = ServedJudge(stub.url, frame="grid", scoring="expected", semantic_as="one")
-    stub.rows.clear()
-    assert judge.semantic(["a", "b"], ["c", "d"]) == pytest.approx([0.5625] * 2)
-    assert [row.begun for row in stub.rows].count('{"score": 1') == 2 and len(stub.rows) == 4
-    stub.answer = lambda row: ("", {"8": math.log(0.7)})  # nothing to ask behind a 1
-    stub.rows.clear()
-    assert judge.semantic(["a"], ["c"]) == [pytest.approx(0.8)] and len(stub.rows) == 1
+def hps(prompts, pictures):
+    return [len(prompt) + picture.width for prompt, picture in zip(prompts, pictures, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "cannot, message",
-    [
-        ({"logprobs": False}, "gives no log-probabilities"),
-        ({"closes": True}, "closes a begun reply"),
-        ({"faults": [None, None, 400]}, "does not take a begun reply: .* HTTP 400"),
-    ],
-)
-def test_a_server_that_cannot_expect_is_refused_in_one_line(stub, cannot, message):
-    server = ServedJudge(stub.url, frame="grid").server
-    for name, value in cannot.items():
-        setattr(stub, name, value[1:] if name == "faults" else value)
-    if "faults" in cannot:  # whichever of the two requests comes first
-        stub.faults = [400, 400]
-    with pytest.raises(ValueError, match=message + ".*: use --scoring reply") as problem:
-        ServedJudge(stub.url, "judge", frame="grid", scoring="expected")
-    assert "\n" not in str(problem.value) and server.model == "judge"
-    stub.faults = []
-    ServedJudge(stub.url, frame="grid")  # replies need neither
+@pytest.mark.parametrize("scoring", ["reply", "yes"])
+def test_rewards_do_not_depend_on_what_was_asked_early(readable, scoring):
+    """Prompt by prompt, all of them; then some, and others that are not needed after all."""
+    judge = ServedJudge(readable.url, frame="pixels", scoring=scoring)
+    chains = [CHAINS[0], "no box", *CHAINS[2:]]
+    samples = (PROMPTS, chains, images())
+    wanted = rewards.score(judge, hps, *samples, combine="sum")
+    sent = len(readable.rows)
+    assert len({row["total"] for row in wanted}) > 2 and wanted[1]["ri"] == 0 < wanted[0]["sem"]
+    for part in (slice(0, 1), slice(1, 2), slice(2, 5)):
+        judge.ask_early(*(column[part] for column in samples), rewards.PARTS)
+    wait_until(lambda: len(readable.rows) == 2 * sent)
+    assert rewards.score(judge, hps, *samples, combine="sum") == wanted
+    assert len(readable.rows) == 2 * sent  # nothing was asked again
+
+    readable.rows.clear()
+    judge.ask_early(PROMPTS[:2], chains[:2], images()[:2], ("sem", "pi"))
+    judge.ask_early(["of another"], ["step"], images()[:1], ("sem",))
+    assert rewards.score(judge, hps, *samples, combine="sum") == wanted
+    others = [row for row in readable.rows if "of another" in row.text]
+    assert len(readable.rows) - len(others) == sent
+    assert rewards.score(judge, hps, *samples, combine="sum") == wanted
+    assert len(readable.rows) - len(others) == 2 * sent  # replies are not kept any longer
+
+
+def test_the_judge_works_while_this_process_draws_on(readable):
+    """Four questions one after the other take 0.4 s; when the rewards are wanted they are there."""
+    judge = ServedJudge(readable.url, in_flight=1, frame="pixels")
+    readable.delay = 0.1
+    begin = time.monotonic()
+    judge.ask_early(PROMPTS[:1], CHAINS[:1], images()[:1], rewards.PARTS)
+    assert time.monotonic() - begin < 0.05
+    wait_until(lambda: len(readable.rows) == 4 and not readable.busy)
+    begin = time.monotonic()
+    rewards.score(judge, None, PROMPTS[:1], CHAINS[:1], images()[:1])
+    assert time.monotonic() - begin < 0.1 and len(readable.rows) == 4
+
+
+def test_a_failed_early_question_fails_when_its_reply_is_needed(stub, capsys):
+    judge = ServedJudge(stub.url, frame="pixels")
+    stub.faults = [400]
+    judge.ask_early(["a dog"], ["A dog."], [], ("sem",))
+    wait_until(lambda: not stub.faults)
+    with pytest.raises(ValueError, match="HTTP 400"):
+        rewards.score(judge, None, ["a dog"], ["A dog."], [], parts=("sem",))
+    stub.answer = by_chance
+    assert rewards.score(judge, None, ["a dog"], ["A dog."], [], parts=("sem",))[0]["sem"] > 0
+    assert capsys.readouterr().err == ""
+
+
+RAISES = """
+import sys, time
+from judges.served import ServedJudge
+
+judge = ServedJudge(sys.argv[1], frame="pixels")
+judge.ask_early(["a dog"] * 99, [str(k) for k in range(99)], [], ("sem",))
+time.sleep(0.5)
+raise SystemExit(7)
+"""
+
+
+def test_a_program_that_ends_waits_for_no_reply(readable):
+    """Questions that a server never answers used to keep a process alive that had raised."""
+    readable.delay = 60.0
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", RAISES, readable.url], cwd=ROOT, timeout=50)
+    assert done.returncode == 7 and time.monotonic() - begin < 40 and readable.busy
 
 
 # -------------------------------------------------------------------------------------------------
 # The programs
 
 
-@pytest.fixture
-def readable():
-    with Stub(by_chance) as one:
-        yield one
-
-
 def test_flags_name_a_served_judge(readable):
     flags = {"judge": readable.url, "hps": ""}
-    judge, _ = rewards.load_judge(JudgeConfig(judge_frame="grid", **flags), "cpu")
+    judge, _ = rewards.load_judge(JudgeConfig(**flags), "cpu")
     assert isinstance(judge, ServedJudge)
-    assert (judge.server.free._value, judge.frame, judge.scoring) == (64, "grid", "reply")
-    assert judge.server.model == "judge"
-    settings = {"scoring": "expected", "spatial_as": "text", "semantic": "one", "judge_batch": 3}
-    flags = JudgeConfig(judge_frame="pixels", judge_model="judge", **settings, **flags)
-    judge, _ = rewards.load_judge(flags, "cpu")
-    assert (judge.server.free._value, judge.scoring, judge.spatial_as) == (3, "expected", "text")
-    assert judge.semantic_as == "one"
+    assert (judge.server.free._value, judge.frame, judge.scoring) == (64, "pixels", "reply")
+    settings = {"scoring": "yes", "spatial_as": "text", "judge_batch": 3, "judge_model": "judge"}
+    judge, _ = rewards.load_judge(JudgeConfig(**settings, **flags), "cpu")
+    assert (judge.server.free._value, judge.scoring, judge.spatial_as) == (3, "yes", "text")
 
 
-def test_script_with_a_served_judge(readable, tmp_path, monkeypatch, capsys):
+def test_scripts_with_a_served_judge(readable, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("chain.txt").write_text(format_chain(["A", *LAYOUTS[0]]))
+    Path("chain.txt").write_text(CHAINS[0])
     images()[0].save("picture.png")
-    command = ["--prompt", "a dog", "--judge", readable.url]
-    rewards.main([*command, "--judge_frame", "pixels", "--semantic", "one"])
+    rewards.main(["--prompt", "a dog", "--judge", readable.url])
     printed = capsys.readouterr().out
     assert "sem" in printed and "bbox_2d" in printed and Path("rewards.png").exists()
-    with pytest.raises(SystemExit) as stop:  # this judge does not find the square
-        rewards.main(command)
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and printed.startswith("error: the judge at http")
-    assert printed.count("\n") == 1
-
-
-def test_plans_are_chosen_by_a_served_judge(readable, tmp_path, monkeypatch):
-    asked = {}
-
-    def load_judge(flags, device):
-        asked.update(judge=flags.judge, model=flags.judge_model)
-        return ServedJudge(flags.judge, flags.judge_model, frame="pixels"), None
-
-    monkeypatch.setattr(rewards, "load_judge", load_judge)
-    flags = ["--judge", readable.url, "--judge_model", "judge", "--plans", "2"]
-    gotr1.main(["a red ball", *flags, "--out", str(tmp_path)])
-    assert asked == {"judge": readable.url, "model": "judge"}
+    gotr1.main(["a red ball", "--judge", readable.url, "--plans", "2", "--out", str(tmp_path)])
     assert len(list(tmp_path.glob("000_0.png"))) == 1
+    readable.answer = lambda row: ("I see nothing", None)
+    with pytest.raises(SystemExit) as stop:
+        rewards.main(["--prompt", "a dog", "--judge", readable.url])
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert stop.value.code == 2 and line.startswith("error: the judge at http")
 
 
-GRPO = [
-    *("--steps", "1", "--batch_size", "4", "--group", "2", "--eval_prompts", "1"),
-    *("--judge_frame", "pixels"),
-]
+def test_training_with_a_served_judge_and_without_it(readable, tmp_path, monkeypatch):
+    """A step whose questions are asked prompt by prompt; then the server goes away, and the run
+    ends with its last checkpoint whole."""
+    score, ask_early = rewards.score, ServedJudge.ask_early
+    early = []
 
+    def asking(judge, *samples):
+        early.append(len(samples[0]))
+        ask_early(judge, *samples)
 
-def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    def scoring(judge, *samples, **settings):
+        judge.server.patience = 0.5
+        scores = score(judge, *samples, **settings)
+        if sum(early) == 4:  # after the rewards of the first step
+            readable.faults = [500] * 10_000
+        return scores
 
-
-def test_rewards_of_parts_are_those_of_the_whole(readable):
-    judge = ServedJudge(readable.url, frame="pixels")
-    chains = [format_chain(["A", *layout]) for layout in LAYOUTS]
-    chains[1] = "no box"
-
-    def hps(prompts, pictures):
-        return [
-            len(prompt) + picture.width for prompt, picture in zip(prompts, pictures, strict=True)
-        ]
-
-    wanted = rewards.score(judge, hps, PROMPTS, chains, images(), combine="sum")
-    asked = []
-    for rows in (slice(0, 1), slice(1, 2), slice(2, 5)):
-        asked.append(rewards.ask(judge, PROMPTS[rows], chains[rows], images()[rows]))
-    assert rewards.add_up(rewards.Asked.join(asked), hps, combine="sum") == wanted
-    assert len({row["total"] for row in wanted}) > 2 and wanted[1]["ri"] == 0 < wanted[0]["sem"]
-    # what most replies are is asked of all: three unreadable ones of eleven are few
-    readable.answer = lambda row: ("hm", None)
-    asked.append(rewards.ask(judge, ["p"], ["no box"], images()[:1], parts=("sem", "pi")))
-    assert len(rewards.add_up(rewards.Asked.join(asked), hps)) == 6
-    with pytest.raises(RuntimeError, match="cannot be read"):
-        rewards.add_up(asked[-1], hps, parts=("sem", "pi"))
-
-
-def test_rewards_are_asked_for_while_the_rank_draws_on(readable, tmp_path, monkeypatch):
-    """Prompt by prompt: the rewards of all samples asked at once, and less time of waiting."""
-    ask, scores = train_grpo.Asker.ask, train_grpo.Asker.scores
-    handed_over, waited = [], []
-
-    def asking(asker, *samples):
-        handed_over.append(samples)
-        time.sleep(0.5)  # as long as the judge needs; the next prompt takes as long to draw
-        ask(asker, *samples)
-
-    def checked(asker):
-        begin = time.time()
-        rows = scores(asker)
-        waited.append((time.time() - begin) / asker.seconds)
-        assert [len(prompts) for prompts, _, _ in handed_over] == [2] * 4
-        whole = [sum(lists, []) for lists in zip(*handed_over, strict=True)]
-        assert rows == rewards.score(asker.training.judge, asker.training.hps, *whole)
-        assert len({row["total"] for row in rows}) > 1
-        return rows
-
-    monkeypatch.setattr(train_grpo.Asker, "ask", asking)
-    monkeypatch.setattr(train_grpo.Asker, "scores", checked)
-    readable.delay = 0.1  # four calls, one after the other
-    flags = [*GRPO, "--rollout_batch", "1", "--judge", readable.url, "--out", str(tmp_path)]
-    train_grpo.main(flags)
-    (row,) = rows_of(tmp_path)
-    assert waited[0] < 0.7  # it would be 1 if all were asked in the end
-    assert row["judge_s"] > 1.6  # four times four calls
-
-
-def test_a_server_that_goes_away_leaves_the_last_checkpoint_whole(readable, tmp_path, monkeypatch):
-    load_judge, scores = rewards.load_judge, train_grpo.Asker.scores
-
-    def impatient(flags, device):
-        judge, hps = load_judge(flags, device)
-        judge.server.patience = 0.2
-        return judge, hps
-
-    def unplugged(asker):
-        rows = scores(asker)
-        readable.faults = [500] * 10_000  # after the rewards of the first step
-        return rows
-
-    monkeypatch.setattr(rewards, "load_judge", impatient)
-    monkeypatch.setattr(train_grpo.Asker, "scores", unplugged)
-    flags = [*GRPO, "--steps", "3", "--save_every", "1", "--judge", readable.url]
-    with pytest.raises(ConnectionError, match="failed for 0.2 s, last with HTTP 500"):
+    monkeypatch.setattr(ServedJudge, "ask_early", asking)
+    monkeypatch.setattr(rewards, "score", scoring)
+    monkeypatch.setattr(train_grpo, "look", lambda *_, **__: None)  # no evaluation
+    flags = ["--steps", "2", "--save_every", "1", "--batch_size", "2", "--group", "2"]
+    flags += ["--rollout_batch", "1", "--eval_prompts", "1", "--judge", readable.url]
+    with pytest.raises(ConnectionError, match="within 0.5 s: .*500 Internal Server Error"):
         train_grpo.main([*flags, "--out", str(tmp_path)])
-    assert (tmp_path / "latest").read_text() == "step_000001" and len(rows_of(tmp_path)) == 1
+    assert early[:2] == [2, 2]
+    assert (tmp_path / "latest").read_text() == "step_000001"
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
 # -------------------------------------------------------------------------------------------------
@@ -601,9 +598,3 @@ def test_vllm_refuses_in_its_own_words(vllm):
         ServedJudge(url)  # a random judge sees nothing
     with pytest.raises(ValueError, match="HTTP 400: .*2048"):  # too long
         ServedJudge(url, frame="pixels").semantic(["a dog"], ["A dog. " * 2000])
-
-
-if __name__ == "__main__":
-    for part in readable_judge():
-        part.save_pretrained(sys.argv[1])
-    print(f"wrote {sys.argv[1]}: a judge with random weights that writes readable marks")

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from gotr1 import INSTRUCTION, SPECIAL_TOKENS
-from render_boxes import MARKERS
+from render_boxes import BOX_END, BOX_START, MARKERS, OBJ_END, OBJ_START
 from toy.world import CELL, GRID, NAMES, SIZE, draw_scene, ground, make_example
 
 # -------------------------------------------------------------------------------------------------
@@ -50,7 +50,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(sample_texts(), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL_TOKENS)
-    for text in (f"User: {INSTRUCTION}".strip(), *MARKERS):
+    # these markers have their ids from before MARKERS took the official order
+    for text in (f"User: {INSTRUCTION}".strip(), OBJ_START, OBJ_END, BOX_START, BOX_END):
         tokenizer.add_tokens(AddedToken(text, normalized=False))
     return tokenizer
 
