@@ -455,8 +455,8 @@ def repeat(prompts: list[str], group: int) -> list[str]:
 
 
 class EarlyQuestions:
-    """Lets a judge on a server look at every finished part of a rollout while the next is drawn; for
-    a judge in this process it does nothing."""
+    """Lets a judge on a server look at every finished part of a rollout while the next is drawn.
+    For a judge in this process it does nothing."""
 
     def __init__(self, training: Training, prompts: list[str]):
         self.training = training
