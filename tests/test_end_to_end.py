@@ -193,7 +193,7 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_the_policy_is_loaded(
 ):
     for part in random_judge(template="{{ messages[0].content.parts }}{{ 1 + 'a' }}"):
         part.save_pretrained(tmp_path / "judge")
-    monkeypatch.setattr(train_grpo.trainer, "load", None)  # would fail in another way
+    monkeypatch.setattr(train_grpo.trainer, "load_engine", None)  # would fail in another way
     with pytest.raises(SystemExit) as stop:
         flags = ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "run")]
         train_grpo.main([*GRPO, *flags])
