@@ -360,7 +360,7 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
         run.open_run(config.out, config)  # with other flags the program ends here
     try:
         judge, hps = rewards.load_judge(config, device)  # first: a judge that fails, fails here
-        engine = trainer.load(config, device, gotr1.token_logps, config.model, saved)
+        engine = trainer.load_engine(config, device, gotr1.token_logps, config.model, saved)
         if config.kl and not config.lora:
             trainer.load_reference(engine, config.model)
         chosen = gotr1.with_defaults(config, engine.model)
@@ -411,7 +411,7 @@ def check_config(config: Config, world: int) -> None:
         run.fail(
             f"--judge_device {config.judge_device} would hold the judges of all {world} processes"
         )
-    trainer.check(config)
+    trainer.check_trainer_config(config)
 
 
 def check_toy_judge(config: Config, prompts: list[str]) -> None:

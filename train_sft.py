@@ -250,7 +250,7 @@ def check(config: Config, world: int) -> None:
             f"--batch_size {config.batch_size} sequences cannot be shared evenly "
             f"by {world} processes"
         )
-    trainer.check(config)
+    trainer.check_trainer_config(config)
 
 
 def data_source(config: Config) -> got.Source:
@@ -290,7 +290,7 @@ def load(config: Config, rank: int, world: int, device) -> Training:
             rows = read_rows(config)  # bad flags are found before anything is written
         if config.from_scratch or saved:
             run.open_run(config.out, config)  # with other flags the program ends here
-        engine = trainer.load(
+        engine = trainer.load_engine(
             config,
             device,
             gotr1.token_logps,

@@ -37,12 +37,6 @@ from render_boxes import MARKERS
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -213,40 +207,19 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_file(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All (name, tensor) of a file, which is mapped: what is not used is not read. Each tensor of a
-    safetensors file has its own mapping, so that what was read of it is forgotten with it."""
+    """All (name, tensor) of a file, which is mapped: what is not used is not read. Raises
+    ValueError when the file cannot be read."""
     try:
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, "pt") as opened:
-                names = list(opened.keys())
-            for name in names:
-                with safetensors.safe_open(file, "pt") as opened:
-                    value = opened.get_tensor(name)
-                yield name, value
+                for name in opened.keys():
+                    yield name, opened.get_tensor(name)
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             yield from shard.items()
     except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as problem:
         reason = str(problem).splitlines()[0]
         raise ValueError(f"cannot read {file} (cut off while copying?): {reason}") from problem
-
-
-def safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
-    """The beginning of a safetensors file, after which the bytes of these tensors follow in this
-    order. safetensors' own functions want all tensors whole at once, in memory."""
-    entries = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    end = 0
-    for name, value in tensors.items():
-        begin = end
-        end += value.numel() * value.element_size()
-        entries[name] = {
-            "dtype": SAFETENSORS_DTYPES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
 
 
 def empty_model(config: JanusConfig, dtype: torch.dtype) -> JanusForConditionalGeneration:
@@ -330,40 +303,6 @@ def read_config(folder: Path) -> tuple[JanusConfig, bool]:
     config.tie_word_embeddings = False
     config.text_config.tie_word_embeddings = False
     return config, False
-
-
-def open_policy(name_or_path: str, dtype: torch.dtype):
-    """(model, tokenizer, tensors): as `load_policy`, but no weight is read. The model's parameters
-    have no memory (they are on the meta device); `tensors` gives (name, tensor) of all of them, as
-    they lie in mapped files, so that a process reads no more than it keeps.
-
-    None for what can only be loaded whole: an adapter, and a model that needs rows for markers; and
-    for what does not fit, about which `load_policy` says what is wrong."""
-    folder = find_folder(name_or_path)
-    if (folder / "adapter_config.json").exists():
-        return None
-    config, is_deepseek = read_config(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    known = tokenizer.get_vocab()
-    missing = [marker for marker in MARKERS if marker not in known]
-    if len(tokenizer) + len(missing) > config.text_config.vocab_size:
-        return None
-
-    model = empty_model(config, dtype)
-    shapes = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            shapes[f"{module_name}.{name}"] = parameter.shape
-            setattr(module, name, torch.nn.Parameter(parameter.to("meta")))
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        pairs = read_tensors(folder)
-        return convert_tensors(pairs) if is_deepseek else pairs
-
-    if {name: value.shape for name, value in tensors()} != shapes:
-        return None
-    add_markers(model, tokenizer, name_or_path)
-    return model.eval(), tokenizer, tensors()
 
 
 def find_folder(name_or_path: str) -> Path:

@@ -1,6 +1,6 @@
-"""What is trained and where it lies: all weights or a LoRA adapter, in which precision, whole on
-each process or in shards; its optimizer, its frozen reference, its checkpoints. Nothing of the
-algorithm.
+"""What both trainers stand on: the flags that they share, the schedule of data and learning rate,
+and the engine: a model, its optimizer, its frozen reference, its checkpoints. The losses are in the
+trainers.
 
     trained     | forward pass in             | AdamW changes   | processes
     full        | float32                     | the same        | one: plain
@@ -10,35 +10,34 @@ algorithm.
 Only the language model, its heads and what embeds tokens are trained; of these LoRA adapts the
 layers. Image understanding (SigLIP) is never used and stays on the host; the picture tokenizer is
 on the device, frozen. A rollout takes thousands of decoding steps, so sharded weights are gathered
-once for all of it (`gathered`), not at every token.
+once per rollout (`gathered`), not at every token.
 
-The loss needs log-probabilities, and this file does not know how they are computed: a trainer hands
-over its function `token_logps(model, batch, ...)`.
+How log-probabilities are computed is not known here: a trainer hands over its function
+`token_logps(model, batch, ...)`.
 """
 
 import contextlib
 import functools
 import math
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine import checkpoints, decode, run
 from engine.checkpoints import DTYPES
 
-# transformers 6 has another name for it, which the oldest version that works here does not know;
-# peft asks by the old name too
+# transformers 6 renames gradient_checkpointing; the oldest version that works here, and peft, know
+# only the old name
 warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
 
 # What LoRA adapts: every linear map in the layers of the language model
@@ -69,8 +68,8 @@ class TrainerConfig:
 
 
 # ------------------------------------------------------------------------------------------------
-# The schedule: which rows a step takes, and its learning rate. Functions of the step alone, so that
-# a run that resumes needs nothing but its number
+# The schedule: which records a step takes, and its learning rate. Functions of the step alone, so
+# that a run that resumes needs nothing but the number of its step
 
 
 @functools.lru_cache(maxsize=2)
@@ -103,7 +102,7 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: float, floor: float = 
 
 
 def trainable_parameters(model) -> list[torch.nn.Parameter]:
-    """The language model, both heads, and what embeds image tokens; all else (picture tokenizer,
+    """The language model, both heads, and what embeds image tokens. The rest (picture tokenizer,
     image understanding) is frozen, in place."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(FROZEN))
@@ -120,9 +119,9 @@ def is_sharded(lora: int, dtype: str, shard: str) -> bool:
     return shard == "yes" or (shard == "auto" and wanted)
 
 
-class Whole(torch.nn.Module):
-    """Calls a function of the model as a forward pass: FSDP2 gathers weights when a module's
-    forward is called, and scoring uses parts of the model, not its forward."""
+class FunctionWrapper(torch.nn.Module):
+    """Calls a function of the model inside a forward pass: FSDP2 gathers weights when a module's
+    forward is called, and scoring calls parts of the model, not its forward."""
 
     def __init__(self, model):
         super().__init__()
@@ -164,7 +163,7 @@ def round_once(wrapped):
     return wrapped
 
 
-def shard_model(model, device: torch.device, dtype: torch.dtype) -> Whole:
+def shard_model(model, device: torch.device, dtype: torch.dtype) -> FunctionWrapper:
     """Shards over all processes in the precision that the weights have, gathered in `dtype` one
     layer at a time. Gradients are summed in float32."""
     policy = MixedPrecisionPolicy(
@@ -175,24 +174,17 @@ def shard_model(model, device: torch.device, dtype: torch.dtype) -> Whole:
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    whole = Whole(model)
-    kept = set()  # frozen parameters, which are left as they are
+    frozen = set()  # parameters that stay as they are, on every process
     for part in (model.model.vqmodel, model.model.vision_model, model.model.aligner):
-        kept.update(part.parameters())
-    return fully_shard(whole, mesh=mesh, mp_policy=policy, ignored_params=kept)
+        frozen.update(part.parameters())
+    return fully_shard(FunctionWrapper(model), mesh=mesh, mp_policy=policy, ignored_params=frozen)
 
 
-def to_device(
-    model, device: torch.device, dtype: torch.dtype, sharded: bool, tensors: Iterable | None = None
-) -> Whole:
+def to_device(model, device: torch.device, dtype: torch.dtype, sharded: bool) -> FunctionWrapper:
     """Everything but image understanding, which is never used, goes to the device; shards go there
     one layer at a time. The frozen picture tokenizer stays float32: rounded, it would often name
-    another code. `tensors`: the weights of a model that has none yet, see `fill`."""
+    another code."""
     inner = model.model
-    if tensors is not None:
-        whole = shard_model(model, device, dtype)
-        fill(model, tensors, device)
-        return whole
     inner.vqmodel.to(device, torch.float32)
     if sharded:
         return shard_model(model, device, dtype)
@@ -204,23 +196,7 @@ def to_device(
         model.lm_head,
     ):
         part.to(device)
-    return Whole(model)
-
-
-def fill(model, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
-    """Gives a model in shards that `checkpoints.open_policy` made its weights: of each tensor this
-    process reads its own rows. Image understanding, which is only saved again, is with rank 0."""
-    parameters = dict(model.named_parameters())
-    weights = {}
-    for name, value in tensors:
-        parameter = parameters[name]
-        if isinstance(parameter, DTensor):
-            weights[name] = own_part(value, parameter, device)
-        elif name.startswith("model.vqmodel."):
-            weights[name] = value.to(device, torch.float32, copy=True)
-        elif run.rank() == 0:
-            weights[name] = value.to(parameter.dtype, copy=True)
-    model.load_state_dict(weights, strict=False, assign=True)
+    return FunctionWrapper(model)
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -235,68 +211,28 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def full(value: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its shards on this process."""
+    """A tensor with all its shards on this process. Every process has to call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def in_parts(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor that may lie in shards, from its first row to its last: the rows of one process
-    after the other, so that no process ever holds all of them. Every process has to go through
-    it."""
-    if not isinstance(value, DTensor):
-        yield value.detach()
-        return
-    local = value.detach().to_local()
-    rows = -(-len(value) // dist.get_world_size())  # as fully_shard divides them
-    for rank in range(dist.get_world_size()):
-        count = max(0, min(rows, len(value) - rank * rows))
-        part = local
-        if rank != run.rank():
-            part = local.new_empty(count, *value.shape[1:])
-        if count:
-            dist.broadcast(part, src=rank)
-        yield part
+def gather_on_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that may lie in shards -> on rank 0 all of them, complete, on the host; on other
+    ranks nothing. Every process has to call it."""
+    gathered = {}
+    for name, value in tensors.items():
+        value = full(value.detach())  # one at a time: all at once may not fit on a device
+        if run.rank() == 0:
+            gathered[name] = value.cpu()
+    return gathered
 
 
-def own_part(value: torch.Tensor, like: DTensor, device: torch.device) -> DTensor:
-    """The rows of a whole tensor that this process holds, on the device, laid out as the parameter
-    `like`. A tensor that is mapped from a file is read at these rows only."""
-    rows = -(-len(value) // like.device_mesh.size())  # as fully_shard divides them
-    first = like.device_mesh.get_local_rank() * rows
-    mine = value[first : first + rows].to(device, like.dtype, copy=True)
-    return DTensor.from_local(
-        mine,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=value.shape,
-        stride=value.stride(),
-    )
-
-
-def distribute(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The part of a whole tensor that this process holds, laid out as the parameter `like`. AdamW's
-    counter of steps, a number, is whole everywhere."""
-    if isinstance(like, DTensor) and value.dim():
-        return own_part(value, like, like.device)
-    return value.clone()
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes tensors, which may lie in shards, as a safetensors file: part by part, so that the
-    host of rank 0 never holds a whole one. Every process has to call it."""
-    # large elements first: each tensor then begins at a multiple of its element's size
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    tensors = {name: tensors[name] for name in names}
-    writes = run.rank() == 0
-    with open(path if writes else os.devnull, "wb") as file:
-        if writes:
-            file.write(checkpoints.safetensors_header(tensors))
-        for value in tensors.values():
-            for part in in_parts(value):
-                if writes:
-                    flat = part.cpu().contiguous().flatten()
-                    file.write(flat.view(torch.uint8).numpy().data)
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a complete tensor that this process holds, laid out as the parameter. AdamW's
+    counter of steps, a number, is complete everywhere."""
+    if isinstance(parameter, DTensor) and value.dim():
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    return value.clone()  # until now a view: of a mapped file, or of the complete tensor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,10 +243,9 @@ class Engine:
     """A model that is trained, with its optimizer. Sizes, flags and names as in TrainerConfig.
 
     model, tokenizer: what `checkpoints.load_policy` gives on the CPU: float32 when all weights are
-        trained, the forward pass's precision under LoRA.
-    tensors: the weights, when model and tokenizer come from `checkpoints.open_policy`.
+        trained, the forward pass's precision under LoRA. Every process loads them.
     token_logps: function (model, batch, **settings) -> what `score` returns; gotr1.token_logps.
-    saved: a checkpoint of this run to go on from; when all weights are trained, `model` has to be
+    saved: a checkpoint of this run to resume; when all weights are trained, `model` has to be
         loaded from it."""
 
     def __init__(
@@ -319,7 +254,6 @@ class Engine:
         tokenizer,
         device: torch.device,
         token_logps: Callable,
-        tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
         base: str = "toy",
         saved: Path | None = None,
         lora: int = 0,
@@ -345,8 +279,8 @@ class Engine:
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.whole = to_device(model, device, self.dtype, self.sharded, tensors)
-        self.reference = None
+        self.wrapped = to_device(model, device, self.dtype, self.sharded)
+        self.reference = None  # wrapped as well, see `keep_reference`
 
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -354,44 +288,37 @@ class Engine:
         )
         self.first_step = self.resume(saved) if saved else 0
 
-    def keep_reference(self, model, tensors: Iterable | None = None) -> None:
-        """The frozen policy that the KL compares with: `model`, loaded anew in the precision of the
-        forward pass. LoRA needs none: its adapter is switched off."""
+    def keep_reference(self, model) -> None:
+        """The frozen policy that the KL compares with: `model`, another copy, in the precision of
+        the forward pass. LoRA needs none: its adapter is switched off."""
         frozen = model.requires_grad_(False)
-        self.reference = to_device(frozen, self.device, self.dtype, self.sharded, tensors)
+        self.reference = to_device(frozen, self.device, self.dtype, self.sharded)
 
     @contextlib.contextmanager
-    def gathered(self, reference: bool = False):
-        """The model with all its weights whole on this process, for sampling: one gathering for a
-        whole rollout. `reference`: the frozen policy instead."""
-        whole = self.whole
-        adapter_off = contextlib.nullcontext()
-        if reference and self.lora is not None:
-            adapter_off = self.lora.disable_adapter()
-        elif reference:
-            whole = self.reference
-        shards = [module for module in whole.modules() if isinstance(module, FSDPModule)]
+    def gathered(self):
+        """The model with all its weights on this process, for sampling: one gathering per rollout,
+        not one per token."""
+        shards = [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
         for module in shards:
             module.unshard()
         try:
-            with adapter_off:
-                yield whole.model
+            yield self.model
         finally:
             for module in shards:
                 module.reshard()
             if shards:  # recorded graphs point at weights that are no longer there
-                decode.KEPT.pop(whole.model, None)
+                decode.KEPT.pop(self.model, None)
 
     def score(self, batch, **settings):
         """`token_logps` of the policy: (logp, mask), both (N, S), with gradients unless they are
         switched off."""
         # transformers checkpoints in training mode only; there is no dropout to be switched on
         self.model.train(self.gradient_checkpointing)
-        result = self.whole(self.token_logps, batch, **settings)
+        result = self.wrapped(self.token_logps, batch, **settings)
         self.model.eval()
         if self.sharded and not torch.is_grad_enabled():
             # a backward pass does it; weights that are left gathered would miss the next step
-            self.whole.reshard()
+            self.wrapped.reshard()
         return result
 
     @torch.no_grad()
@@ -399,7 +326,7 @@ class Engine:
         """`token_logps` of the reference: the adapter switched off, or the frozen copy."""
         if self.lora is not None:
             with self.lora.disable_adapter():
-                return self.whole(self.token_logps, batch, **settings)
+                return self.wrapped(self.token_logps, batch, **settings)
         result = self.reference(self.token_logps, batch, **settings)
         if self.sharded:
             self.reference.reshard()
@@ -433,70 +360,59 @@ class Engine:
         format), its tokenizer, and in `trainer.pt` and `optimizer.safetensors` what resuming needs.
         Every process has to call it.
 
-        Written beside and renamed, so that what has the name is whole; `latest` names it; all but
-        the last `keep` go. Raises RuntimeError when it cannot be written; the last checkpoint then
-        stays as it was."""
+        Written beside and renamed, so that what has the name is complete; `latest` names it; all
+        but the last `keep` go. Raises RuntimeError when it cannot be written; the last checkpoint
+        then stays as it was."""
         target = folder / f"step_{step:06d}"
         beside = folder / f"step_{step:06d}.tmp"
+        weights = {}
+        if self.lora is None:
+            weights = gather_on_rank_0(self.model.state_dict())
         optimizer = self.optimizer.state_dict()
         moments = {}
         for index, values in optimizer["state"].items():
             for name, value in values.items():
                 moments[f"{index}.{name}"] = value
-        try:
-            if run.rank() == 0:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
-            if self.lora is None:
-                write_tensors(beside / "model.safetensors", self.model.state_dict())
-            write_tensors(beside / "optimizer.safetensors", moments)
-            if run.rank() > 0:
-                return
+        moments = gather_on_rank_0(moments)
+        if run.rank() > 0:
+            return
 
-            if self.lora is not None:
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            if self.lora is None:
+                self.model.save_pretrained(beside, state_dict=weights)
+            else:
                 # without the second argument peft asks the hub about the base
                 self.lora.save_pretrained(beside, save_embedding_layers=False)
-            else:
-                config = self.model.config
-                config.architectures = [type(self.model).__name__]
-                config.dtype = str(self.parameters[0].dtype).removeprefix("torch.")
-                config.save_pretrained(beside)
-                self.model.generation_config.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
+            safetensors.torch.save_file(moments, beside / "optimizer.safetensors")
             groups = optimizer["param_groups"]
             torch.save({"step": step, "param_groups": groups}, beside / "trainer.pt")
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
             run.write_whole(folder / "latest", target.name)
-        except (OSError, RuntimeError, SafetensorError) as problem:  # a full disk has three names
+        except (OSError, RuntimeError, safetensors.SafetensorError) as problem:
+            # a full disk: each library raises another of these
             shutil.rmtree(beside, ignore_errors=True)
             raise RuntimeError(f"cannot save {target}: {problem}") from problem
         remove_old_checkpoints(folder, target, keep)
 
     def resume(self, saved: Path) -> int:
-        """The optimizer's state from a checkpoint, whatever the number of processes was; returns
-        the step to go on with."""
-        state = torch.load(saved / "trainer.pt", map_location="cpu", mmap=True, weights_only=True)
-        if "optimizer" in state:  # in older checkpoints all of it is in this file
-            moments = []
-            for index, values in state["optimizer"]["state"].items():
-                moments += [(f"{index}.{name}", value) for name, value in values.items()]
-            groups = state["optimizer"]["param_groups"]
-        else:
-            moments = checkpoints.read_file(saved / "optimizer.safetensors")
-            groups = state["param_groups"]
-        own = {}
-        for key, value in moments:
+        """Loads the optimizer's state from a checkpoint, whatever the number of processes was;
+        returns the step to go on with."""
+        state = torch.load(saved / "trainer.pt", map_location="cpu", weights_only=True)
+        moments = {}
+        for key, value in checkpoints.read_file(saved / "optimizer.safetensors"):
             index, name = key.split(".", 1)
-            index = int(index)
-            own.setdefault(index, {})[name] = distribute(value, self.parameters[index])
-        self.optimizer.load_state_dict({"state": own, "param_groups": groups})
+            values = moments.setdefault(int(index), {})
+            values[name] = shard_like(value, self.parameters[int(index)])
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         return state["step"]
 
 
 def remove_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
-    """Leaves the last `keep` up to `newest`. Later ones are from before a kill: written, never
-    named."""
+    """Leaves the last `keep` up to `newest`. Later ones go: a process that was killed wrote them
+    and did not come to name them in `latest`."""
     found = sorted(folder.glob("step_*[0-9]"))
     kept = [path for path in found if path.name <= newest.name][-keep:]
     for path in found:
@@ -504,71 +420,61 @@ def remove_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check(flags: TrainerConfig) -> None:
+# ------------------------------------------------------------------------------------------------
+# From flags to an engine
+
+
+def check_trainer_config(config: TrainerConfig) -> None:
     """Ends the program in one line when flags contradict each other."""
-    if flags.dtype == "bfloat16" and flags.shard == "no" and not flags.lora:
+    if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
         run.fail(
             "--dtype bfloat16 trains all weights through float32 shards: "
             "leave --shard out, or give --lora"
         )
-    if flags.lora and flags.shard == "yes":
+    if config.lora and config.shard == "yes":
         run.fail(
             "--shard yes is for all weights; an adapter is replicated: "
             "leave one of --lora and --shard out"
         )
 
 
-def load(
-    flags: TrainerConfig,
+def load_engine(
+    config: TrainerConfig,
     device: torch.device,
     token_logps: Callable,
     base: str,
     saved: Path | None,
     **optimizer,
 ) -> Engine:
-    """The engine that the flags describe. `base` is what training starts from, `saved` this run's
-    checkpoint to go on with; `optimizer`: betas and weight_decay of AdamW. Raises OSError or
+    """The engine that the flags describe. `base` is what training starts from, `saved` a checkpoint
+    of this run to resume; `optimizer`: betas and weight_decay of AdamW. Raises OSError or
     ValueError."""
     source = base
     dtype = DTYPES["float32"]
-    if flags.lora:
-        dtype = DTYPES[flags.dtype]
+    if config.lora:
+        dtype = DTYPES[config.dtype]  # `Engine` puts the saved adapter on its base
     elif saved is not None:
-        source = str(saved)  # an adapter goes on top of its base instead
-    opened = None
-    if is_sharded(flags.lora, flags.dtype, flags.shard):
-        opened = checkpoints.open_policy(source, dtype)
-    if opened is not None:
-        model, tokenizer, tensors = opened
-    else:
-        model, tokenizer = checkpoints.load_policy(source, "cpu", dtype)
-        tensors = None
-    engine = Engine(
+        source = str(saved)
+    model, tokenizer = checkpoints.load_policy(source, "cpu", dtype)
+    return Engine(
         model,
         tokenizer,
         device,
         token_logps,
-        tensors=tensors,
         base=base,
         saved=saved,
-        lora=flags.lora,
-        lora_alpha=flags.lora_alpha,
-        dtype=flags.dtype,
-        shard=flags.shard,
-        gradient_checkpointing=flags.gradient_checkpointing,
+        lora=config.lora,
+        lora_alpha=config.lora_alpha,
+        dtype=config.dtype,
+        shard=config.shard,
+        gradient_checkpointing=config.gradient_checkpointing,
         **optimizer,
     )
-    return engine
 
 
 def load_reference(engine: Engine, source: str) -> None:
-    """Gives the engine a frozen reference: the policy `source`, as `load` reads it, in the
-    precision of the forward pass."""
-    opened = checkpoints.open_policy(source, engine.dtype) if engine.sharded else None
-    if opened is not None:
-        model, _, tensors = opened
-        engine.keep_reference(model, tensors)
-        return
+    """Gives the engine a frozen reference: the policy `source`, in the precision of the forward
+    pass."""
     model, _ = checkpoints.load_policy(source, "cpu", DTYPES["float32"])
     for parameter in model.parameters():  # not before: an adapter is merged in float32
         parameter.data = parameter.data.to(engine.dtype)

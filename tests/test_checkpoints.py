@@ -215,23 +215,6 @@ def test_every_form_of_a_deepseek_folder_loads(folder, golden, form):
     assert draw((model, tokenizer), CAPTIONS[:1]).chains == draw(golden, CAPTIONS[:1]).chains
 
 
-@pytest.mark.parametrize("form", ["bin shards", "safetensors"])
-def test_a_deepseek_folder_is_opened_without_being_read(folder, golden, form):
-    put_weights(folder, form, golden_weights())
-    model, _, tensors = checkpoints.open_policy(str(folder), torch.float32)
-    assert all(parameter.is_meta for parameter in model.parameters())
-    want = golden[0].state_dict()
-    found = dict(tensors)
-    assert found.keys() == want.keys() and all(
-        torch.equal(found[name], want[name]) for name in want
-    )
-    short = golden_weights()
-    short.pop(next(iter(short)))
-    put_weights(folder, "safetensors", short)
-    if form == "safetensors":  # what does not fit is left to load_policy, which names it
-        assert checkpoints.open_policy(str(folder), torch.float32) is None
-
-
 def test_what_we_save_loads_again_with_lm_head_apart_from_the_embedding(golden, tmp_path):
     model, tokenizer = golden
     model.save_pretrained(tmp_path)

@@ -102,7 +102,7 @@ def test_a_healthy_run_with_an_adapter_stays_far_below_the_limit(tmp_path):
 
 def test_a_rollout_without_the_adapter_is_seen_at_step_5(tmp_path, monkeypatch):
     engines = []
-    load, rollout = trainer.load, gotr1.rollout
+    load, rollout = trainer.load_engine, gotr1.rollout
 
     def loading(*args, **kwargs):
         engines.append(load(*args, **kwargs))
@@ -114,7 +114,7 @@ def test_a_rollout_without_the_adapter_is_seen_at_step_5(tmp_path, monkeypatch):
         with engines[0].lora.disable_adapter():
             return rollout(*args, seed=seed, **kwargs)
 
-    monkeypatch.setattr(trainer, "load", loading)
+    monkeypatch.setattr(trainer, "load_engine", loading)
     monkeypatch.setattr(gotr1, "rollout", forgetting)
     with pytest.raises(RuntimeError, match="not the one that was recorded"):
         start(tmp_path, 7, "--lora", "4")
@@ -124,7 +124,7 @@ def test_a_rollout_without_the_adapter_is_seen_at_step_5(tmp_path, monkeypatch):
 def test_a_reference_with_the_adapter_on_is_seen_after_the_first_update(tmp_path, monkeypatch):
     def with_adapter(self, batch, **settings):
         with torch.no_grad():
-            return self.whole(self.token_logps, batch, **settings)
+            return self.wrapped(self.token_logps, batch, **settings)
 
     monkeypatch.setattr(trainer.Engine, "score_reference", with_adapter)
     with pytest.raises(RuntimeError, match="the reference is the policy itself"):

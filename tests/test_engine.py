@@ -1,9 +1,11 @@
 """What is trained and where it lies: every mode learns the same, resumes bitwise, and its
-checkpoints are models. pytest tests/test_engine.py"""
+checkpoints are models.   pytest tests/test_engine.py"""
 
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +16,16 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import gotr1
-import train_grpo
-from engine import checkpoints
-from engine import trainer as engines
-from toy.world import ToyJudge, crispness, toy_prompts
+from engine import checkpoints, run, trainer
+from evaluation import held_out
+from toy.world import toy_prompts
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 PROMPTS = ["a red ball left of a blue cube", "a green cone and a yellow ball"]
-SMALL = "--batch_size 2 --group 4 --eval_prompts 4 --lr 1e-4 --save_every 100".split()
 MODES = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
-    "shards": {"shard": "yes"},
     "shards, checkpointing": {"shard": "yes", "gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"lora": 4},
@@ -33,16 +33,12 @@ MODES = {
 }
 
 
-def make(mode: dict, saved: Path | None = None) -> engines.Engine:
-    dtype = engines.DTYPES[mode.get("dtype", "float32")] if "lora" in mode else torch.float32
-    source = str(saved) if saved and "lora" not in mode else "toy"
-    torch.manual_seed(0)  # LoRA's initial weights
-    model, tokenizer = gotr1.load_policy(source, "cpu", dtype)
-    engine = engines.Engine(
-        model, tokenizer, torch.device("cpu"), gotr1.token_logps, saved=saved, **mode
-    )
-    if "lora" not in mode:
-        engine.keep_reference(gotr1.load_policy("toy")[0])
+def make(name: str, saved: Path | None = None) -> trainer.Engine:
+    """An engine on the toy, with its reference; or one that resumes from `saved`."""
+    config = trainer.TrainerConfig(**MODES[name])
+    engine = trainer.load_engine(config, CPU, gotr1.token_logps, "toy", saved)
+    if not config.lora:
+        trainer.load_reference(engine, "toy")
     return engine
 
 
@@ -63,11 +59,12 @@ def train(engine, sampled, steps: int) -> list[float]:
     return norms
 
 
-def whole(engine) -> dict:
-    return {
-        name: engines.full(value.detach()).clone()
-        for name, value in engine.model.state_dict().items()
-    }
+def weights_of(engine) -> dict:
+    return trainer.gather_on_rank_0(engine.model.state_dict())
+
+
+def copy_of(engine) -> dict:
+    return {name: value.clone() for name, value in weights_of(engine).items()}
 
 
 def largest_gap(a: dict, b: dict) -> float:
@@ -75,107 +72,89 @@ def largest_gap(a: dict, b: dict) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize("name", ["checkpointing", "shards", "shards, checkpointing"])
-def test_shards_and_checkpointing_take_the_same_steps_as_the_plain_model(sampled, name):
-    plain, other = make({}), make(MODES[name])
-    assert any(isinstance(p, DTensor) for p in other.parameters) == ("shard" in MODES[name])
+@pytest.mark.parametrize("name", ["checkpointing", "shards, checkpointing"])
+def test_shards_and_checkpointing_take_the_same_steps_as_the_plain_model(policy, sampled, name):
+    plain, other = make("plain"), make(name)
+    assert any(isinstance(p, DTensor) for p in other.parameters) == ("shards" in name)
     norms = train(plain, sampled, 3)
     assert train(other, sampled, 3) == pytest.approx(norms, rel=1e-5) and norms[0] > 0
-    assert largest_gap(whole(plain), whole(other)) < 1e-6
-    assert largest_gap(whole(plain), dict(gotr1.load_policy("toy")[0].state_dict())) > 1e-4, (
-        "nothing was trained"
-    )
+    assert largest_gap(weights_of(plain), weights_of(other)) < 1e-6
+    moved = largest_gap(weights_of(plain), policy[0].state_dict())
+    assert moved > 1e-4, "nothing was trained"
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32(sampled):
-    """A step of 1e-6 is far below bfloat16's resolution; float32 masters remember it."""
-    engine = make(MODES["bfloat16"])
-    before = whole(engine)
-    assert all(p.dtype == torch.float32 for p in engine.parameters)
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(policy, sampled):
+    """A step of 1e-6 is far below bfloat16's resolution; float32 masters remember it. The reference
+    is rounded."""
+    engine = make("bfloat16")
+    before = copy_of(engine)
+    loaded = policy[0].state_dict()
+    assert largest_gap(before, loaded) == 0
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in engine.parameters)
+    for name, value in engine.reference.model.state_dict().items():
+        if "vqmodel" not in name:  # nobody draws with the reference
+            assert torch.equal(trainer.full(value), loaded[name].bfloat16()), name
     with engine.gathered() as model:
-        assert model.lm_head.weight.dtype == torch.bfloat16 and not isinstance(
-            model.lm_head.weight, DTensor
-        )
+        weight = model.lm_head.weight
+        assert weight.dtype == torch.bfloat16 and not isinstance(weight, DTensor)
     logp, mask = engine.score(sampled)
     engine.backward(-(logp * mask).mean())
     engine.step(1e-6, 1.0)
-    moved = (whole(engine)["lm_head.weight"] - before["lm_head.weight"]).abs().max().item()
+    moved = (weights_of(engine)["lm_head.weight"] - before["lm_head.weight"]).abs().max().item()
     assert 0 < moved < 2e-6
-    exact = gotr1.token_logps(gotr1.load_policy("toy")[0], sampled)[0]
-    assert (
-        0 < ((logp - exact) * mask).abs().max() < 0.5
-        and ((logp - exact) * mask).abs().mean() < 0.02
-    )
+    gap = ((logp - gotr1.token_logps(policy[0], sampled)[0]) * mask).abs()
+    assert 0 < gap.max() < 0.5 and gap.mean() < 0.02
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_the_reference_is_where_training_starts_and_stays_there(sampled, name):
-    engine = make(MODES[name])
-    start = engine.score(sampled)[0].detach()
-    reference = engine.score_reference(sampled)[0]
+@pytest.mark.parametrize("name", [name for name in MODES if name != "checkpointing"])
+def test_a_checkpoint_continues_bitwise_and_is_a_model_beside_a_reference_that_stays(
+    policy, sampled, name, tmp_path
+):
+    through = make(name)
+    start = through.score(sampled)[0].detach()
+    reference = through.score_reference(sampled)[0]
     assert torch.equal(start, reference) and not reference.requires_grad
-    train(engine, sampled, 2)
-    assert torch.equal(engine.score_reference(sampled)[0], reference)
-    assert (engine.score(sampled)[0] - reference).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_a_checkpoint_continues_bitwise_and_is_a_model(sampled, name, tmp_path):
-    through, cut = make(MODES[name]), make(MODES[name])
-    train(through, sampled, 4)
-    train(cut, sampled, 2)
-    cut.save(tmp_path, 2)
-    continued = make(MODES[name], tmp_path / "step_000002")
+    train(through, sampled, 2)
+    through.save(tmp_path, 2)
+    continued = make(name, tmp_path / "step_000002")
     assert continued.first_step == 2
+    train(through, sampled, 2)
     train(continued, sampled, 2)
-    assert largest_gap(whole(through), whole(continued)) == 0
+    assert largest_gap(weights_of(through), weights_of(continued)) == 0
+    assert torch.equal(continued.score_reference(sampled)[0], reference)
+    assert (continued.score(sampled)[0] - reference).abs().max() > 1e-3
+
     with continued.gathered() as model:
-        trained = gotr1.token_logps(model, sampled)[0]
+        trained = gotr1.token_logps(model, sampled)[0].detach()
     continued.save(tmp_path, 4)
     loaded = gotr1.load_policy(str(tmp_path / "step_000004"))[0]
     gap = (gotr1.token_logps(loaded, sampled)[0] - trained).abs()
     assert gap.max() < (0.5 if "bfloat16" in name else 1e-4)
-    base = gotr1.token_logps(gotr1.load_policy("toy")[0], sampled)[0]
-    assert gap.mean() < 0.2 * (base - trained).abs().mean(), (
-        "what was loaded is not what was trained"
-    )
+    moved = (gotr1.token_logps(policy[0], sampled)[0] - trained).abs()
+    assert gap.mean() < 0.2 * moved.mean(), "what was loaded is not what was trained"
 
 
-def test_only_the_adapter_is_trained_and_saved_in_peft_s_format(sampled, tmp_path):
-    engine = make(MODES["lora"])
-    base = {
-        name: value.clone()
-        for name, value in engine.model.state_dict().items()
-        if "lora_" not in name
-    }
+def test_only_the_adapter_is_trained_it_is_saved_in_peft_s_format_and_merged_by_one_command(
+    sampled, tmp_path, capsys
+):
+    engine = make("lora")
+    before = copy_of(engine)
     train(engine, sampled, 2)
-    after = engine.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in base.items())
+    after = weights_of(engine)
+    assert all("lora_" in name or torch.equal(after[name], before[name]) for name in before)
     assert len(engine.parameters) == 4 * 7 * 2  # 4 layers, 7 linear maps, A and B
     engine.save(tmp_path, 2)
-    settings = json.loads((tmp_path / "step_000002" / "adapter_config.json").read_text())
-    assert (
-        settings["peft_type"] == "LORA"
-        and settings["r"] == 4
-        and settings["base_model_name_or_path"] == "toy"
-    )
-    assert (
-        len(safetensors.torch.load_file(tmp_path / "step_000002" / "adapter_model.safetensors"))
-        == 56
-    )
+    saved = tmp_path / "step_000002"
+    settings = json.loads((saved / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA" and settings["r"] == 4
+    assert settings["base_model_name_or_path"] == "toy"
+    assert len(safetensors.torch.load_file(saved / "adapter_model.safetensors")) == 56
 
-
-def test_an_adapter_is_merged_by_one_command(sampled, tmp_path, capsys):
-    engine = make(MODES["lora"])
-    train(engine, sampled, 3)
-    engine.save(tmp_path, 3)
-    checkpoints.main(
-        [str(tmp_path / "step_000003"), str(tmp_path / "merged"), "--dtype", "float32"]
-    )
+    checkpoints.main([str(saved), str(tmp_path / "merged"), "--dtype", "float32"])
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     merged = gotr1.load_policy(str(tmp_path / "merged"))[0]
-    trained = engine.score(sampled)[0].detach()
-    assert (gotr1.token_logps(merged, sampled)[0] - trained).abs().max() < 1e-4
+    gap = gotr1.token_logps(merged, sampled)[0] - engine.score(sampled)[0]
+    assert gap.abs().max() < 1e-4
     with pytest.raises(SystemExit) as stop:
         checkpoints.main(["toy", str(tmp_path / "merged")])
     assert stop.value.code == 2 and "exists: name a new folder" in capsys.readouterr().err
@@ -186,7 +165,7 @@ def test_logits_exist_only_where_they_are_needed_and_only_in_chunks(sampled):
     last dimension has more rows than a chunk."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    engine = make({})
+    engine = make("plain")
     chunk = 16
     made = []  # shapes
     weights = set()
@@ -213,32 +192,32 @@ def test_logits_exist_only_where_they_are_needed_and_only_in_chunks(sampled):
 
 
 def test_a_gradient_that_is_zero_or_not_finite_changes_nothing(sampled):
-    engine = make({})
+    engine = make("plain")
     train(engine, sampled, 1)
-    before = whole(engine)
+    before = copy_of(engine)
     for factor in (0.0, float("nan"), float("inf")):
         logp, mask = engine.score(sampled)
         engine.backward((logp * mask).mean() * factor)
         assert not 0 < engine.step(1e-3, 1.0) < float("inf")
-        assert largest_gap(whole(engine), before) == 0
-    assert train(engine, sampled, 1)[0] > 0 and largest_gap(whole(engine), before) > 0
+        assert largest_gap(weights_of(engine), before) == 0
+    assert train(engine, sampled, 1)[0] > 0 and largest_gap(weights_of(engine), before) > 0
 
 
 def test_image_understanding_stays_on_the_host_and_out_of_the_optimizer():
     model = gotr1.load_policy("toy")[0]
-    engines.to_device(
-        model, torch.device("meta"), torch.float32, sharded=False
-    )  # meta stands for a GPU
+    meta = torch.device("meta")  # stands for a GPU
+    trainer.to_device(model, meta, torch.float32, sharded=False)
     hosts = {name.split(".")[1] for name, p in model.named_parameters() if p.device.type == "cpu"}
     assert hosts == {"vision_model", "aligner"}
-    engine = make({})
-    understanding = {id(p) for part in ("vision_model", "aligner", "vqmodel")
-                     for p in getattr(engine.model.model, part).parameters()}  # fmt: skip
-    assert engine.parameters and not understanding & {id(p) for p in engine.parameters}
+    engine = make("plain")
+    trained = {id(parameter) for parameter in engine.parameters}
+    for name, parameter in engine.model.named_parameters():
+        frozen = name.startswith(("model.vision_model", "model.aligner", "model.vqmodel"))
+        assert (id(parameter) in trained) != frozen, name
 
 
-def test_checkpoints_are_pruned_and_a_later_one_from_before_a_kill_is_not_taken_for_news(tmp_path):
-    engine = make({})
+def test_checkpoints_are_pruned_and_one_that_was_never_named_is_not_taken_for_news(tmp_path):
+    engine = make("lora")
     for step in (5, 10, 15):
         engine.save(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000010", "step_000015"]
@@ -248,96 +227,102 @@ def test_checkpoints_are_pruned_and_a_later_one_from_before_a_kill_is_not_taken_
     assert (tmp_path / "latest").read_text() == "step_000020"
 
 
-def test_weights_that_are_read_by_their_owner_are_those_of_a_whole_model():
-    """For the policy and, rounded, for the reference."""
-    flags = engines.TrainerConfig(shard="yes", dtype="bfloat16")
-    engine = engines.load(flags, torch.device("cpu"), gotr1.token_logps, "toy", None)
-    engines.load_reference(engine, "toy")
-    assert all(isinstance(parameter, DTensor) for parameter in engine.parameters)
-    want = gotr1.load_policy("toy")[0].state_dict()
-    assert largest_gap(whole(engine), dict(want)) == 0
-    for name, value in engine.reference.model.state_dict().items():
-        rounded = want[name].float() if "vqmodel" in name else want[name].bfloat16()
-        assert torch.equal(engines.full(value), rounded), name
-    buffers = dict(gotr1.load_policy("toy")[0].named_buffers())
-    for name, value in engine.model.named_buffers():
-        assert torch.equal(value, buffers[name]), name
-
-
-def test_a_checkpoint_whose_optimizer_is_in_one_file_still_resumes(sampled, tmp_path):
-    engine = make({})
-    train(engine, sampled, 2)
-    engine.save(tmp_path, 2)
-    saved = tmp_path / "step_000002"
-    torch.save({"step": 2, "optimizer": engine.optimizer.state_dict()}, saved / "trainer.pt")
-    (saved / "optimizer.safetensors").unlink()
-    older = make({}, saved)
-    assert older.first_step == 2
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, sampled):
+    """Real: the operating system refuses files of more than 1 MB."""
+    engine = make("plain")
     train(engine, sampled, 1)
-    train(older, sampled, 1)
-    assert largest_gap(whole(engine), whole(older)) == 0
+    engine.save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match=f"cannot save {tmp_path}/step_000002"):
+            engine.save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_000001"]
+    assert (tmp_path / "latest").read_text() == "step_000001"
+    make("plain", tmp_path / "step_000001")
 
 
-def test_held_out_prompts_are_judged_without_gathered_weights(tmp_path):
-    engine = make(MODES["shards"])
+def test_held_out_prompts_are_judged_without_gathered_weights():
+    engine = make("shards, checkpointing")
     seen = []
 
-    class Judge(ToyJudge):
-        def semantic(self, prompts, chains):
-            seen.append(isinstance(engine.model.lm_head.weight, DTensor))
-            return super().semantic(prompts, chains)
+    def score(prompts, chains, images):
+        seen.append(isinstance(engine.model.lm_head.weight, DTensor))
+        return [{"total": 1.0}] * len(prompts)
 
-    config = train_grpo.Config(rollout_batch=1, group=2)
-    held_out = toy_prompts(3, seed=7, held_out=True)
-    training = train_grpo.Training(
-        config, engine, Judge(), crispness, [], held_out, [], tmp_path, rank=0, world=1
-    )
-    train_grpo.look(training, "before", step=0, count=3)
+    drawing = held_out.Drawing(engine.model, engine.tokenizer, at_once=2, gathered=engine.gathered)
+    held_out.evaluate(drawing, score, toy_prompts(3, seed=7, held_out=True))
     assert seen == [True, True], "two rollouts of at most two prompts, both judged in shards"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
-    """Real: the operating system refuses files of more than 1 MB to a process that has already
-    saved once."""
-    program = f"""
-import resource, sys
+# -------------------------------------------------------------------------------------------------
+# One process and two
+
+AMONG_PROCESSES = {"shards": {"shard": "auto"}, "replicated": {"shard": "no"}, "lora": {"lora": 4}}
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+
 import torch
+
+sys.path += HOUSE
+import test_engine
+from engine import checkpoints, run
+
 torch.set_num_threads(1)
-sys.path.insert(0, {str(ROOT)!r})
-import train_grpo, signal
-from engine import trainer
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = trainer.Engine.save
-def saving(self, folder, step, keep):
-    if step > 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    save(self, folder, step, keep)
-trainer.Engine.save = saving
-train_grpo.main({[*SMALL[:-2], "--steps", "3", "--save_every", "1", "--out", str(tmp_path)]!r})
+checkpoints.DTYPES["float32"] = torch.float64  # as the fixture of that name
+run.start_processes()
+folder = Path(FOLDER)
+sampled = test_engine.four_samples()
+for name in test_engine.AMONG_PROCESSES:
+    test_engine.four_steps(folder, name, sampled, world=2, saved_by=2)
+    test_engine.four_steps(folder, name, sampled, world=2, saved_by=1)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert f"cannot save {tmp_path}/step_000002" in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == f"{tmp_path}/step_000001 is whole: the same command continues from it"
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000001"]
-    safetensors.torch.load_file(tmp_path / "step_000001" / "model.safetensors")
 
 
-def launch(count: int, program: str, tmp_path: Path) -> None:
-    script = tmp_path / f"run_{count}.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(count),
-        script,
-    ]
+def four_samples():
+    model, tokenizer = gotr1.load_policy("toy", dtype=torch.float64)
+    return gotr1.rollout(model, tokenizer, ["a red ball"], group=4, max_chain=60)
+
+
+def four_steps(folder: Path, name: str, sampled, world: int, saved_by: int) -> None:
+    """Four steps with four samples, shared by `world` processes: all of them, with a checkpoint
+    after two; or, when another number of processes has saved that one, the two after it."""
+    config = trainer.TrainerConfig(**AMONG_PROCESSES[name])
+    saved = None
+    if saved_by != world:
+        saved = folder / name / f"{saved_by}, then {saved_by}" / "step_000002"
+    engine = trainer.load_engine(config, CPU, gotr1.token_logps, "toy", saved)
+    for value in engine.optimizer.state[engine.parameters[0]].values():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        assert local.untyped_storage().nbytes() == local.nbytes, "more than its own shard is kept"
+    share = 4 // world
+    for step in range(engine.first_step, 4):
+        # in the first step the last two samples, all that the second process has, teach nothing
+        signs = [1.0, -1.0, float(step > 0), -float(step > 0)]
+        for row in range(run.rank() * share, (run.rank() + 1) * share):
+            logp, mask = engine.score(sampled.select([row]))
+            engine.backward(signs[row] * (logp * mask).sum() / 100)
+        engine.step(1e-4, 1.0)
+        if step in (1, 3):
+            engine.save(folder / name / f"{saved_by}, then {world}", step + 1)
+
+
+def test_two_processes_take_the_steps_of_one_and_each_resumes_from_the_other(tmp_path, float64):
+    """In shards (auto), replicated, and with an adapter. In float64: see conftest.py."""
+    sampled = four_samples()
+    for name in AMONG_PROCESSES:
+        four_steps(tmp_path, name, sampled, world=1, saved_by=1)
+    house = [str(ROOT), str(ROOT / "tests")]
+    program = TWO_PROCESSES.replace("HOUSE", repr(house)).replace("FOLDER", repr(str(tmp_path)))
+    (tmp_path / "two.py").write_text(program)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     done = subprocess.run(
-        command,
+        [sys.executable, *launch, tmp_path / "two.py"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -345,153 +330,16 @@ def launch(count: int, program: str, tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-TWO_PROCESSES = """
-import rewards, torch, train_grpo
-from engine import checkpoints, trainer
-
-checkpoints.DTYPES["float32"] = torch.float64  # as the fixture of that name
-prompts = train_grpo.read_prompts("toy", False, 2000)
-second = prompts[trainer.order_of_step(len(prompts), 1, 2, seed=3)[1]]
-score, steps = train_grpo.score, []
-
-def flat(training, batch, chains, images):
-    rows = score(training, batch, chains, images)
-    steps.append(1)
-    for row, prompt in zip(rows, batch, strict=True):
-        if len(steps) == 3 or (len(steps) == 2 and prompt == second):
-            row["total"] = 0.5
-    return rows
-
-train_grpo.score = flat
-for flags in FLAGS:
-    steps.clear()
-    train_grpo.main(flags)
-"""
-
-
-def test_two_processes_take_the_same_steps_as_one_whatever_their_groups_look_like(tmp_path):
-    """All rewards of rank 1's prompt are equal in step 1, and of both in step 2: no gradient there,
-    no deadlock. In shards (auto), replicated, and with an adapter. In float64: see conftest.py."""
-    modes = {
-        "shards": ["--shard", "auto"],
-        "replicated": ["--shard", "no"],
-        "adapter": ["--lora", "4"],
-    }
-    small = "--batch_size 2 --group 4 --eval_prompts 2 --lr 1e-4 --micro_batch 3".split()
-    small += ["--steps", "5", "--seed", "3"]  # with this seed no group is all equal by itself
-    for count in (1, 2):
-        flags = []
-        for name, mode in modes.items():
-            flags.append([*small, *mode, "--out", str(tmp_path / name / str(count))])
-        launch(count, TWO_PROCESSES.replace("FLAGS", repr(flags)), tmp_path)
+    for name in AMONG_PROCESSES:
+        four_steps(tmp_path, name, sampled, world=1, saved_by=2)
 
     def loaded(source) -> dict:
         return gotr1.load_policy(str(source), dtype=torch.float64)[0].state_dict()
 
-    for name in modes:
-        one, two = tmp_path / name / "1", tmp_path / name / "2"
-        weights = loaded(one / "step_000005")
-        assert largest_gap(weights, loaded(two / "step_000005")) < 1e-10, name
-        assert largest_gap(weights, loaded("toy")) > 1e-5, name
-        log_one, log_two = log_of(one), log_of(two)
-        assert [row["zero_var"] for row in log_one][1:3] == [0.5, 1.0]
-        assert log_one[2]["grad_norm"] == 0
-        for a, b in zip(log_one, log_two, strict=True):
-            assert a["reward"] == b["reward"] and a["zero_var"] == b["zero_var"], name
-            assert a["kl"] == pytest.approx(b["kl"], abs=2e-6)  # the log has six decimals
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=2e-6)
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-HOST_MEMORY = """
-import json, os, sys, torch
-import gotr1
-from engine import checkpoints, run, trainer
-from pathlib import Path
-
-CHECKPOINT, OUT, MODE = ARGUMENTS
-torch.set_num_threads(1)
-
-def resting():
-    # from now on the peak is counted anew
-    Path("/proc/self/clear_refs").write_text("5")
-    return field("VmRSS")
-
-def field(name):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-
-rank, _, device = run.start_processes()
-if MODE == "whole":
-    checkpoints.open_policy = lambda *arguments: None
-flags = trainer.TrainerConfig(shard="yes")
-before = resting()
-engine = trainer.load(flags, device, gotr1.token_logps, CHECKPOINT, None)
-measured = {"loading": field("VmHWM") - before, "loaded": field("VmRSS") - before}
-if MODE == "slices":
-    for parameter in engine.parameters:
-        parameter.grad = torch.full_like(parameter, 0.1)
-    engine.step(1e-3, 1.0)
-    before = resting()
-    engine.save(Path(OUT), 1)
-    measured["saving"] = field("VmHWM") - before
-    run.gather_list([])  # rank 0 has saved
-    before = resting()
-    again = trainer.load(flags, device, gotr1.token_logps, CHECKPOINT, Path(OUT) / "step_000001")
-    measured["resuming"] = field("VmHWM") - before
-    for mine, theirs in zip(engine.parameters, again.parameters, strict=True):
-        assert torch.equal(mine.to_local(), theirs.to_local())
-        loaded = again.optimizer.state[theirs]
-        for name, value in engine.optimizer.state[mine].items():
-            assert torch.equal(trainer.full(value), trainer.full(loaded[name]))
-Path(f"{OUT}.{MODE}.{rank}.json").write_text(json.dumps(measured))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for its peaks")
-def test_host_memory_of_two_processes(tmp_path, capsys):
-    """A checkpoint of 1.2 GB, in shards on two processes: each reads its half, and rank 0 saves
-    without ever holding a whole tensor of the other's. Prints the numbers of docs/gpu.md."""
-    from engine.speed import small_config
-
-    config = small_config()
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18}
-    config.text_config.update({**sizes, "head_dim": 128, "vocab_size": 32768})
-    config.vision_config.projection_dim = 1024
-    config.vq_config.update({"projection_dim": 1024, "image_token_embed_dim": 1024})
-    model = checkpoints.empty_model(config, torch.float32)
-    for parameter in model.parameters():
-        parameter.data.fill_(0.01)
-    largest = max(p.numel() for p in model.parameters()) * 4
-    model.save_pretrained(tmp_path / "large")
-    gotr1.load_policy("toy")[1].save_pretrained(tmp_path / "large")
-    size = (tmp_path / "large" / "model.safetensors").stat().st_size
-    assert size > 1e9
-    del model
-
-    peaks = {}
-    for mode in ("whole", "slices"):
-        out = tmp_path / "out"
-        arguments = (str(tmp_path / "large"), str(out), mode)
-        launch(2, HOST_MEMORY.replace("ARGUMENTS", repr(arguments)), tmp_path)
-        peaks[mode] = [json.loads(Path(f"{out}.{mode}.{rank}.json").read_text()) for rank in (0, 1)]
-    with capsys.disabled():
-        print(
-            f"\ncheckpoint {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB; 2 processes"
-        )
-        for mode, ranks in peaks.items():
-            for rank, measured in enumerate(ranks):
-                cells = [f"{what} {value / 1e9:.2f} GB" for what, value in measured.items()]
-                print(f"{mode}, rank {rank}: " + ", ".join(cells))
-    for measured in peaks["slices"]:
-        assert measured["loading"] < 0.7 * size
-        assert measured["saving"] < 1.3 * largest
-        assert measured["resuming"] < 3 * 0.7 * size
-    assert peaks["whole"][0]["loading"] > 0.9 * size, "this test would not see the whole model"
+    start = loaded("toy")
+    for name in AMONG_PROCESSES:
+        one = loaded(tmp_path / name / "1, then 1" / "step_000004")
+        assert largest_gap(one, start) > 1e-5, name
+        for who in ("2, then 2", "2, then 1", "1, then 2"):
+            other = loaded(tmp_path / name / who / "step_000004")
+            assert largest_gap(one, other) < 1e-10, (name, who)
