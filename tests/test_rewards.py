@@ -6,10 +6,7 @@ import doctest
 import itertools
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from random_networks import (
     random_judge,
 )
 
+import render_boxes
 import rewards
 from judges import hps as judges_hps
 from judges import qwen
@@ -44,7 +42,7 @@ from rewards import (
     score_with_boxes,
     total_reward,
 )
-from toy.world import SIZE, Scene, ToyJudge, crispness, draw_scene, make_scene, sentence
+from toy.world import Scene, ToyJudge, crispness, draw_scene, sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden_hps"
@@ -58,28 +56,14 @@ def test_worked_examples():
     assert result.attempted == 8 and result.failed == 0
 
 
-@pytest.mark.parametrize(
-    "parts, product, by_sum",
-    [
-        ({"sem": 0.4}, 0.4, 0.4),
-        ({"spa": 0.6}, 0.6, 0.6),
-        ({"sem": 0.4, "spa": 0.6}, 0.5, 0.5),
-        ({"ri": 0.5, "pi": 0.5}, 0.25, 1.0),
-        ({"sem": 1.0, "spa": 0.5, "ri": 0.5, "pi": 0.8}, 0.3, 2.05),
-        ({"sem": 1.0, "spa": 1.0, "ri": 0.0, "pi": 1.0, "hps": 0.3}, 0.0, 2.3),
-        ({"sem": 0.5, "total": 9.0, "judge_fail": 3}, 0.5, 0.5),
-    ],
-)
-def test_total_reward(parts, product, by_sum):
-    assert total_reward(parts) == pytest.approx(product)
-    assert total_reward(parts, combine="sum") == pytest.approx(by_sum)
-
-
-def test_total_reward_refuses_what_it_cannot_combine():
-    with pytest.raises(ValueError):
-        total_reward({"judge_fail": 1})
-    with pytest.raises(ValueError):
-        total_reward({"sem": 1.0}, combine="mean")
+def test_total_reward():
+    """The doctest has all parts; here are fewer, a zero, and keys that are no parts."""
+    assert total_reward({"sem": 0.4, "spa": 0.6, "ri": 0.5}) == pytest.approx(0.25)
+    assert total_reward({"sem": 0.4, "ri": 0.5, "total": 9.0}, combine="sum") == 0.9
+    assert total_reward({"sem": 1.0, "ri": 0.0, "pi": 1.0, "judge_fail": 3}) == 0
+    for parts, combine in (({"judge_fail": 1}, "product"), ({"sem": 1.0}, "mean")):
+        with pytest.raises(ValueError):
+            total_reward(parts, combine)
 
 
 def test_one_dog_cannot_stand_for_three():
@@ -118,66 +102,31 @@ def test_matching_against_every_assignment():
 # score(), with the exact judge: every single fault lowers exactly the parts that it should
 
 
-def prompt_of(scene):
-    return " ".join(sentence(scene, scene.names))
-
-
-def chain_of(scene, boxes):
-    return format_chain(["A", *sentence(scene, boxes)[1:]])
-
-
 NAMES = ["red ball", "blue cube"]
 CELLS = [(1, 1, 2), (5, 4, 2)]  # the ball is left of and above the cube
 SCENE = Scene(NAMES, [(0, "left of", 1)], CELLS)
-CHAIN = chain_of(SCENE, SCENE.boxes)
+PROMPT = " ".join(sentence(SCENE, SCENE.names))
+CHAIN = format_chain(["A", *sentence(SCENE, SCENE.boxes)[1:]])
 PICTURE = draw_scene(NAMES, CELLS)
-MIRRORED = [(5, 1, 2), (1, 4, 2)]
-SWAPPED = ["blue ball", "red cube"]
-CHAIN_MIRRORED = chain_of(SCENE, Scene(NAMES, [], MIRRORED).boxes)
-CHAIN_SWAPPED = chain_of(SCENE, Scene(SWAPPED, [], CELLS).boxes)
-CHAIN_DRIFTED = chain_of(SCENE, Scene(NAMES, [], [(0, 1, 2), (5, 4, 2)]).boxes)
-ONE_OBJECT = draw_scene(NAMES[:1], CELLS[:1])
-BLANK = Image.new("RGB", (SIZE, SIZE), "white")
-FAULTS = {
-    # name: (chain, picture, parts that fall below 1)
-    "none": (CHAIN, PICTURE, set()),
-    "object missing in the picture": (CHAIN, ONE_OBJECT, {"ri", "pi"}),
-    "object missing in the plan": (format_chain(["A", SCENE.boxes[0]]), PICTURE, {"sem", "spa"}),
-    "colours swapped in the picture": (CHAIN, draw_scene(SWAPPED, CELLS), {"ri", "pi"}),
-    "colours swapped in the plan": (CHAIN_SWAPPED, PICTURE, {"sem", "spa", "ri"}),
-    "relation flipped in the plan only": (CHAIN_MIRRORED, PICTURE, {"spa", "ri"}),
-    "relation flipped in both": (CHAIN_MIRRORED, draw_scene(NAMES, MIRRORED), {"spa", "pi"}),
-    "relation flipped in the words": (CHAIN.replace("left of", "right of"), PICTURE, {"sem"}),
-    "a box has drifted": (CHAIN_DRIFTED, PICTURE, {"ri"}),
-    "blank picture": (CHAIN, BLANK, {"ri", "pi"}),
-    "garbled chain": ("A <|obj_start|>red b<|box_start|>(1,2),(", PICTURE, {"sem", "spa", "ri"}),
-    "words without boxes": ("A red ball left of a blue cube", PICTURE, {"spa", "ri"}),
-    "boxes without words": (format_chain([*SCENE.boxes]), PICTURE, {"sem"}),
-    "empty chain": ("", PICTURE, {"sem", "spa", "ri"}),
-}
+MIRRORED = format_chain(["A", *sentence(SCENE, Scene(NAMES, [], [(5, 1, 2), (1, 4, 2)]).boxes)[1:]])
+FAULTS = [  # (chain, picture, parts that fall below 1); tests/test_toy.py has more
+    (CHAIN, PICTURE, set()),
+    (CHAIN, draw_scene(NAMES[:1], CELLS[:1]), {"ri", "pi"}),
+    (CHAIN, draw_scene(["blue ball", "red cube"], CELLS), {"ri", "pi"}),
+    (MIRRORED, PICTURE, {"spa", "ri"}),
+    (CHAIN.replace("left of", "right of"), PICTURE, {"sem"}),
+    ("A <|obj_start|>red b<|box_start|>(1,2),(", PICTURE, {"sem", "spa", "ri"}),
+    ("A red ball left of a blue cube", PICTURE, {"spa", "ri"}),
+    (format_chain([*SCENE.boxes]), PICTURE, {"sem"}),
+    ("", PICTURE, {"sem", "spa", "ri"}),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_lowers_exactly_its_parts(fault):
-    chain, picture, lowered = FAULTS[fault]
-    row = score(ToyJudge(), None, [prompt_of(SCENE)], [chain], [picture])[0]
+@pytest.mark.parametrize("chain, picture, lowered", FAULTS)
+def test_each_fault_lowers_exactly_its_parts(chain, picture, lowered):
+    row = score(ToyJudge(), None, [PROMPT], [chain], [picture])[0]
     assert {part for part in ("sem", "spa", "ri", "pi") if row[part] < 1} == lowered
     assert row["judge_fail"] == 0 and (row["total"] == 1) == (not lowered)
-
-
-def test_perfect_samples_of_every_kind_score_one():
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    scenes = [make_scene(rng, kind) for kind in ("single", "color", "spatial", "complex") * 10]
-    prompts = [prompt_of(scene) for scene in scenes]
-    chains = [chain_of(scene, scene.boxes) for scene in scenes]
-    pictures = [draw_scene(scene.names, scene.cells) for scene in scenes]
-    rows = score(ToyJudge(), crispness, prompts, chains, pictures)
-    assert len(rows) == 40
-    for row in rows:
-        assert (row["sem"], row["spa"], row["ri"], row["pi"]) == (1, 1, 1, 1)
-        assert row["total"] == row["hps"]
 
 
 class Stub:
@@ -340,50 +289,36 @@ def test_unreadable_replies_are_counted_and_most_of_them_stop_the_run(monkeypatc
         # JSON inside something that is none
         ('I think {so: {"reasoning": "score: high", "score": 4}', 0.4),
         ('{"sc{"score": 5}ore": 8}', 0.5),
-        ('{"score": 8, bad, "parts": {"score": 3}}', None),
-        ('{"parts": {"score": 3}, "score": 1', None),
-        # not one clear mark
-        ("", None),
-        ("8", None),
-        ("The picture is good.", None),
-        ('{"score": 8} or rather {"score": 3}', None),
-        ('{"score": "7-8"}', None),
-        ("Score: 7 - 8", None),
-        ("Score: 7 to 8", None),
-        ('{"score": "80/100"}', None),
-        ("Score: 8 out of 100", None),
-        ('{"score": "4/5"}', None),
-        ('{"score": 11}', None),
-        ('{"score": -3}', None),
-        ('{"score": 0.8}', None),
-        ('{"score": 8,5}', None),
-        ('{"score": 1e1}', None),
-        ('{"score": .8}', None),
-        ('{"score": 80%}', None),
-        ('{"score": "ten"}', None),
-        ('{"score": null}', None),
-        ('{"score": [8]}', None),
         ('{"score": ８}', None),  # a full-width digit
-        ('{"score": 1', None),  # cut off: may have been going to be 10
-        ('{"score": "1', None),
-        ('{"score": 1…', None),
-        ('{"reasoning": "so', None),
-        ("Score: 7.…", None),
-        ("Score: 1…", None),
-        ('{"a": {"score": 5}, "b": {"score": 6}}', None),
-        ('{"score": 8, "reasoning": "clear", "score": 3}', None),
-        ('{"score": {"score": 8}}', None),
-        ('{"score": true}', None),
-        ('{"score": NaN}', None),
         ('{"score": 1' + "0" * 5000 + "}", None),
-        ('{"score": 4} Score: 5', None),
-        ('{"score": 8}, {"score": 1…', None),
-        ('{"reasoning": "score: 4", "score": 4', None),  # cut off: not JSON
-        ('{"x":' * 5000 + '{"score": 4}' + "}" * 5000, 0.4),  # too deep for JSON: as prose
+        ('{"x":' * 2000 + '{"score": 4}' + "}" * 2000, 0.4),  # too deep for JSON: as prose
     ],
 )
 def test_parse_score(reply, expected):
     assert parse_score(reply) == expected
+
+
+NO_CLEAR_MARK = """
+8 | The picture is good. | {"score": 8} or rather {"score": 3} | {"score": "7-8"} | Score: 7 - 8
+Score: 7 to 8 | {"score": "80/100"} | Score: 8 out of 100 | {"score": "4/5"} | {"score": 11}
+{"score": -3} | {"score": 0.8} | {"score": 8,5} | {"score": 1e1} | {"score": .8} | {"score": 80%}
+{"score": "ten"} | {"score": null} | {"score": [8]} | {"score": {"score": 8}} | {"score": true}
+{"score": NaN} | {"a": {"score": 5}, "b": {"score": 6}} | {"score": 4} Score: 5
+{"score": 8, "reasoning": "clear", "score": 3} | {"score": 8, bad, "parts": {"score": 3}}
+"""
+CUT_OFF = """
+{"score": 1 | {"score": "1 | {"score": 1… | {"reasoning": "so | Score: 7.… | Score: 1…
+{"score": 8}, {"score": 1… | {"reasoning": "score: 4", "score": 4
+{"parts": {"score": 3}, "score": 1
+"""
+
+
+def test_no_mark_is_guessed():
+    """Cut off, a 1 may have been going to be a 10."""
+    for block in (NO_CLEAR_MARK, CUT_OFF):
+        for reply in block.strip().replace("\n", " | ").split(" | "):
+            assert parse_score(reply) is None, reply
+    assert parse_score("") is None
 
 
 FOUR = '{"completeness": 8, "faithfulness": 6, "consistency": 10, "clarity": 4}'
@@ -419,23 +354,6 @@ CUP, ALL = Box("", 250, 125, 500, 250), Box("", 0, 0, 1000, 1000)
         ("```json\n[ ]\n```", []),
         ('{"bbox_2d": [], "label": "2 cups"}', []),
         ('{"bbox_2d": null}', []),
-        ("There is no cup in this picture.", []),
-        ("A cup is not visible.", []),
-        # refusals in ordinary words
-        ("The image does not contain a cup.", []),
-        ("The picture doesn't show any cups", []),
-        ("The picture doesn’t show any cups", []),
-        ("No cup is visible", []),
-        ("no cups were found in the image.", []),
-        ("I see no cup in this picture.", []),
-        ("I cannot find any", []),
-        ("I'm sorry, but I can't locate a cup.", []),
-        ("I was unable to detect it.", []),
-        ("not present", []),
-        ("There isn't a cup.", []),
-        ("There's no cup.", []),
-        ("No.", []),
-        ("No cup.", []),
         ('[{"bbox_2d": [0, 0, 0, 0], "label": "cup"}]', []),
         # one bad box takes nothing from the good ones beside it
         ('[{"bbox_2d": [98, 49, 196, 98]}, {"bbox_2d": [0, 0, 0, 0]}]', [CUP]),
@@ -445,9 +363,6 @@ CUP, ALL = Box("", 250, 125, 500, 250), Box("", 0, 0, 1000, 1000)
         ('[{"bbox_2d": [393, 10, 420, 20]}, {"bbox_2d": [98, 49, 196, 98]}]', [CUP]),
         # not readable
         ("", None),
-        ("I see a cup.", None),
-        ("The cup is on the left, behind the plate.", None),
-        ("No, it is at the left: behind the plate, not on it", None),
         ("everything beauty[]over way", None),  # what a random model wrote
         ('[{"bbox_2d": [98, 49, 196', None),
         ('[{"bbox_2d": [98, 49, 196, 98', None),  # 98, or 980?
@@ -459,11 +374,30 @@ CUP, ALL = Box("", 250, 125, 500, 250), Box("", 0, 0, 1000, 1000)
         ('[{"bbox_2d": [98, 49, 196, 98]}, {"bbox_2d": [98, 49, 800, 900]}]', None),
         ('{"bbox_2d": [9800000, 49, 196, 98]}', None),
         ('{"bbox_2d": [1e2, 49, 196, 98]}', None),
-        ("There is no cup. [98, 49", None),
     ],
 )
 def test_parse_bboxes(reply, expected):
     assert parse_bboxes(reply, 392, 392) == expected
+
+
+REFUSALS = """
+There is no cup in this picture. | A cup is not visible. | The image does not contain a cup.
+The picture doesn't show any cups | The picture doesn’t show any cups | No cup is visible
+no cups were found in the image. | I see no cup in this picture. | I cannot find any | No. | No cup.
+I'm sorry, but I can't locate a cup. | I was unable to detect it. | not present | There isn't a cup.
+There's no cup. | None
+"""
+NO_REFUSALS = """
+I see a cup. | The cup is on the left, behind the plate. | There is no cup. [98, 49
+No, it is at the left: behind the plate, not on it
+"""
+
+
+def test_refusals_in_ordinary_words_are_none():
+    for reply in REFUSALS.strip().replace("\n", " | ").split(" | "):
+        assert parse_bboxes(reply, 392, 392) == [], reply
+    for reply in NO_REFUSALS.strip().replace("\n", " | ").split(" | "):
+        assert parse_bboxes(reply, 392, 392) is None, reply
 
 
 def test_boxes_count_in_the_frame():
@@ -542,14 +476,10 @@ def test_boxes_that_were_written_are_read_or_refused(shape, prose, corners):
     parts = [shape.replace("R", prose).replace("B", ", ".join(map(str, box))) for box in corners]
     reply = f"```json\n[{', '.join(parts)}]\n```"
     boxes = read(reply)[1]
-    assert len(boxes) == len(truth) and all(
-        iou(a, b) > 1 - 1e-9 for a, b in zip(boxes, truth, strict=True)
-    )
-    for end in range(len(reply)):
+    assert min(iou(a, b) for a, b in zip(boxes, truth, strict=True)) > 1 - 1e-9
+    for end in range(len(reply)):  # cut off: the complete ones; never "there is none"
         cut = read(reply[:end])[1]
-        assert cut is None or (
-            cut and cut == boxes[: len(cut)]
-        )  # the complete ones; never "there is none"
+        assert cut is None or (cut and cut == boxes[: len(cut)])
 
 
 PIECES = ['"score": ', "score:" + " " * 9, "[ 1 , 1 , 1 , 1 ,", '{"', "there is ", "no "]
@@ -558,13 +488,13 @@ PIECES += ["\\", "score: 1/10", '{"score": 1}', '{"score": {', "{}", '{"\\"', '{
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_long_reply_is_read_in_no_time(piece):
-    """20,000 characters, twenty times what a judge may write. JSON is tried from every brace; the
-    regular expressions alone are linear on any input."""
-    text = piece * (20_000 // len(piece))
+    """8,000 characters, about eight times what a judge may write. JSON is tried from every brace;
+    the regular expressions alone are linear on any input."""
+    text = piece * (8_000 // len(piece))
     start = time.process_time()
     parse_score(text), parse_bboxes(text, 392, 392)
-    assert time.process_time() - start < 2
-    text = text.replace("{", "(") * 10
+    assert time.process_time() - start < 1
+    text = text.replace("{", "(") * 20
     start = time.process_time()
     parse_score(text), parse_bboxes(text, 392, 392)
     assert time.process_time() - start < 0.5
@@ -615,10 +545,8 @@ def images():
 
 def ask_all(judge, samples):
     """The four calls for some of the five samples: the answers, and the replies."""
-    prompts = [PROMPTS[k] for k in samples]
-    chains = [CHAINS[k] for k in samples]
-    layouts = [LAYOUTS[k] for k in samples]
-    pictures = [images()[k] for k in samples]
+    columns = (PROMPTS, CHAINS, LAYOUTS, images())
+    prompts, chains, layouts, pictures = ([column[k] for k in samples] for column in columns)
     answers = [
         judge.semantic(prompts, chains),
         judge.spatial(prompts, layouts),
@@ -633,22 +561,16 @@ def questions(texts, pictures=None, max_tokens=8):
     return [Question(*pair, max_tokens) for pair in zip(texts, pictures, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "scoring, spatial_as", [("reply", "boxes"), ("reply", "text"), ("yes", "boxes")]
-)
+@pytest.mark.parametrize("scoring, spatial_as", [("reply", "text"), ("yes", "boxes")])
 def test_a_batch_gives_what_single_questions_give(judge, scoring, spatial_as):
     judge.scoring, judge.spatial_as = scoring, spatial_as
-    _, together = ask_all(judge, range(5))
-    judge.batch_size = 2
-    _, pairs = ask_all(judge, range(5))
-    singles = [ask_all(judge, [k])[1] for k in range(5)]
+    judge.batch_size = 3
+    answers, together = ask_all(judge, range(4))
+    singles = [ask_all(judge, [k])[1] for k in range(4)]
     for part, words in together.items():
-        assert words == pairs[part] == [single[part][0] for single in singles]
+        assert words == [single[part][0] for single in singles]
         assert len(set(words)) > 1  # it looks at what it is given
-    # noise is no mark
-    assert score(judge, None, PROMPTS, [PLAN] * 5, images(), strict=False)[0]["total"] == 0
-    with pytest.raises(RuntimeError, match="cannot be read"):
-        score(judge, None, PROMPTS, [PLAN] * 5, images())
+    assert answers == [[None] * 4] * 4  # noise is no mark
 
 
 def real_processor(parts, family, template, monkeypatch):
@@ -728,13 +650,6 @@ def test_replies_are_those_of_transformers_own_forward_pass(family, monkeypatch)
     assert len(lengths) > 1 and 8 in lengths
 
 
-def test_the_text_template_takes_no_parts(parts):
-    """The fixture is like the real one: a list of parts is a TypeError."""
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    with pytest.raises(TypeError, match="can only concatenate str"):
-        parts[1].apply_chat_template(chat, tokenize=False)
-
-
 def test_an_earlier_call_leaves_no_trace(judge):
     """The model keeps the position offsets of its last pictures; later text must not get them."""
     alone = qwen.QwenJudge(random_judge(dtype=torch.float64), batch_size=5)
@@ -786,10 +701,11 @@ def test_other_judges_are_refused(parts, monkeypatch):
 def test_out_of_memory_halves_the_batch(judge, monkeypatch, capsys):
     write = judge._write_batch
     sizes = []
+    most = 2
 
     def short_of_memory(batch):
         sizes.append(len(batch))
-        if len(batch) > 2:
+        if len(batch) > most:
             raise torch.OutOfMemoryError("no memory")
         return write(batch)
 
@@ -799,12 +715,8 @@ def test_out_of_memory_halves_the_batch(judge, monkeypatch, capsys):
     judge.semantic(PROMPTS, CHAINS)
     assert sizes == [5, 2, 2, 1] and judge.batch_size == 2 and judge.words["sem"] == wanted
     assert "going on with 2 questions" in capsys.readouterr().err
-
-    def no_memory(batch):
-        raise torch.OutOfMemoryError("none at all")
-
-    monkeypatch.setattr(judge, "_write_batch", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):  # also one at a time
         judge.semantic(PROMPTS, CHAINS)
 
 
@@ -944,16 +856,10 @@ def test_boxes_survive_real_tokens_wherever_a_reply_is_cut(real_tokens):
 
 def test_chains_survive_real_tokens(real_tokens):
     """Markers of chains: Qwen has <|box_start|> and <|box_end|> as tokens of its own, but not
-    <|obj_start|>. They come back alike, unless special tokens are skipped: as in replies, where
-    a box in this notation is nothing that parse_bboxes reads, before or after."""
+    <|obj_start|>. They come back alike; what the judge is asked about has no marker left."""
     ids = real_tokens(REAL_CHAIN).input_ids
-    box_start = real_tokens.convert_tokens_to_ids("<|box_start|>")
-    assert ids.count(box_start) == 2 and real_tokens.decode(ids) == REAL_CHAIN
-    assert parse_chain(real_tokens.decode(ids)) == parse_chain(REAL_CHAIN)
-    skipped = real_tokens.decode(ids, skip_special_tokens=True)
-    assert "<|obj_start|>" in skipped and "<|box_start|>" not in skipped
-    assert parse_bboxes(REAL_CHAIN, 1000, 1000) is parse_bboxes(skipped, 1000, 1000) is None
-    # what the judge is asked about has no marker left
+    assert ids.count(real_tokens.convert_tokens_to_ids("<|box_start|>")) == 2
+    assert real_tokens.decode(ids) == REAL_CHAIN
     judge = qwen.QwenJudge(random_judge(tokenizer=real_tokens))
     asked = real_tokens(judge._intro("sem", prompt="p", chain=REAL_CHAIN)).input_ids
     assert max(asked) < real_tokens.convert_tokens_to_ids("<|endoftext|>")
@@ -1178,6 +1084,7 @@ def golden(tmp_path_factory):
 
 @pytest.mark.parametrize("antialias", [True, False])
 def test_hps_equals_the_golden_cosines(golden, antialias):
+    """Each picture with each prompt; prompts that stand there several times are read once."""
     known, path, base = golden
     hps = HPS(path, antialias=antialias, base=base)
     images = [Image.open(GOLDEN / name) for name in known["images"]]
@@ -1202,32 +1109,6 @@ def test_hps_sees_the_golden_pixels_and_tokens(golden):
     same = Image.new("RGB", (224, 224), (255, 0, 128))
     red = torch.tensor((1 - 0.48145466) / 0.26862954)
     assert torch.allclose(hps.pixels(same)[0], red, atol=1e-6)
-
-
-def test_hps_reads_each_prompt_once_and_keeps_the_order(golden, monkeypatch):
-    known, path, base = golden
-    hps = HPS(path, base=base)
-    tokenizer = hps.tokenizer
-    read = []
-
-    def reading(texts, **kwargs):
-        read.extend(texts)
-        return tokenizer(texts, **kwargs)
-
-    hps.tokenizer = reading
-    a, b = known["prompts"][:2]
-    image = Image.open(GOLDEN / "image_3.png")
-    cosines = known["scores"]["antialias"][3]
-    expected = [cosines[0], cosines[0], cosines[1], cosines[0]]
-    assert hps([a, a, b, a], [image] * 4) == pytest.approx(expected, abs=2e-6)
-    assert read == [a, b]
-
-
-def test_hps_half_precision_is_close(golden):
-    known, path, base = golden
-    hps = HPS(path, dtype=torch.bfloat16, base=base)
-    cosine = hps(known["prompts"][:1], [Image.open(GOLDEN / "image_0.png")])[0]
-    assert cosine == pytest.approx(-0.2569, abs=0.02)
 
 
 def test_hps_says_which_file_to_fetch(golden, tmp_path):
@@ -1323,45 +1204,35 @@ def test_a_flag_names_a_toy_judge_that_errs():
 
 def test_script_with_the_toy_judge(tmp_path, monkeypatch, capsys):
     planned = Scene(NAMES, [], [(1, 1, 2), (5, 5, 2)])  # the cube is a cell lower than it is drawn
-    (tmp_path / "chain.txt").write_text(chain_of(SCENE, planned.boxes))
+    plan = format_chain(["A", *sentence(SCENE, planned.boxes)[1:]])
+    (tmp_path / "chain.txt").write_text(plan)
     PICTURE.save(tmp_path / "picture.png")
-    command = ["--prompt", prompt_of(SCENE), "--judge", "toy", "--out", "seen.png"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "rewards.py"), *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=one_thread,
-    )
-    assert done.returncode == 0 and not done.stderr
-    table = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()}
-    assert table["sem"] == table["spa"] == table["pi"] == "1.000"
-    assert table["ri"] == table["total"] == "0.667"  # 1 and 1/3
-    seen = Image.open(tmp_path / "seen.png")
-    assert min(seen.size) >= 448 and len(seen.getcolors(2**24)) > len(PICTURE.getcolors(2**24))
-
-    def labels(boxes, **_):
-        planned = ["red ball: IoU 1.00", "blue cube: IoU 0.33"]
-        assert [box.name for box in boxes] == [*planned, "found red ball", "found blue cube"]
-        return PICTURE
-
-    monkeypatch.setattr(rewards, "draw_boxes", labels)
     monkeypatch.chdir(tmp_path)
     ground = ToyJudge.ground
-    calls = []
+    drawn, asked = [], []
 
     def counted(judge, images, names):
-        calls.append(names)
+        asked.append(names)
         return ground(judge, images, names)
 
+    def draw_boxes(boxes, **settings):
+        drawn.append([box.name for box in boxes])
+        return render_boxes.draw_boxes(boxes, **settings)
+
     monkeypatch.setattr(ToyJudge, "ground", counted)
-    rewards.main(command[:4] + ["--rewards", "spa", "ri"])
-    assert calls == [["red ball", "blue cube"]]  # the picture needs no question of its own
-    out = capsys.readouterr().out
-    assert "sem" not in out and "ri          0.667" in out and Path("rewards.png").exists()
-    rewards.main(command[:4] + ["--rewards", "spa"])
-    assert "ri " not in capsys.readouterr().out
+    monkeypatch.setattr(rewards, "draw_boxes", draw_boxes)
+    command = ["--prompt", PROMPT, "--judge", "toy"]
+    rewards.main(command)
+    table = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
+    assert table["sem"] == table["spa"] == table["pi"] == "1.000"
+    assert table["ri"] == table["total"] == "0.667"  # 1 and 1/3
+    planned = ["red ball: IoU 1.00", "blue cube: IoU 0.33"]
+    assert drawn == [[*planned, "found red ball", "found blue cube"]]
+    assert asked == [["red ball", "blue cube"]]  # the picture needs no question of its own
+    seen = Image.open("rewards.png")
+    assert min(seen.size) >= 448 and len(seen.getcolors(2**24)) > len(PICTURE.getcolors(2**24))
+    rewards.main([*command, "--rewards", "spa", "--out", "other.png"])
+    assert "ri " not in capsys.readouterr().out and Image.open("other.png").size == seen.size
 
 
 @pytest.mark.parametrize(
