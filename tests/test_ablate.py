@@ -117,7 +117,6 @@ def test_train_grpo_understands_the_flags(tmp_path):
         for training in plan_of(name, tmp_path, seeds=2, flags="--group 8"):
             words = shlex.split(training.flags)
             flags = run.parse_args(train_grpo.Config, "", words, train_grpo.PRESETS)
-            train_grpo.check(flags, world=1)
             assert (flags.seed, flags.group) == (training.seed, 8)
             found[name, training.row.key] = flags
     everything = ("sem", "spa", "ri", "pi", "hps")
