@@ -117,8 +117,11 @@ VARIETY = Study(
     steps=220,
     flags="--look_every 55 --evaluate_looks",
     columns=[
-        *("total", "complex: picture right", "follow: ri"),
-        *("variety: layout", "variety: place entropy"),
+        "total",
+        "complex: picture right",
+        "follow: ri",
+        "variety: layout",
+        "variety: place entropy",
     ],
     rows=[
         Row("mean", "mean", "--advantage mean"),
@@ -151,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
             print("\nstopped: the same command goes on from here", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
     for name in names:
-        publish(name, plan(STUDIES[name], config), Path(config.out))
+        if plan(STUDIES[name], config):  # else --rows names none of it
+            publish(name, plan(STUDIES[name], config), Path(config.out))
 
 
 def check(config: Config, names: list[str]) -> None:
@@ -274,60 +278,67 @@ def publish(name: str, trainings: list[Training], out: Path) -> None:
     print(f"\n{text}\nwritten to {out / name}.md and {out / name}.png")
 
 
-def read_results(trainings: list[Training]) -> list[tuple[Row, dict[int, dict]]]:
-    """The lines of a table: a row and, by seed, the measures of held-out prompts after its
-    trainings; None where one is not finished. The first line is the model before any training."""
-    before = {}
-    lines = {}  # key -> (row, measures by seed)
+@dataclass
+class Line:
+    """A line of a table."""
+
+    row: Row
+    by_seed: dict[int, dict | None]  # measures of held-out prompts; None: not finished
+
+    def values(self, measure: str) -> list[float]:
+        """One per finished training; [] when it was not measured."""
+        return [found[measure] for found in self.by_seed.values() if found and measure in found]
+
+
+def read_results(trainings: list[Training]) -> list[Line]:
+    """The first line is the model before any training."""
+    before = Line(BASELINE, {})
+    lines = {}  # by key
     for training in trainings:
         if (training.folder / "eval_before.json").exists():
-            before[training.seed] = read_json(training.folder / "eval_before.json")
-        _, after = lines.setdefault(training.row.key, (training.row, {}))
-        after[training.seed] = None
+            before.by_seed[training.seed] = read_json(training.folder / "eval_before.json")
+        found = None
         if training.finished:
-            after[training.seed] = read_json(training.folder / "eval_after.json")
-    return [(BASELINE, before), *lines.values()]
+            found = read_json(training.folder / "eval_after.json")
+        line = lines.setdefault(training.row.key, Line(training.row, {}))
+        line.by_seed[training.seed] = found
+    return [before, *lines.values()]
 
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def values_of(by_seed: dict[int, dict], measure: str) -> list[float]:
-    """One per finished training; [] when it was not measured."""
-    return [found[measure] for found in by_seed.values() if found and measure in found]
-
-
-def report(study: Study, trainings: list[Training], table: list[tuple]) -> str:
+def report(study: Study, trainings: list[Training], table: list[Line]) -> str:
     """The table in Markdown."""
     import torch
 
     head = ["", *study.columns, "seeds"]
-    lines = [head, ["---"] * len(head)]
-    for row, by_seed in table:
-        line = [row.title]
+    texts = [head, ["---"] * len(head)]
+    for line in table:
+        cells = [line.row.title]
         for measure in study.columns:
-            values = values_of(by_seed, measure)
+            values = line.values(measure)
             cell = f"{np.mean(values):.2f}" if values else "–"
             if values and min(values) < max(values):
                 cell += f" ({min(values):.2f} to {max(values):.2f})"
-            line.append(cell)
-        missing = [seed for seed, found in by_seed.items() if not found]
-        seeds = ", ".join(str(seed) for seed in by_seed if seed not in missing)
+            cells.append(cell)
+        finished = [str(seed) for seed, found in line.by_seed.items() if found]
+        missing = [str(seed) for seed, found in line.by_seed.items() if not found]
+        seeds = ", ".join(finished)
         if missing:
-            seeds += f" (missing: {', '.join(map(str, missing))})"
-        lines.append([*line, seeds.strip()])
+            seeds += f" (missing: {', '.join(missing)})"
+        texts.append([*cells, seeds.strip()])
+    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in texts)
     return (
         f"# {study.question}\n\n"
         "Mean over training seeds, with the lowest and the highest in brackets. The first training "
         f"was\n`train_grpo.py {trainings[0].flags}`;\nothers differ in the seed and the flags of "
-        f"their row. One CPU thread, torch {torch.__version__}.\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + "\n"
+        f"their row. One CPU thread, torch {torch.__version__}.\n\n{rows}\n"
     )
 
 
-def add_taus(table: list[tuple], prompts: int = 240, samples: int = 2) -> None:
+def add_taus(table: list[Line], prompts: int = 240, samples: int = 2) -> None:
     """Adds the measure `tau` to every row of study judge: Kendall's tau-b between the total rewards
     of its judge and the exact ones, over samples of the SFT model for held-out prompts."""
     import torch
@@ -349,10 +360,10 @@ def add_taus(table: list[tuple], prompts: int = 240, samples: int = 2) -> None:
         return [score["total"] for score in scores]
 
     exact = totals_by(ToyJudge())
-    for row, by_seed in table[1:]:
-        judge = ToyJudge.from_flag(row.flags.removeprefix("--judge ") or "toy")
+    for line in table[1:]:
+        judge = ToyJudge.from_flag(line.row.flags.removeprefix("--judge ") or "toy")
         tau = float(kendalltau(totals_by(judge), exact).statistic)
-        for found in by_seed.values():
+        for found in line.by_seed.values():
             if found:
                 found["tau"] = tau
 
@@ -363,7 +374,7 @@ def add_taus(table: list[tuple], prompts: int = 240, samples: int = 2) -> None:
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # Okabe and Ito
 
 
-def draw_rows(study: Study, table: list[tuple]):
+def draw_rows(study: Study, table: list[Line]):
     """The share of right pictures of each row. The paper's scores are beside the rows of REWARDS
     only: `paper` of the SFT model belongs to that table."""
     from matplotlib.figure import Figure
@@ -375,15 +386,15 @@ def draw_rows(study: Study, table: list[tuple]):
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(1, len(PICTURES), sharey=True)
     for k, (axis, measure) in enumerate(zip(axes, PICTURES, strict=True)):
-        for y, (row, by_seed) in enumerate(table):
-            values = values_of(by_seed, measure)
+        for y, line in enumerate(table):
+            values = line.values(measure)
             if values:
                 axis.barh(y, np.mean(values), color=COLORS[0], alpha=0.4)
                 axis.plot(values, [y] * len(values), "o", color=COLORS[0], markersize=4)
-            if row.paper and study is REWARDS:
-                axis.plot(row.paper[k], y, "D", color=COLORS[4], markersize=6)
+            if line.row.paper and study is REWARDS:
+                axis.plot(line.row.paper[k], y, "D", color=COLORS[4], markersize=6)
         axis.set(title=measure, xlim=(0, 1), ylim=(len(table) - 0.4, -0.6))  # downwards
-        axis.set_yticks(range(len(table)), [row.title for row, _ in table])
+        axis.set_yticks(range(len(table)), [line.row.title for line in table])
     return figure
 
 

@@ -202,12 +202,11 @@ def follow_plans(count: int = 60) -> list[tuple[str, str]]:
     """Held-out prompts, `count` (at most 60) of each kind of PROMPT_MIX, with a plan each: (prompt,
     chain). A plan satisfies its prompt by a random layout that no model wrote. Pictures of these
     plans show how well a model follows a plan."""
-    rows = [
-        json.loads(line) for line in GIVEN_PLANS.read_text(encoding="utf-8").split("\n") if line
-    ]
+    lines = GIVEN_PLANS.read_text(encoding="utf-8").splitlines()
     plans = []
-    for first in range(0, len(rows), 60):  # of a kind
-        for row in rows[first : first + min(count, 60)]:
+    for first in range(0, len(lines), 60):  # of a kind
+        for line in lines[first : first + min(count, 60)]:
+            row = json.loads(line)
             plans.append((row["prompt"], row["chain"]))
     return plans
 
