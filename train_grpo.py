@@ -70,9 +70,7 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
     clip: float = 0.2  # the ratio policy / policy that sampled counts from 1 - clip to 1 + clip
     kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
     loss_mean: Literal["token", "sequence"] = "token"  # over tokens; or per sample, then samples
-    advantage: Literal["mean", "group_std", "batch_std"] = (
-        "mean"  # minus the group's mean; over std
-    )
+    advantage: Literal["mean", "group_std", "batch_std"] = "mean"  # scale: `step_advantages`
     logp: Literal["cond", "guided"] = "cond"  # distribution of image tokens that is scored with cfg
     # Optimisation
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)

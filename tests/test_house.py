@@ -38,6 +38,8 @@ LAYERS = [
     ["evaluation.stats", "evaluation.sheets", "evaluation.variety", "data.got", "toy.world"],
     ["render_boxes"],
 ]
+# The one door upwards: rewards.load_judge loads the judge that a flag names
+DOORS = {("rewards", f"judges.{name}") for name in ("qwen", "served", "hps")}
 # What the trainers load of evaluation/
 LOOKING = {f"evaluation.{name}" for name in ("held_out", "variety", "stats", "sheets")}
 
@@ -93,7 +95,7 @@ def test_imports_go_downwards():
     for module in depth:
         for other in imports(module):
             arrows += 1
-            if depth[other] <= depth[module]:
+            if depth[other] <= depth[module] and (module, other) not in DOORS:
                 up.append(f"{module} imports {other}")
     assert not up
     assert arrows > 30, "this test has lost sight of the imports"
