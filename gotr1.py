@@ -125,6 +125,16 @@ def with_defaults(config, model):
     return replace(config, **chosen)
 
 
+def check_sampling(config) -> None:
+    """Ends the program in one line when `cfg` or `max_chain` is given and out of range."""
+    from engine import run
+
+    if config.cfg is not None and not config.cfg >= 0:  # nan is not
+        run.fail(f"--cfg is {config.cfg}: expected 0 or more")
+    if config.max_chain is not None and config.max_chain < 1:
+        run.fail(f"--max_chain is {config.max_chain}: expected 1 or more")
+
+
 # ------------------------------------------------------------------------------------------------
 # Samples
 

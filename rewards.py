@@ -98,6 +98,14 @@ def score(
     return add_up(asked, hps, parts, combine)
 
 
+def score_with_boxes(
+    judge, hps, prompts, chains, images, parts=PARTS, combine="product", strict=True
+):
+    """(what `score` returns, per sample where the judge found each planned object)."""
+    asked = ask(judge, prompts, chains, images, parts)
+    return add_up(asked, hps, parts, combine), asked.found
+
+
 @dataclass
 class Asked:
     """Samples, and what a judge answered about them."""
@@ -833,12 +841,11 @@ class Config(JudgeConfig):
     out: Path = Path("rewards.png")  # planned and found boxes over the picture
 
 
-def draw_matches(judge, plan: list[Box], image: Image.Image) -> Image.Image:
+def draw_matches(plan: list[Box], found: dict, image: Image.Image) -> Image.Image:
     """The picture with the planned boxes, each with its IoU, and the boxes that the judge found."""
-    found, _ = ground_plans(judge, [plan], [image])
     planned_boxes = []
     found_boxes = []
-    for box, (overlap, partner) in zip(plan, match_boxes(plan, found[0]), strict=True):
+    for box, (overlap, partner) in zip(plan, match_boxes(plan, found), strict=True):
         planned_boxes.append(box._replace(name=f"{box.name}: IoU {overlap:.2f}"))
         if partner:
             found_boxes.append(partner._replace(name=f"found {partner.name}"))
@@ -866,7 +873,9 @@ def main(argv: list[str] | None = None) -> None:
             parts=config.rewards,
             combine=config.combine,
         )[0]
-        draw_matches(judge, parse_chain(chain), image).save(config.out)
+        plan = parse_chain(chain)
+        found, _ = ground_plans(judge, [plan], [image])
+        draw_matches(plan, found[0], image).save(config.out)
     except (OSError, ValueError, RuntimeError) as error:
         run.fail(" ".join(str(error).split()))  # in one line
     words = getattr(judge, "words", {})
