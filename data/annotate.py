@@ -23,7 +23,9 @@ Each box is then written behind its name in the caption. Two files do not get in
 
 import hashlib
 import json
+import os
 import re
+import urllib.request
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -32,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm import tqdm
 
@@ -440,20 +443,36 @@ def given_prompts(path: str, images: list[str]) -> dict[str, str]:
     return prompts
 
 
-def model_mark(name: str) -> str:
-    """Changes when the model does: the name of a hub id, the files of a folder."""
+def identify_model(config: Config) -> list:
+    """What changes when the model does: its files, its revision on the hub, or what its server says
+    about it. Raises OSError or ValueError where there is no such model."""
+    name = config.model
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return name
-    stats = []
-    for path in sorted(folder.iterdir()):
-        stats.append((path.name, *token_cache.stamp(path)))
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    if name == "toy":
+        return [name]
+    try:
+        if name.startswith(("http://", "https://")):
+            return served_models(name)
+        if folder.is_dir():
+            return run.file_stamps(path for path in folder.iterdir() if path.is_file())
+        # a small file; the hub's cache calls its folder by the revision
+        return [name, Path(hf_hub_download(name, "config.json")).parent.name]
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"no model at --model {name}: {problem}") from problem
+
+
+def served_models(url: str) -> list:
+    """Name and folder of each model on a server: vLLM says both. Raises OSError or ValueError."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        models = json.load(answer)["data"]
+    return sorted([model["id"], str(model.get("root"))] for model in models)
 
 
 def reply_keys(config: Config, images: list[str], prompts: dict[str, str]) -> dict[str, str]:
     """Per picture what the replies about it depend on: replies with another key are not used."""
-    model = [RULES, model_mark(config.model), config.judge_model, config.longest_side]
+    model = [RULES, identify_model(config), config.judge_model, config.longest_side]
     source = picture_source(config)
     keys = {}
     for image in images:
@@ -468,8 +487,11 @@ def picture_source(config: Config) -> Source:
 
 def collect(config: Config, images: list[str], prompts: dict[str, str]) -> list[dict]:
     """What the model says about each picture: from the file of replies, which is continued with
-    what is missing. The model is loaded only if something is."""
+    what is missing. A model is loaded only if something is."""
     path = beside(config.out, "replies")
+    annotator = None
+    if config.model.startswith(("http://", "https://")):
+        annotator = load_annotator(config)  # which waits for a server that is still starting
     keys = reply_keys(config, images, prompts)
     known = {(record["image"], record["key"]): record for record in read_lines(path)}
     missing = [image for image in images if (image, keys[image]) not in known]
@@ -478,7 +500,7 @@ def collect(config: Config, images: list[str], prompts: dict[str, str]) -> list[
         causes = "picture, prompt, model or questions have changed"
         print(f"{len(changed)} of {len(images)} pictures are asked about again: {causes}")
     if missing:
-        annotator = load_annotator(config)
+        annotator = annotator or load_annotator(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(images), initial=len(images) - len(missing), unit=" pictures")
         bad = 0

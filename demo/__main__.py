@@ -25,7 +25,14 @@ from PIL import Image, ImageDraw
 
 import rewards
 from engine import run
-from gotr1 import decode_images, image_token_count, load_policy, rollout
+from gotr1 import (
+    check_sampling,
+    decode_images,
+    image_token_count,
+    load_policy,
+    rollout,
+    with_defaults,
+)
 from render_boxes import COLOURS, Box, chain_problems, draw_boxes, format_chain, parse_chain
 from toy.world import COLORS, GRID, NAMES, RELATIONS, SHAPES, unknown_words
 
@@ -33,6 +40,8 @@ PACKAGES = "gradio==6.31.0 gradio_image_annotation==0.5.6"
 SIDE = 1000  # pixels of the canvas: those of a box are then the numbers of the chain
 CELL = 125  # a cell of the toy's grid, in the same numbers
 MOST = 8  # plans, and pictures, at a time
+WAITING = 20  # visitors in a queue; the next one is told to come back
+PLANS = "Plans with their R_sem and R_spa: the best one is chosen, click on another"
 PLANNED = re.compile(  # an object and its box, as in a sound chain
     r"<\|obj_start\|>[^<]*<\|obj_end\|>\s*<\|box_start\|>[^<]*<\|box_end\|>"
 )
@@ -61,8 +70,8 @@ class Config:
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     compare: str = ""  # a second one to draw with; beside the toy: the newest run in out/
     judge: str = ""  # scores plans and pictures: a folder or hub id of a VLM; the toy has its own
-    cfg: float = 1.0  # guidance: 5 for the released checkpoints, 1 (none) for the toy
-    max_chain: int = 96  # most chain tokens (Janus-Pro: 600)
+    cfg: float | None = None  # guidance; left out: 5 for Janus-Pro, 1 (none) for the toy
+    max_chain: int | None = None  # most chain tokens; left out: 600 for Janus-Pro, 96 for the toy
     port: int = 7860  # of the page, which only this machine sees
     share: bool = False  # also give the page a public address, through Gradio's servers
 
@@ -102,6 +111,7 @@ def load_studio(config: Config, device, out: Path = Path("out")) -> Studio:
         names.append(config.compare or str(newest))
     policies = {name: load_policy(name, device) for name in names}
     first_model, _ = policies[config.model]
+    config = with_defaults(config, first_model)
     is_toy = image_token_count(first_model) == GRID**2
     judge = None
     if config.judge or is_toy:
@@ -139,11 +149,12 @@ def check_chain(studio: Studio, chain: str) -> None:
 
 
 def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, progress=None):
-    """(chains, their scores, place of the best): plans by the policy of that name."""
+    """(chains, their scores, place of the best, how many were cut off at `max_chain`): plans by the
+    policy of that name."""
     check_request(studio, prompt, seed)
     model, tokenizer = studio.policies[name]
     with studio.lock:
-        chains = rollout(
+        sampled = rollout(
             model,
             tokenizer,
             [prompt],
@@ -152,13 +163,14 @@ def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, p
             max_chain=studio.max_chain,
             draw=False,
             progress=progress,
-        ).chains
+        )
+        chains = sampled.chains
         scores = [{"total": 0.0}] * count
         if studio.judge:
             prompts = [prompt] * count
             scores = rewards.score(studio.judge, None, prompts, chains, [], parts=("sem", "spa"))
     totals = [sample["total"] for sample in scores]
-    return chains, scores, totals.index(max(totals))
+    return chains, scores, totals.index(max(totals)), int(sampled.forced.sum())
 
 
 def draw_plan(
@@ -193,8 +205,8 @@ def draw_plan(
             studio.judge, None, [prompt] * count, [chain] * count, pictures
         )
         marked = []
-        for of_names, picture in zip(found, pictures, strict=True):
-            marked.append(rewards.draw_matches(boxes, of_names, picture))
+        for picture, found_boxes in zip(pictures, found, strict=True):
+            marked.append(rewards.draw_matches(boxes, found_boxes, picture))
     return pictures, marked, scores
 
 
@@ -305,14 +317,15 @@ def build_page(studio: Studio, downloads: Path):
     outputs = []  # of every handler: it returns those that change
 
     def guarded(handler):
-        """Bad input changes nothing and is said in one sentence, as text."""
+        """Bad input, or a judge that is lost, changes nothing and is said in one line."""
 
         @functools.wraps(handler)
         def answer(*inputs, **others):
             try:
                 changes = handler(*inputs, **others)
-            except (ValueError, RuntimeError) as problem:
-                return {message: gr.Textbox(str(problem), visible=True)}
+            except (OSError, ValueError, RuntimeError) as problem:
+                line = " ".join(str(problem).split())[:500]
+                return {message: gr.Textbox(line, visible=True)}
             return {message: gr.Textbox("", visible=False), **changes}
 
         return answer
@@ -330,12 +343,15 @@ def build_page(studio: Studio, downloads: Path):
     @guarded
     def on_plan(name, prompt, count, seed, progress=gr.Progress()):  # noqa: B008
         bar = token_bar(progress, studio.max_chain + 1, name)
-        chains, scores, best = write_plans(studio, name, prompt, count, seed, bar)
+        chains, scores, best, cut_off = write_plans(studio, name, prompt, count, seed, bar)
+        label = PLANS
+        if cut_off:
+            label += f"; {cut_off} of {count} were cut off after {studio.max_chain} tokens"
         cells = []
         for written, sample in zip(chains, scores, strict=True):
             cells.append((draw_boxes(parse_chain(written)), score_text(sample)))
         return {
-            plans: gr.Gallery(cells, selected_index=best, columns=max(4, count)),
+            plans: gr.Gallery(cells, label=label, selected_index=best, columns=max(4, count)),
             state: chains,
             chain: chains[best],
             canvas: to_canvas(studio, chains[best]),
@@ -397,7 +413,7 @@ def build_page(studio: Studio, downloads: Path):
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             plan = gr.Button("Plan", variant="primary", elem_id="plan")
         plans = gr.Gallery(
-            label="Plans with their R_sem and R_spa: the best one is chosen, click on another",
+            label=PLANS,
             allow_preview=False,
             interactive=False,
             elem_id="plans",
@@ -441,6 +457,7 @@ def build_page(studio: Studio, downloads: Path):
         inputs = [policy, prompt, chain, number, seed]
         draw.click(on_draw, inputs, show_progress_on=gallery, **working)
         compare.click(on_compare, inputs[1:], show_progress_on=gallery, **working)
+    page.queue(max_size=WAITING)
     return page
 
 
@@ -455,7 +472,8 @@ CSS = """
 
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
-    run.check_ranges(config, at_least_one="max_chain port", not_negative="cfg")
+    run.check_ranges(config, at_least_one="port")
+    check_sampling(config)
     for package in ("gradio", "gradio_image_annotation"):
         if not importlib.util.find_spec(package):
             run.fail(f"{package} is missing: pip install {PACKAGES}")

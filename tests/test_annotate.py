@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -360,13 +361,39 @@ def test_a_kill_loses_one_batch_and_nothing_is_asked_twice(pictures, scripted, c
     assert annotator.asked["captions"] == 41
 
 
-def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"one")
-    one = annotate.model_mark(str(tmp_path))
-    assert annotate.model_mark(str(tmp_path)) == one
-    (tmp_path / "model.safetensors").write_bytes(b"other")
-    assert annotate.model_mark(str(tmp_path)) != one
-    assert annotate.model_mark("owner/name") == "owner/name"
+def test_another_model_under_the_same_name_is_asked_again(
+    pictures, scripted, monkeypatch, tmp_path
+):
+    """In a folder, of a hub id, and on a server."""
+    annotator = scripted()
+
+    def asked(model: str) -> int:
+        before = annotator.asked["captions"]
+        run(pictures, "--model", model)
+        return annotator.asked["captions"] - before
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    assert [asked(str(folder)), asked(str(folder))] == [20, 0]
+    (folder / "model.safetensors").write_bytes(b"other")
+    assert asked(str(folder)) == 20
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--owner--name"
+    for revision in ("0" * 40, "1" * 40):
+        (cached / "snapshots" / revision).mkdir(parents=True)
+        (cached / "snapshots" / revision / "config.json").write_text("{}")
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(revision)
+        assert [asked("owner/name"), asked("owner/name")] == [20, 0]
+
+    with Stub(None, models=("a 7B",)) as stub:
+        assert [asked(stub.url), asked(stub.url)] == [20, 0]
+        stub.models = ("a 72B",)
+        assert asked(stub.url) == 20
+        stub.lists = {"data": [{"id": "a 72B", "root": "/weights/of/another"}]}
+        assert [asked(stub.url), asked(stub.url)] == [20, 0]
 
 
 def test_prompts_of_ones_own(pictures, scripted, tmp_path):
@@ -520,6 +547,7 @@ def test_a_model_on_a_server_annotates_the_toy(pictures, monkeypatch):
             "1 pictures that are not in the folder, first x.png",
         ),
         (["PICTURES", "--model", "nowhere"], "no model at --model nowhere"),
+        (["PICTURES", "--model", "owner/name"], "no model at --model owner/name"),
     ],
 )
 def test_errors_are_one_line(flags, message, pictures, tmp_path, capsys, monkeypatch):

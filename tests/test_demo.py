@@ -2,12 +2,15 @@
 
 import ast
 import json
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import pytest
 
+import gotr1
 import rewards
 from demo import __main__ as demo
 from gotr1 import rollout
@@ -42,10 +45,60 @@ def test_gradio_is_imported_only_where_the_page_is_built():
     assert not [line for line in top_level if line.startswith(("import", "from"))]
 
 
+@pytest.fixture
+def gradio(monkeypatch):
+    """Stands for the package: takes whatever it is given."""
+    gr = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gr)
+    monkeypatch.setitem(sys.modules, "gradio_image_annotation", MagicMock())
+    return gr
+
+
+def test_a_judge_that_is_lost_is_a_line_on_the_page(studio, gradio, tmp_path, monkeypatch):
+    """Whatever button is pressed; and a page for everybody does not let everybody wait."""
+
+    def lost(*_):
+        raise ConnectionError("the server at http://x/v1\n  failed for 600 s")
+
+    demo.build_page(studio, tmp_path)
+    page = gradio.Blocks.return_value.__enter__.return_value
+    assert page.queue.call_args.kwargs["max_size"] >= 1
+    clicks = gradio.Button.return_value.click.call_args_list
+    on_plan, on_draw, _ = [click.args[0] for click in clicks]
+    monkeypatch.setattr(ToyJudge, "semantic", lost)
+    line = call("the server at http://x/v1 failed for 600 s", visible=True)
+    assert len(on_plan("toy", PROMPT, 2, 0)) == 1  # only the message changes
+    assert gradio.Textbox.call_args == line
+    gradio.Textbox.reset_mock()
+    assert len(on_draw("toy", PROMPT, CHAIN, 2, 0)) == 1
+    assert gradio.Textbox.call_args == line
+
+
+def test_the_page_says_how_many_plans_were_cut_off(studio, gradio, tmp_path):
+    studio.max_chain = 5
+    demo.build_page(studio, tmp_path)
+    on_plan = gradio.Button.return_value.click.call_args_list[0].args[0]
+    on_plan("toy", PROMPT, 2, 0)
+    assert "2 of 2 were cut off after 5 tokens" in gradio.Gallery.call_args.kwargs["label"]
+    studio.max_chain = 96
+    on_plan("toy", PROMPT, 2, 0)
+    assert "cut off" not in gradio.Gallery.call_args.kwargs["label"]
+
+
+def test_guidance_and_length_come_from_the_model(policy, monkeypatch, tmp_path):
+    """576 image tokens: Janus-Pro. A flag wins."""
+    for tokens, cfg, max_chain in ((64, 1.0, 96), (576, 5.0, 600)):
+        monkeypatch.setattr(gotr1, "image_token_count", lambda model, tokens=tokens: tokens)
+        studio = demo.load_studio(demo.Config(), "cpu", tmp_path)
+        assert (studio.cfg, studio.max_chain) == (cfg, max_chain)
+    studio = demo.load_studio(demo.Config(cfg=2.0, max_chain=9), "cpu", tmp_path)
+    assert (studio.cfg, studio.max_chain) == (2.0, 9)
+
+
 def test_plans_come_with_their_scores_and_the_best_is_named(studio, policy):
     """Against the rollout and the judge, asked here."""
     calls = []
-    chains, scores, best = demo.write_plans(studio, "toy", PROMPT, 4, 3, calls.append)
+    chains, scores, best, _ = demo.write_plans(studio, "toy", PROMPT, 4, 3, calls.append)
     assert chains == rollout(*policy, [PROMPT], 4, seed=3, max_chain=96, draw=False).chains
     said = ToyJudge().semantic([PROMPT] * 4, [strip_boxes(chain) for chain in chains])
     assert [row["sem"] for row in scores] == said
@@ -53,8 +106,13 @@ def test_plans_come_with_their_scores_and_the_best_is_named(studio, policy):
     assert len(calls) > 10 and "total" in demo.score_text(scores[0])
 
 
-def test_exactly_the_plan_is_drawn_and_scored(studio, policy):
+def test_exactly_the_plan_is_drawn_and_scored(studio, policy, monkeypatch):
+    """The judge looks for the objects once, for scores and for the boxes on the pictures."""
+    looks = []
+    ground = ToyJudge.ground
+    monkeypatch.setattr(ToyJudge, "ground", lambda *inputs: looks.append(1) or ground(*inputs))
     pictures, marked, scores = demo.draw_plan(studio, "toy", PROMPT, CHAIN, 3, 5)
+    assert len(looks) == 1
     sampled = rollout(*policy, [PROMPT], 3, seed=5, chains=[CHAIN])
     drawn = demo.decode_images(policy[0], sampled.image_tokens)
     for picture, expected in zip(pictures, drawn, strict=True):
@@ -67,7 +125,7 @@ def test_exactly_the_plan_is_drawn_and_scored(studio, policy):
 
 def test_without_a_judge_plans_and_pictures_come_without_scores(policy):
     studio = demo.Studio({"toy": policy})
-    chains, scores, best = demo.write_plans(studio, "toy", PROMPT, 2, 0)
+    chains, scores, best, _ = demo.write_plans(studio, "toy", PROMPT, 2, 0)
     pictures, marked, rows = demo.draw_plan(studio, "toy", PROMPT, CHAIN, 2, 0)
     assert len(chains) == 2 and best == 0 and rows == [{}, {}] and len(pictures) == len(marked) == 2
     assert demo.score_text(rows[0]) == ""
@@ -212,7 +270,10 @@ def test_the_newest_toy_run_stands_beside_the_shipped_model(tmp_path):
     assert isinstance(studio.judge, ToyJudge)
 
 
-@pytest.mark.parametrize("flags", [["--port", "0"], ["--model", "/no/such"], ["--colour", "x"]])
+BAD_FLAGS = [["--port", "0"], ["--model", "/no/such"], ["--colour", "x"], ["--max_chain", "0"]]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags_are_answered_in_one_line_with_exit_code_2(flags, capsys, monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(SystemExit) as stop:
