@@ -101,16 +101,6 @@ def test_rows_have_the_boxes_that_the_judge_found(policy, tmp_path):
     assert Image.open(tmp_path / "sheet.png").width > 2 * 3 * 160
 
 
-def test_toy_look_is_a_mean_over_samples(policy):
-    model, tokenizer = policy
-    prompts = toy.toy_prompts(4, seed=7, held_out=True)
-    means = held_out.toy_look(model, tokenizer, prompts, seed=0)
-    drawn = gotr1.rollout(model, tokenizer, prompts, seed=0, max_chain=96)
-    rows, _ = exact_score(prompts, drawn.chains, gotr1.decode_images(model, drawn.image_tokens))
-    assert list(means) == ["well_formed", *rewards.PARTS, "total"]
-    assert means["total"] == pytest.approx(np.mean([row["total"] for row in rows]))
-
-
 def test_categories_and_faults():
     prompt = "a red ball left of a blue cube"
     assert held_out.categories(prompt) == ["spatial", "left of"]
@@ -188,13 +178,13 @@ def weights(tmp_path_factory):
         yield folder
 
 
-METADATA = []
-for tag, text, clauses in (
-    ("single_object", "a dog", [{"class": "dog", "count": 1}]),
-    ("two_object", "a dog and a cat", [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]),
-    ("colors", "a red dog", [{"class": "dog", "count": 1, "color": "red"}]),
-):
-    METADATA.append({"tag": tag, "include": clauses, "prompt": f"a photo of {text}"})
+DOG = {"class": "dog", "count": 1}
+CAT = {"class": "cat", "count": 1}
+METADATA = [
+    {"tag": "single_object", "include": [DOG], "prompt": "a photo of a dog"},
+    {"tag": "two_object", "include": [DOG, CAT], "prompt": "a photo of a dog and a cat"},
+    {"tag": "colors", "include": [{**DOG, "color": "red"}], "prompt": "a photo of a red dog"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -294,37 +284,32 @@ def test_a_process_reads_only_its_share_of_the_pictures(geneval_run, weights, mo
 def test_stamps_of_files(tmp_path):
     """Size and time of a file; of the hub's cache the hash of its content. Folders of one name, as
     a base and its adapter may have, are not mixed up."""
-    files = []
-    for parent in ("sft", "grpo"):
-        folder = tmp_path / parent / "step_000100"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        files.append(folder / "config.json")
-    before = engine_run.file_stamps(files)
-    assert len(before) == 2 and json.loads(json.dumps(before)) == before
-    assert engine_run.changed_files(before, engine_run.file_stamps(reversed(files))) == []
+    files = [tmp_path / parent / "step_000100" / "config.json" for parent in ("sft", "grpo")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
     for file in files:
         seen = engine_run.file_stamps(files)
         later = file.stat().st_mtime_ns + 1
         os.utime(file, ns=(later, later))  # not `touch`: the clock of files is coarse
-        now = engine_run.file_stamps(files)
+        now = engine_run.file_stamps(reversed(files))
         assert engine_run.changed_files(seen, now) == ["step_000100/config.json"]
     assert engine_run.changed_files(now, now[:1]) == ["step_000100/config.json"]
     shutil.copytree(tmp_path / "sft", tmp_path / "moved")  # with its times
     moved = engine_run.file_stamps([tmp_path / "moved" / "step_000100" / "config.json"])
-    assert engine_run.changed_files(moved, engine_run.file_stamps(files[:1])) == []
+    assert moved == engine_run.file_stamps(files[:1]) == json.loads(json.dumps(moved))
 
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "0123abcd").write_text("weights")
-    link = tmp_path / "snapshots" / "model.safetensors"
-    link.parent.mkdir()
-    link.symlink_to(tmp_path / "blobs" / "0123abcd")
+    blob = tmp_path / "blobs" / "0123abcd"
+    blob.parent.mkdir()
+    blob.write_text("weights")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
     downloaded = engine_run.file_stamps([link])
-    (tmp_path / "blobs" / "0123abcd").touch()  # downloaded again
+    blob.touch()  # downloaded again
     assert engine_run.file_stamps([link]) == downloaded
 
 
-def test_pictures_of_other_weights_are_refused(tmp_path, capsys, monkeypatch):
+def test_pictures_of_other_weights_or_prompts_are_refused(tmp_path, capsys, monkeypatch):
     """A model that was trained on in its own folder, then the base of an adapter."""
     from peft import LoraConfig, get_peft_model
 
@@ -353,6 +338,8 @@ def test_pictures_of_other_weights_are_refused(tmp_path, capsys, monkeypatch):
         assert files(out) == drawn
         (out / "images" / "weights.json").unlink()
         assert "does not say which weights" in refused(capsys, *draw)
+    prompts.write_text("a blue cup and a red car")  # other prompts in the same file
+    assert "--prompts_crc" in refused(capsys, *draw)
 
 
 def test_guidance_and_chain_length_suit_the_model(tmp_path):
@@ -470,48 +457,48 @@ NOT_FINITE = [  # (module and name of what prepares a network's input, category,
     (compbench, "normalised", "color", "BLIP's answer"),
     (compbench, "detector_pixels", "spatial", "Grounding DINO's answer"),
     (networks, "clip_pixels", "non_spatial", "CLIP's answer"),
-    (geneval, "verdict", "geneval", "the score"),
 ]
 
 
 @pytest.mark.parametrize("module, name, group, network", NOT_FINITE)
-def test_what_is_not_finite_is_an_error(
+def test_a_network_that_is_not_finite_is_an_error(
     module, name, group, network, geneval_run, compbench_run, tmp_path, capsys, monkeypatch
 ):
-    """No "no objects found", no "red", no score: one line names network, picture and prompt."""
+    """No "no objects found", no "red": one line names network, picture and prompt."""
     if group == "geneval":
         folder, flags, _ = geneval_run
-        shutil.copytree(folder / "run" / "images", tmp_path / "images")
-        broken = tmp_path / "images/00002/samples/0001.png"  # of the tag that asks for a colour
-        prompt = METADATA[2]["prompt"]
+        shutil.copytree(folder / "run/images/00002", tmp_path / "00002")  # asks for a colour
     else:
         folder, flags = compbench_run
-        shutil.copytree(folder / "run" / "images" / group, tmp_path / "images" / group)
-        broken = sorted((tmp_path / "images").glob("*/samples/*.png"))[1]
-        prompt = broken.stem.split("_")[0]
-    Image.new("RGB", (33, 32), (255, 255, 255)).save(broken)  # wider than all others
+        shutil.copytree(folder / "run" / "images" / group, tmp_path / group)
+    first = min(tmp_path.glob("*/samples/*.png"), key=lambda path: path.stem[-4:])
     prepare = getattr(module, name)
 
-    def spoil(first, *args, **kwargs):
-        """nan in place of what is made of the white picture, or of what is cut out of it."""
-        ready = prepare(first, *args, **kwargs)
-        if name == "verdict":
-            return {**ready, "score": float("nan")} if args[-1] == (33, 32) else ready
-        if torch.is_tensor(first):
-            white = first.float().mean() == 255
-        else:
-            white = np.isin(np.array(first), (0x99, 255)).all()
-        if not white:
-            return ready
-        if isinstance(ready, tuple):
-            return ready[0] * torch.nan, *ready[1:]
-        return ready * torch.nan
+    def spoil(*args, **kwargs):
+        ready = prepare(*args, **kwargs)
+        return (ready[0] * torch.nan, *ready[1:]) if isinstance(ready, tuple) else ready * torch.nan
 
     monkeypatch.setattr(module, name, spoil)
-    line = refused(capsys, *flags, "--images", tmp_path / "images", "--out", tmp_path / "out")
-    assert network in line and "not finite" in line
-    assert f"{broken}, {prompt!r}" in line
+    line = refused(capsys, *flags, "--images", tmp_path, "--out", tmp_path / "out")
+    prompt = METADATA[2]["prompt"] if group == "geneval" else first.stem.split("_")[0]
+    assert network in line and "not finite" in line and f"{first}, {prompt!r}" in line
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_of_a_batch_the_picture_that_fails_is_named(geneval_run, tmp_path, capsys, monkeypatch):
+    folder, flags, _ = geneval_run
+    shutil.copytree(folder / "run" / "images", tmp_path / "images")
+    wide = tmp_path / "images/00002/samples/0001.png"
+    Image.new("RGB", (40, 32)).save(wide)
+    verdict = geneval.verdict
+
+    def fail(line, found, colors, size):
+        row = verdict(line, found, colors, size)
+        return {**row, "score": float("nan")} if size == (40, 32) else row
+
+    monkeypatch.setattr(geneval, "verdict", fail)
+    line = refused(capsys, *flags, "--images", tmp_path / "images", "--out", tmp_path / "out")
+    assert f"{wide}, {METADATA[2]['prompt']!r}: the score is not finite" in line
 
 
 def test_turned_pictures_are_seen_as_the_official_programs_see_them(
@@ -668,19 +655,6 @@ def test_bad_input_is_one_line(
         places["FILE"].write_text(content)
     assert words in refused(capsys, *[places.get(flag, flag) for flag in flags.split()])
     assert not list(tmp_path.glob("out/**/*.png"))
-
-
-def test_other_prompts_in_the_same_file_are_not_scored_with_the_pictures_of_the_first(
-    compbench_run, tmp_path, capsys
-):
-    folder, flags = compbench_run
-    prompts = tmp_path / "color_val.txt"
-    prompts.write_text((folder / "color_val.txt").read_text())
-    argv = [*flags, "--prompts", prompts, "--model", "toy", "--samples", 1, "--generate_only"]
-    argv += ["--out", tmp_path / "run"]
-    run(*argv)
-    prompts.write_text("a blue cup and a red car\n")
-    assert "--prompts_crc" in refused(capsys, *argv)
 
 
 def test_default_weights_are_those_that_are_named_when_missing():

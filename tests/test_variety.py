@@ -1,9 +1,6 @@
 """Variety of plans and looks of pictures: values worked out by hand."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,89 +12,57 @@ from render_boxes import Box, format_chain
 LEFT = Box("ball", 0, 0, 200, 200)
 HALF_RIGHT = Box("ball", 100, 0, 300, 200)  # shares 100 x 200 of 300 x 200 with LEFT: IoU 1/3
 FAR = Box("ball", 500, 500, 700, 700)
+CUBE = Box("cube", 600, 0, 900, 300)
+
+LAYOUTS = [  # samples, group, layout_variety per group
+    ([[LEFT], [LEFT]], 2, [0.0]),
+    ([[LEFT], [HALF_RIGHT]], 2, [2 / 3]),
+    ([[LEFT], [FAR]], 2, [1.0]),
+    # each group by itself
+    ([[LEFT], [LEFT], [FAR], [FAR], [LEFT], [FAR]], 2, [0.0, 0.0, 1.0]),
+    # three pairs in each group: 0, 1, 1
+    ([[LEFT], [LEFT], [FAR], [FAR], [LEFT], [FAR]], 3, [2 / 3, 2 / 3]),
+    # pairs of "ball": 1 (samples 1 and 2), 2/3 (1 and 3), 1 (2 and 3); of "cube": 0 (1 and 3)
+    ([[LEFT, CUBE], [FAR], [CUBE, HALF_RIGHT]], 3, [(1 + 2 / 3 + 1 + 0) / 4]),
+    # no two samples share a name
+    ([[LEFT], [CUBE]], 2, [None]),
+    ([[], []], 2, [None]),
+    ([[LEFT], [FAR]], 1, [None, None]),
+    # a plan is not compared with itself
+    ([[LEFT, FAR], []], 2, [None]),
+    # repeated names are matched in order, and one too many has no partner
+    ([[LEFT, FAR], [LEFT, FAR]], 2, [0.0]),
+    ([[LEFT, FAR], [FAR, LEFT]], 2, [1.0]),
+    ([[LEFT, FAR], [HALF_RIGHT]], 2, [2 / 3]),
+    ([], 4, []),
+]
 
 
-def picture(pixels) -> Image.Image:
-    return Image.fromarray(np.array(pixels, dtype=np.uint8))
-
-
-# -------------------------------------------------------------------------------------------------
-# Plans
-
-
-def test_layouts_that_are_equal_shifted_and_disjoint():
-    assert variety.layout_variety([[LEFT], [LEFT]], group=2) == [0.0]
-    assert variety.layout_variety([[LEFT], [HALF_RIGHT]], group=2) == pytest.approx([2 / 3])
-    assert variety.layout_variety([[LEFT], [FAR]], group=2) == [1.0]
-
-
-def test_each_group_is_measured_by_itself():
-    layouts = [[LEFT], [LEFT], [FAR], [FAR], [LEFT], [FAR]]
-    assert variety.layout_variety(layouts, group=2) == [0.0, 0.0, 1.0]
-    # three pairs in the first group: 0, 1, 1; three in the second: 0, 1, 1
-    assert variety.layout_variety(layouts, group=3) == pytest.approx([2 / 3, 2 / 3])
-
-
-def test_all_pairs_of_samples_and_all_shared_names_count():
-    """Pairs of "ball": 1 (samples 1 and 2), 2/3 (1 and 3), 1 (2 and 3). Of "cube": 0 (1 and 3)."""
-    cube = Box("cube", 600, 0, 900, 300)
-    layouts = [[LEFT, cube], [FAR], [cube, HALF_RIGHT]]
-    want = (1 + 2 / 3 + 1 + 0) / 4
-    assert variety.layout_variety(layouts, group=3) == pytest.approx([want])
-
-
-def test_no_shared_name_is_none():
-    cube = Box("cube", *LEFT[1:])
-    assert variety.layout_variety([[LEFT], [cube]], group=2) == [None]
-    assert variety.layout_variety([[], []], group=2) == [None]
-    assert variety.layout_variety([[LEFT], []], group=2) == [None]
-    assert variety.layout_variety([[LEFT], [FAR]], group=1) == [None, None]
-
-
-def test_a_plan_is_not_compared_with_itself():
-    """Two boxes of one name in one plan, and a plan without that name."""
-    assert variety.layout_variety([[LEFT, FAR], []], group=2) == [None]
-
-
-def test_repeated_names_are_matched_in_order():
-    equal = [[LEFT, FAR], [LEFT, FAR]]
-    assert variety.layout_variety(equal, group=2) == [0.0]
-    exchanged = [[LEFT, FAR], [FAR, LEFT]]
-    assert variety.layout_variety(exchanged, group=2) == [1.0]
-    one_more = [[LEFT, FAR], [HALF_RIGHT]]  # FAR has no partner
-    assert variety.layout_variety(one_more, group=2) == pytest.approx([2 / 3])
+@pytest.mark.parametrize("layouts, group, wanted", LAYOUTS)
+def test_layouts(layouts, group, wanted):
+    assert variety.layout_variety(layouts, group) == pytest.approx(wanted)
 
 
 def centred(x, y):
     return [Box("ball", x - 50, y - 50, x + 50, y + 50)]
 
 
-def test_place_entropy_of_quarters():
+def test_place_entropy():
     quarters = [centred(125, 125), centred(875, 125), centred(125, 875), centred(875, 875)]
     assert variety.place_entropy(quarters) == pytest.approx(2)
-    assert variety.place_entropy(5 * quarters, cells=2) == pytest.approx(2)
     assert variety.place_entropy(5 * quarters, cells=1) == 0
     uneven = quarters[:1] * 3 + quarters[1:2]
-    want = 0.75 * math.log2(4 / 3) + 0.25 * 2
-    assert variety.place_entropy(uneven) == pytest.approx(want)
-
-
-def test_place_entropy_is_largest_on_the_full_grid():
+    wanted = 0.75 * math.log2(4 / 3) + 0.25 * 2
+    assert variety.place_entropy(uneven) == pytest.approx(wanted)
     everywhere = []
     for x in (125, 375, 625, 875):
-        for y in (125, 375, 625, 875):
-            everywhere.append(centred(x, y))
+        everywhere += [centred(x, y) for y in (125, 375, 625, 875)]
     assert variety.place_entropy(everywhere) == pytest.approx(4)
-
-
-def test_place_entropy_takes_the_first_box_of_layouts_that_have_one():
-    layouts = [[LEFT, FAR], [LEFT], [], [LEFT, HALF_RIGHT]]
-    assert variety.place_entropy(layouts) == 0
+    # the first box of layouts that have one
+    assert variety.place_entropy([[LEFT, FAR], [LEFT], [], [LEFT, HALF_RIGHT]]) == 0
     assert variety.place_entropy([[LEFT], [FAR, LEFT], []]) == pytest.approx(1)
-
-
-def test_a_centre_on_the_far_edge_is_in_the_last_cell():
-    corner = [Box("ball", 1000, 1000, 1000, 1000)]
+    assert variety.place_entropy([[], []]) == 0.0
+    corner = [Box("ball", 1000, 1000, 1000, 1000)]  # on the far edge: in the last cell
     assert variety.place_entropy([corner, centred(900, 900)]) == 0
     assert variety.place_entropy([corner, centred(700, 900)]) == pytest.approx(1)
 
@@ -108,101 +73,76 @@ def test_chains_that_differ_in_boxes_only_are_one_text():
     other = format_chain(["A", LEFT, "on snow."])
     assert variety.different_chains([here, there, here, other], group=2) == [1.0, 2.0]
     assert variety.different_chains([here, there, here, other], group=4) == [2.0]
-    assert variety.different_chains([here, there, here, other], group=1) == [1.0] * 4
     assert variety.different_chains(["", ""], group=2) == [1.0]
+    for group in (0, 2, 4):
+        with pytest.raises(ValueError, match=f"3 samples are not whole groups of {group}"):
+            variety.different_chains([here] * 3, group)
 
 
-@pytest.mark.parametrize("group", [0, 2, 4])
-def test_samples_that_are_not_whole_groups(group):
-    with pytest.raises(ValueError, match=f"3 samples are not whole groups of {group}"):
-        variety.layout_variety([[LEFT]] * 3, group)
-    with pytest.raises(ValueError, match=f"3 samples are not whole groups of {group}"):
-        variety.different_chains(["A ball."] * 3, group)
-
-
-def test_nothing_to_measure():
-    assert variety.layout_variety([], group=4) == []
-    assert variety.place_entropy([]) == 0.0
-    assert variety.place_entropy([[], []]) == 0.0
-    assert variety.different_chains([], group=4) == []
-    assert variety.looks([]) == []
+def test_all_three_together():
+    here, there = (format_chain(["A", box]) for box in (LEFT, FAR))
+    empty = ["", ""]
+    rows = variety.plan_variety([here, there, *empty], group=2)
+    assert rows == [
+        {"different_chains": 1, "place_entropy": 1, "layout_variety": 1},
+        {"different_chains": 1, "place_entropy": 1},
+    ]
+    wanted = {"different_chains": 1, "place_entropy": 1, "layout_variety": 0.5}
+    assert variety.mean_variety([here, here, here, there, *empty], group=2) == pytest.approx(
+        {**wanted, "place_entropy": 0.25 * math.log2(4) + 0.75 * math.log2(4 / 3)}
+    )
+    assert variety.mean_variety(empty, group=2) == {"different_chains": 1, "place_entropy": 0}
 
 
 # -------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def looks_of(image: Image.Image) -> list[float]:
+def looks_of(pixels) -> list[float]:
     """[brightness, saturation, edges, color_entropy]"""
+    image = pixels
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.array(pixels, dtype=np.uint8))
     (row,) = variety.looks([image])
     assert list(row) == ["brightness", "saturation", "edges", "color_entropy"]
     assert all(type(value) is float for value in row.values()), "the log writes JSON"
     return list(row.values())
 
 
-def test_plain_pictures():
+def test_plain_pictures_of_any_size_and_mode():
     assert looks_of(Image.new("RGB", (8, 8), "black")) == [0, 0, 0, 0]
-    assert looks_of(Image.new("RGB", (8, 8), "white")) == [1, 0, 0, 0]
     red = looks_of(Image.new("RGB", (8, 8), (255, 0, 0)))
     assert red == pytest.approx([0.299, 1, 0, 0], abs=1 / 255)  # luma is a whole number
+    assert looks_of(Image.new("L", (5, 3), 255)) == [1, 0, 0, 0]
+    assert looks_of(Image.new("RGBA", (3, 5), (255, 255, 255, 0))) == [1, 0, 0, 0]
+    assert looks_of(Image.new("RGB", (1, 1), "white")) == [1, 0, 0, 0]
+    assert variety.looks([]) == []
 
 
-@pytest.mark.parametrize("color", [(50, 200, 150), (200, 150, 50), (150, 50, 200)])
-def test_saturation_of_one_color(color):
+def test_saturation():
     """(200 - 50) / 200, whichever channel is which. Black has none."""
-    assert looks_of(picture([[color]]))[1] == pytest.approx(0.75)
-    assert looks_of(picture([[color, (0, 0, 0)]]))[1] == pytest.approx(0.375)
+    for color in ((50, 200, 150), (200, 150, 50), (150, 50, 200)):
+        assert looks_of([[color]])[1] == pytest.approx(0.75)
+    assert looks_of([[(50, 200, 150), (0, 0, 0)]])[1] == pytest.approx(0.375)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    wanted = np.asarray(noise.convert("HSV"))[:, :, 1].mean() / 255  # PIL cuts to whole numbers
+    assert looks_of(noise)[1] == pytest.approx(wanted, abs=1 / 255)
 
 
-def test_saturation_is_that_of_pil():
-    noise = picture(np.random.default_rng(0).integers(0, 256, (32, 32, 3)))
-    want = np.asarray(noise.convert("HSV"))[:, :, 1].mean() / 255  # cut to whole numbers
-    assert looks_of(noise)[1] == pytest.approx(want, abs=1 / 255)
-
-
-def test_stripes():
+def test_edges_and_colors():
     """Columns black, white, black, white. Of a row's neighbours across all differ, 4 x 3 of them,
     of those down none, 2 x 4 being 3 x 4: half of all."""
     columns = np.zeros((4, 4, 3))
     columns[:, 1::2] = 255
-    assert looks_of(picture(columns)) == pytest.approx([0.5, 0, 0.5, 1])
-    rows = columns.transpose(1, 0, 2)
-    assert looks_of(picture(rows)) == pytest.approx([0.5, 0, 0.5, 1])
+    assert looks_of(columns) == pytest.approx([0.5, 0, 0.5, 1])
+    assert looks_of(columns.transpose(1, 0, 2)) == pytest.approx([0.5, 0, 0.5, 1])
     wide = np.tile(columns, (1, 2, 1))  # 4 x 7 of 4 x 7 differ across, 0 of 3 x 8 down
-    assert looks_of(picture(wide))[2] == pytest.approx(28 / 52)
-
-
-def test_a_chessboard_has_the_sharpest_edges():
-    squares = np.indices((6, 6)).sum(axis=0) % 2 * 255
-    assert looks_of(picture(squares)) == pytest.approx([0.5, 0, 1, 1])
-    faint = squares // 255 * 51  # steps of 0.2
-    assert looks_of(picture(faint)) == pytest.approx([0.1, 0, 0.2, 0])
-
-
-def test_colors_are_counted_in_64_bins():
-    levels = (10, 70, 140, 250)  # one in each quarter of 0..255
-    every = []
-    for red in levels:
-        for green in levels:
-            for blue in levels:
-                every.append((red, green, blue))
-    assert looks_of(picture([every]))[3] == pytest.approx(6)
+    assert looks_of(wide)[2] == pytest.approx(28 / 52)
+    chessboard = np.indices((6, 6)).sum(axis=0) % 2 * 255
+    assert looks_of(chessboard) == pytest.approx([0.5, 0, 1, 1])
+    assert looks_of(chessboard // 255 * 51) == pytest.approx([0.1, 0, 0.2, 0])  # steps of 0.2
+    levels = np.array([10, 70, 140, 250])  # one in each quarter of 0..255
+    every = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, 64, 3)
+    assert looks_of(every)[3] == pytest.approx(6)
     near = [[(0, 0, 0), (63, 63, 63), (64, 0, 0), (0, 0, 64)]]  # shares 1/2, 1/4, 1/4
-    assert looks_of(picture(near))[3] == pytest.approx(1.5)
-
-
-def test_pictures_of_other_sizes_and_modes():
-    images = [
-        Image.new("L", (5, 3), 255),
-        Image.new("RGBA", (3, 5), (255, 255, 255, 0)),
-        Image.new("RGB", (1, 1), "white"),
-    ]
-    for row in variety.looks(images):
-        assert list(row.values()) == [1, 0, 0, 0]
-
-
-def test_comes_without_torch():
-    code = "import sys, evaluation.variety; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True"], done.stderr
+    assert looks_of(near)[3] == pytest.approx(1.5)
