@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 GRPO = "--steps 10 --batch_size 2 --group 4 --eval_prompts 8 --save_every 4".split()
 SFT = (
     "--from_scratch --vq_steps 3 --examples 300 --steps 40 --batch_size 16 "
-    "--eval_every 40 --eval_prompts 8 --save_every 15"
+    "--look_every 40 --eval_prompts 8 --save_every 15"
 ).split()
 
 
