@@ -3,13 +3,13 @@
 
 The loss is the negative log-probability, by the same `token_logps` that GRPO uses, of the chain's
 tokens (with the <begin_of_image> that ends it) and of the image tokens; the prompt is given and not
-trained. One mean over all chain tokens of the step, one over all its image tokens, on all ranks;
-added with weights.
+trained. One mean is over all chain tokens of the step on all ranks, one over all its image tokens;
+their weighted sum is the loss.
 
 The paper says 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released), and
 no more. Chosen here, after the same authors' GoT where it says something: AdamW (0.9, 0.95), cosine
-with warm-up, weights 1 : 1; and 10 % of the samples drawn without their condition, in the form that
-guidance uses when sampling (pads between bos and <begin_of_image>).
+with warm-up, weights 1 : 1. 10 % of the samples are trained without their condition, in the form
+that guidance uses when sampling (pads between bos and <begin_of_image>).
 
     python train_sft.py --model toy --from_scratch      # the toy checkpoint from nothing
     python train_sft.py --data pictures.jsonl --box_format pixels \\
@@ -39,12 +39,12 @@ from toy.world import toy_prompts
 
 @dataclass
 class Config(got.Source, trainer.TrainerConfig):
-    """These flags, those of every trainer (TrainerConfig) and those of the data (Source)."""
+    """The flags: these, those of both trainers (TrainerConfig) and those of the data (Source)."""
 
     # Data
     data: str = "toy"  # `toy`, a hub id, a folder of .parquet, .jsonl or .tar, or one such file
     cache: str = ""  # folder for texts and image tokens, made once; default: in the run's folder
-    dry_run: bool = False  # only print 8 records and draw them with boxes: look before training
+    dry_run: bool = False  # only print 8 records and draw them with boxes
     # Model
     model: str = "toy"  # what to start from: `toy`, or a folder or hub id of a checkpoint
     from_scratch: bool = False  # random weights of the toy; its picture tokenizer is trained first
@@ -62,7 +62,7 @@ class Config(got.Source, trainer.TrainerConfig):
     examples: int = 40_000  # scenes in the training set
     vq_steps: int = 1500  # optimizer steps of the picture tokenizer
     # Looking at it
-    eval_every: int = 250  # steps between looks: the toy's rewards; else held-out loss and a sheet
+    look_every: int = 250  # steps between looks: the toy's rewards; else held-out loss and a sheet
     eval_prompts: int = 240  # held out: toy prompts; or the data's last records, at most a tenth
     save_every: int = 250  # steps between checkpoints; also at the end, on SIGTERM and on Ctrl-C
 
@@ -71,31 +71,21 @@ class Config(got.Source, trainer.TrainerConfig):
 # The mathematics
 
 
-def sft_loss(
-    logp,
-    mask,
-    images: int,
-    n_chain,
-    n_image,
-    chain_weight: float = 1.0,
-    image_weight: float = 1.0,
-):
-    """logp, mask (N, S), the last `images` columns the image; n_chain, n_image: trained tokens of
-    the whole step.
+def sft_loss(logp, mask, images: int, n_chain, n_image):
+    """(chain, image): this call's share of the step's mean nats per chain token and per image
+    token; the shares of all calls and ranks add up.
 
-    Returns (loss, chain, image): this call's share of the step's loss, and of the mean nats per
-    chain token and per image token; the shares of all calls and ranks add up."""
+    logp, mask: (N, S), the last `images` columns the image; n_chain, n_image: trained tokens of the
+    step on all ranks."""
     nll = -logp * mask
-    chain = nll[:, :-images].sum() / n_chain
-    image = nll[:, -images:].sum() / n_image
-    return chain_weight * chain + image_weight * image, chain.detach(), image.detach()
+    return nll[:, :-images].sum() / n_chain, nll[:, -images:].sum() / n_image
 
 
-def rows_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.ndarray]:
+def records_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.ndarray]:
     """Which of `count` records a step takes, and which of them lose their condition, (batch_size,)
     bool: fixed by (seed, step)."""
     rng = np.random.default_rng([config.seed, 3, step])
-    if config.data == "toy":  # drawn anew every time: the set is itself a draw from an endless one
+    if config.data == "toy":  # with replacement: the set is itself a draw from an endless one
         chosen = rng.integers(0, count, config.batch_size).tolist()
     else:
         chosen = trainer.order_of_step(count, step, config.batch_size, config.seed)
@@ -109,14 +99,13 @@ def rows_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.n
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
     rank, world, device = run.start_processes()
-    check(config, world)
+    check_config(config, world)
     if config.dry_run:
         show_data(config, device)
         return
     began = time.time()
-    training = load(config, rank, world, device)
+    training = load_training(config, rank, world, device)
     engine = training.engine
-    prepared = training.prepared
     folder = training.folder
     run.explain_crashes(folder)
     log = run.Log(folder, engine.first_step, config.wandb)
@@ -137,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
         clock = time.time()
 
         # 1) A batch, of which every rank takes its share; some of it without its condition
-        chosen, blank = rows_of_step(config, training.count, step)
+        chosen, blank = records_of_step(config, training.count, step)
         blank = torch.from_numpy(blank[mine]).to(device)
-        batch = make_batch(engine.tokenizer, prepared, chosen[mine], device)
+        batch = make_batch(training, chosen[mine])
         n_chain = run.all_sum(batch.mask[~blank][:, :-images].sum()).clamp(min=1)
         n_image = torch.tensor(float(config.batch_size * images), device=device)
 
@@ -148,17 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         for first in range(0, share, config.micro_batch):
             rows = list(range(first, min(first + config.micro_batch, share)))
             mb_logp, mb_mask = engine.score(batch.select(rows), blank=blank[rows], chunk=chunk)
-            loss, chain, image = sft_loss(
-                mb_logp,
-                mb_mask,
-                images,
-                n_chain,
-                n_image,
-                config.chain_weight,
-                config.image_weight,
-            )
-            engine.backward(loss)
-            loss_sums += torch.stack([chain, image])
+            chain, image = sft_loss(mb_logp, mb_mask, images, n_chain, n_image)
+            engine.backward(config.chain_weight * chain + config.image_weight * image)
+            loss_sums += torch.stack([chain.detach(), image.detach()])
 
         # 3) Step: the gradient is summed over ranks, then clipped
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup)
@@ -184,11 +165,11 @@ def main(argv: list[str] | None = None) -> None:
         }
         bar.set_postfix_str(f"chain {chain_loss:.3f} image {image_loss:.3f}")
         done = step + 1
-        if done % config.eval_every == 0 or done == config.steps:
+        if done % config.look_every == 0 or done == config.steps:
             means = look(training, done)
             row.update(means)
-            said = [f"{key} {value:.3f}" for key, value in means.items()]
-            run.say(f"step {done:5d}  " + "  ".join(said))
+            numbers = [f"{name} {value:.3f}" for name, value in means.items()]
+            run.say(f"step {done:5d}  " + "  ".join(numbers))
         log.write(row)
         report_epoch(training, step)
         stopping = stopped()
@@ -222,27 +203,22 @@ class Training:
     engine: trainer.Engine
     prepared: token_cache.Prepared  # records, as texts and image tokens
     count: int  # of them that are trained on
-    held_out: (
-        list  # the toy's prompts, or the numbers of the data's records after the first `count`
-    )
+    held_out: list  # the toy's prompts, or the numbers of the records after the first `count`
     folder: Path
 
 
-def check(config: Config, world: int) -> None:
+def check_config(config: Config, world: int) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
     run.check_ranges(
         config,
-        at_least_one="steps batch_size micro_batch examples vq_steps eval_every eval_prompts "
+        at_least_one="steps batch_size micro_batch examples vq_steps look_every eval_prompts "
         "save_every keep max_chain",
         above_zero="lr clip_grad lora_alpha",
         not_negative="warmup weight_decay chain_weight image_weight condition_dropout lora "
         "max_records seed",
     )
     if config.from_scratch and (config.model, config.data) != ("toy", "toy"):
-        run.fail(
-            "--from_scratch builds the toy model from the toy's data: "
-            "leave out --model and --data, or itself"
-        )
+        run.fail("--from_scratch is for the toy: leave it out, or leave out --model and --data")
     if config.condition_dropout > 1:
         run.fail(f"--condition_dropout is {config.condition_dropout}: expected a share, 0 to 1")
     if config.batch_size % world:
@@ -280,7 +256,7 @@ def show_data(config: Config, device) -> None:
         run.fail(str(problem))
 
 
-def load(config: Config, rank: int, world: int, device) -> Training:
+def load_training(config: Config, rank: int, world: int, device) -> Training:
     """Everything that the flags name. Bad input ends the program here, in one line."""
     folder = Path(config.out)
     saved = run.checkpoint_to_resume(folder)
@@ -339,12 +315,14 @@ def first_model(config: Config, folder: Path) -> str:
 # During the run
 
 
-def make_batch(tokenizer, prepared, chosen: list[int], device) -> gotr1.Rollout:
-    """The records `chosen` as samples that are all trained."""
-    prompts, chains, image_tokens = prepared.batch(chosen)
+def make_batch(training: Training, records: list[int]) -> gotr1.Rollout:
+    """Records as samples that are trained to the last token."""
+    tokenizer = training.engine.tokenizer
+    prompts, chains, image_tokens = training.prepared.batch(records)
+    image_tokens = image_tokens.to(training.engine.device)
     prompt_ids = [gotr1.encode_prompt(tokenizer, prompt) for prompt in prompts]
     chain_ids = [gotr1.encode_chain(tokenizer, chain) for chain in chains]
-    return gotr1.Rollout.from_data(tokenizer, prompt_ids, chain_ids, image_tokens.to(device))
+    return gotr1.Rollout.from_data(tokenizer, prompt_ids, chain_ids, image_tokens)
 
 
 def look(training: Training, done: int) -> dict[str, float]:
@@ -369,11 +347,9 @@ def held_out_loss(training: Training) -> dict[str, float]:
     nats = torch.zeros(2)  # of chain tokens, of image tokens
     tokens = torch.zeros(2)
     for first in range(0, len(training.held_out), micro_batch):
-        rows = training.held_out[first : first + micro_batch]
-        batch = make_batch(engine.tokenizer, training.prepared, rows, engine.device)
+        batch = make_batch(training, training.held_out[first : first + micro_batch])
         logp, mask = engine.score(batch)
-        _, chain, image = sft_loss(logp, mask, images, n_chain=1, n_image=1)
-        nats += torch.stack([chain, image]).cpu()
+        nats += torch.stack(sft_loss(logp, mask, images, n_chain=1, n_image=1)).cpu()
         tokens += torch.stack([mask[:, :-images].sum(), mask[:, -images:].sum()]).cpu()
     chain, image = (nats / tokens).tolist()
     return {"held_out_chain": chain, "held_out_image": image}

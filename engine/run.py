@@ -1,7 +1,7 @@
 """What a run needs besides the model: its command line, its processes, its signals and its folder.
 
 The folder of a run holds `config.json` (the settings), `log.jsonl` (one row per step), `curves.png`
-(the log as curves) and checkpoints. All of it can be read, whenever the run was killed."""
+(the log as curves) and checkpoints. They can be read at any moment, also after a kill."""
 
 import contextlib
 import dataclasses
@@ -130,12 +130,12 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_list(rows: list) -> list:
+def gather_list(items: list) -> list:
     """The lists of all processes, one after the other, on every process."""
     if not dist.is_initialized():
-        return rows
+        return items
     lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, rows)
+    dist.all_gather_object(lists, items)
     joined = []
     for part in lists:
         joined += part
@@ -149,8 +149,8 @@ def say(text: str) -> None:
 
 
 def watch_signals(device: torch.device):
-    """Returns a function that answers True, on every process, after SIGTERM or Ctrl-C on one of
-    them: time to save and leave. It is a collective: every process has to ask, every time."""
+    """Returns a function that is True, on every process, after SIGTERM or Ctrl-C on one of them:
+    time to save and leave. It is a collective: every process has to call it, every time."""
     signals = []
 
     def remember(number, frame):
@@ -212,7 +212,7 @@ def check_same(folder: Path, found: dict, wanted: dict) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a small file: whenever the process is killed, the old file is there or the new one.
 
-    It is written beside, under a name that no other process uses, and renamed when it is whole.
+    It is written beside, under a name that no other process uses, and renamed when it is complete.
     Raises OSError."""
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -227,12 +227,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def file_stamps(files: Iterable[Path]) -> list[list]:
-    """What something was made from: [folder/name, size, when it was written] of each file, sorted.
+    """[folder/name, size, time of its last change] of each file, sorted.
 
-    Whoever keeps a result keeps this beside it, and makes the result anew when `changed_files`
-    names something. Only the last folder is named, so that all of it may be moved. The hub's cache
-    calls a file by a hash of its content, and this stands in place of the time: the same file is
-    downloaded at another time on each machine. Raises OSError."""
+    They are saved beside a result that was made from these files; the result is out of date when
+    `changed_files` finds a difference later. Only the last folder is named, so that all of it may
+    be moved. In the hub's cache the file's name, a hash of its content, stands in place of the
+    time: each machine downloads the same file at another time. Raises OSError."""
     stamps = []
     for file in set(files):
         real = file.resolve()
@@ -257,15 +257,15 @@ def digest(value) -> str:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. A file, `latest`, holds its name."""
+    """The newest complete checkpoint of a run, or None. A file, `latest`, holds its name."""
     if not (folder / "latest").exists():
         return None
     return folder / (folder / "latest").read_text()
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """`latest_checkpoint`, asked by every process at once: where they see different ones, the
-    program ends, since the processes would wait for each other forever."""
+    """`latest_checkpoint`, the same on every process. Where they see different ones, the program
+    ends: they would wait for each other forever. Every process has to call it."""
     saved = latest_checkpoint(folder)
     names = gather_list([saved.name if saved else "none"])
     if len(set(names)) > 1:
@@ -329,7 +329,7 @@ class Log:
         self.wandb_run = None
         if rank() > 0:
             return
-        # what a run logged after its last checkpoint will be logged again
+        # the steps after the last checkpoint are done again, and logged again
         kept = read_log(folder, before=start)
         write_whole(folder / "log.jsonl", "".join(log_line(row) for row in kept))
         if wandb:
@@ -345,7 +345,7 @@ class Log:
             self.wandb_run.log(row, step=row["step"])
 
     def plot(self, panels: dict[str, list[str]]) -> None:
-        """Draws `curves.png` anew, see `plot_curves`."""
+        """Draws `curves.png` of the log so far, see `plot_curves`."""
         if rank() == 0:
             plot_curves(read_log(self.folder), panels, self.folder / "curves.png")
 

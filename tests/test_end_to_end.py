@@ -27,7 +27,7 @@ GRPO = "--steps 7 --batch_size 2 --group 4 --eval_prompts 8 --save_every 3 --loo
 SHORT = "--steps 2 --batch_size 1 --group 2 --eval_prompts 2".split()
 SFT = (
     "--from_scratch --vq_steps 3 --examples 300 --steps 40 --batch_size 16 "
-    "--eval_every 40 --eval_prompts 8 --save_every 15"
+    "--look_every 40 --eval_prompts 8 --save_every 15"
 ).split()
 
 

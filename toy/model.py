@@ -245,7 +245,7 @@ def new_model(vq_steps: int, seed: int):
 
 def save_new_model(folder: Path, vq_steps: int, seed: int) -> None:
     """`new_model` as a folder, if it is not there yet. It is written beside and renamed, so that
-    what has the name is whole."""
+    what has the name is complete."""
     if folder.exists():
         return
     beside = folder.with_name(folder.name + ".tmp")
