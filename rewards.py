@@ -447,14 +447,6 @@ contradicts the request, and what it adds suits the request. consistency: no par
 contradicts another. clarity: it is one clear, well-formed scene. 9-10: nothing is wrong. 7-8: a
 slip in a detail. 5-6: clear gaps. 3-4: much is wrong. 1-2: hardly anything is right. 0: no
 meaningful text."""
-SEMANTIC_YES = (  # in the order of CRITERIA
-    "Is everything requested in the plan, each thing with its own colour, number and other "
-    "properties?",
-    "Does the plan agree with the request, without contradicting it and with nothing that does not "
-    "suit it?",
-    "Do all parts of the plan agree with each other?",
-    "Does the plan describe one clear, well-formed scene?",
-)
 
 SPATIAL_INTRO = """\
 You check the layout of a picture against the request: a rectangle for each object, {layout}
@@ -468,10 +460,6 @@ the relations that the request states or implies? Give a mark from 1 to 10. 8-10
 their places agree. 5-7: partly, or it can be read either way (5: on the edge). 4: one object is
 missing. 3: a relation is plainly contradicted. 2: several objects or relations are wrong. 1:
 nothing agrees."""
-SPATIAL_YES = (
-    "Does each requested object have its own rectangle, and do the rectangles agree, in place and "
-    "size, with the relations that the request states or implies?",
-)
 
 ALIGNMENT_INTRO = """\
 You check a picture against the request that it was made for: only its composition, not its beauty.
@@ -482,10 +470,6 @@ Is each requested object there, with its own properties? Does each spatial relat
 strictly? (Left of: further left, side by side. On top of: right above and touching.) Give a mark
 from 0 to 10. 8-10: all objects, all relations. 5-7: all objects, a relation is slightly off. 0-4: a
 relation is wrong or an important object is missing."""
-ALIGNMENT_YES = (
-    "Is each requested object there, with its own properties, and does each spatial relation hold, "
-    "taken strictly? (Left of: further left, side by side. On top of: right above and touching.)",
-)
 
 # The paper's figure 11, which asks for JSON, with an example: a list, and what to say of nothing
 GROUND = """\
@@ -500,14 +484,21 @@ TASKS = {
         question=SEMANTIC,
         answer=", ".join(f'"{name}": mark' for name in CRITERIA),
         marks=CRITERIA,
-        yes_or_no=SEMANTIC_YES,
+        yes_or_no=(
+            "Is everything requested in the plan, each thing with its own properties?",
+            "Does the plan agree with the request, without adding what does not suit it?",
+            "Do all parts of the plan agree with each other?",
+            "Does the plan describe one clear, well-formed scene?",
+        ),
     ),
     "spa": Task(
         SPATIAL_INTRO,
         max_tokens=200,
         question=SPATIAL,
         answer='"reasoning": "two sentences", "score": mark',
-        yes_or_no=SPATIAL_YES,
+        yes_or_no=(
+            "Does each requested object have its own rectangle, where the request places it?",
+        ),
     ),
     "pi": Task(
         ALIGNMENT_INTRO,
@@ -515,7 +506,9 @@ TASKS = {
         question=ALIGNMENT,
         answer='"description": "what is seen, one sentence", '
         '"reasoning": "one sentence", "score": mark',
-        yes_or_no=ALIGNMENT_YES,
+        yes_or_no=(
+            "Is each requested object there, as it was requested, and where the request places it?",
+        ),
     ),
     "ri": Task(GROUND, max_tokens=300),  # a box is 30 to 45
 }

@@ -124,7 +124,7 @@ class Server:
         def send():
             for request, task in self._tasks(make_requests()).items():
                 self.early[request] = task
-                task.add_done_callback(without_complaint)
+                task.add_done_callback(look_at_error)
 
         self.loop.call_soon_threadsafe(send)
 
@@ -161,6 +161,7 @@ class Server:
         finally:
             for task in tasks.values():  # after a failure the others are given up
                 task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
         return [tasks[request].result() for request in requests]
 
     async def _send(self, request: Request) -> Answer:
@@ -201,9 +202,8 @@ class Server:
         except openai.APIConnectionError as error:
             problem = f"{error.__cause__ or error}"
         except TimeoutError as error:
-            # What was cancelled is a pause, in the handler of the failure before it
-            cancelled = error.__cause__
-            problem = f"{cancelled.__context__ or 'no answer'}"
+            # what was cancelled is a pause, which stands in the handler of the last failure
+            problem = getattr(error.__cause__, "__context__", None) or "no answer"
         except ValueError as error:  # no JSON, or not in UTF-8
             raise ValueError(f"the server at {self.url} sends no JSON: {error}") from None
         raise ConnectionError(f"no answer from {self.url} within {self.patience:g} s: {problem}")
@@ -245,8 +245,8 @@ class Server:
         return Answer(text, ending == "length", likeliest)
 
 
-def without_complaint(task: asyncio.Task) -> None:
-    """Looks at the error of a task: of one that nobody looks at asyncio would print it."""
+def look_at_error(task: asyncio.Task) -> None:
+    """asyncio prints the error of a task that nobody has looked at."""
     if not task.cancelled():
         task.exception()
 

@@ -1,13 +1,9 @@
-"""Networks with random weights, real classes: a Qwen-VL as the judge; GenEval's and T2I-CompBench's
-networks, tiny or in full size.
-
-python tests/random_networks.py FOLDER [tiny|full]    # writes them, for speed measurements
-"""
+"""Small networks of transformers' own classes with random weights: a Qwen-VL as the judge, and what
+GenEval and T2I-CompBench look with."""
 
 import contextlib
 import functools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +20,10 @@ from tokenizers import (
     trainers,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import rewards
+from evaluation import geneval, networks
 
-import rewards  # noqa: E402
-from evaluation import geneval, networks  # noqa: E402
-
-M2F = ROOT / "tests" / "golden_eval" / "mask2former"
+M2F = Path(__file__).parent / "golden_eval" / "mask2former"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789."
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SMALL_TEXT = {
@@ -45,18 +38,17 @@ SMALL_TEXT = {
 # Networks of the evaluation
 
 
-def save_networks(folder, size: str = "tiny") -> None:
+def save_networks(folder) -> None:
     """One folder per network, as eval.py wants them, named like its flags.
 
     The detector sees dogs everywhere, the rest sees noise."""
     folder = Path(folder)
-    tiny = size == "tiny"
     torch.manual_seed(0)
-    save_clip(folder / "clip", tiny, width=1024, layers=24, heads=16, patch=14)
-    save_clip(folder / "clip_b32", tiny, width=768, layers=12, heads=12, patch=32)
-    save_blip(folder / "blip", tiny)
-    save_detector(folder / "detector", tiny)
-    save_gdino(folder / "gdino", tiny)
+    save_clip(folder / "clip")
+    save_clip(folder / "clip_b32")
+    save_blip(folder / "blip")
+    save_detector(folder / "detector")
+    save_gdino(folder / "gdino")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -81,29 +73,17 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_clip(folder: Path, tiny: bool, width: int, layers: int, heads: int, patch: int) -> None:
-    text = SMALL_TEXT if tiny else {}
+def save_clip(folder: Path) -> None:
+    words = {**SMALL_TEXT, "vocab_size": 2000, "bos_token_id": 101, "eos_token_id": 102}
     vision = {**SMALL_TEXT, "patch_size": 32}
-    if not tiny:
-        vision = {
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * width,
-            "patch_size": patch,
-        }
-    words = {**text, "vocab_size": 2000, "bos_token_id": 101, "eos_token_id": 102}
     config = transformers.CLIPConfig(text_config=words, vision_config=vision)
     transformers.CLIPModel(config).save_pretrained(folder)
     save_tokenizer(folder)
 
 
-def save_blip(folder: Path, tiny: bool) -> None:
-    vision = {"image_size": 384}
-    words = {"vocab_size": 30524}
-    if tiny:
-        vision = {**SMALL_TEXT, "image_size": 64}
-        words = {**SMALL_TEXT, "encoder_hidden_size": 32, "vocab_size": 30524}
+def save_blip(folder: Path) -> None:
+    vision = {**SMALL_TEXT, "image_size": 64}
+    words = {**SMALL_TEXT, "encoder_hidden_size": 32, "vocab_size": 30524}
     config = transformers.BlipConfig(text_config=words, vision_config=vision)
     blip = transformers.BlipForQuestionAnswering(config)
     for parameter in blip.parameters():
@@ -139,12 +119,8 @@ def tiny_mask2former_config() -> transformers.Mask2FormerConfig:
     )
 
 
-def save_detector(folder: Path, tiny: bool) -> None:
-    if tiny:
-        config = tiny_mask2former_config()
-    else:
-        swin = transformers.SwinConfig(depths=[2, 2, 18, 2], window_size=7, out_features=STAGES)
-        config = transformers.Mask2FormerConfig(backbone_config=swin, num_labels=80)
+def save_detector(folder: Path) -> None:
+    config = tiny_mask2former_config()
     detector = transformers.Mask2FormerForUniversalSegmentation(config)
     detector.class_predictor.bias.data[geneval.CLASSES.index("dog")] = 9
     for name, parameter in detector.named_parameters():
@@ -153,28 +129,22 @@ def save_detector(folder: Path, tiny: bool) -> None:
     detector.save_pretrained(folder)
 
 
-def save_gdino(folder: Path, tiny: bool) -> None:
-    if tiny:
-        words = transformers.BertConfig(**SMALL_TEXT, vocab_size=2000)
-        swin = transformers.SwinConfig(
-            embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], out_indices=[2, 3, 4]
-        )
-        config = transformers.GroundingDinoConfig(
-            backbone_config=swin,
-            text_config=words,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            num_queries=20,
-        )
-    else:
-        words = transformers.BertConfig(vocab_size=2000)
-        swin = transformers.SwinConfig(window_size=7, out_indices=[2, 3, 4])
-        config = transformers.GroundingDinoConfig(backbone_config=swin, text_config=words)
+def save_gdino(folder: Path) -> None:
+    swin = transformers.SwinConfig(
+        embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], out_indices=[2, 3, 4]
+    )
+    config = transformers.GroundingDinoConfig(
+        backbone_config=swin,
+        text_config=transformers.BertConfig(**SMALL_TEXT, vocab_size=2000),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=20,
+    )
     transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder)
     save_tokenizer(folder)
 
@@ -322,8 +292,3 @@ def random_judge(
             weight.data.normal_(std=1.5 * weight[0].numel() ** -0.5)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     return model, tokenizer, transformers.Qwen2VLImageProcessorPil(patch_size=patch)
-
-
-if __name__ == "__main__":
-    save_networks(sys.argv[1], *sys.argv[2:3])
-    print(f"wrote {sys.argv[1]}: networks with random weights")

@@ -947,7 +947,7 @@ def test_a_criterion_is_marked_by_the_probability_of_yes():
     assert scores == [pytest.approx((0.75 + 0.5 + 0.25 + 1) / 4), pytest.approx(3.7 / 4)]
     assert judge.marks["sem"]["faithfulness"] == [pytest.approx(0.5), pytest.approx(1.0)]
     assert judge.words["sem"][0].startswith("completeness: yes 0.600, no 0.200, faithfulness: yes ")
-    for question, criterion in zip(judge.asked[::2], rewards.SEMANTIC_YES, strict=True):
+    for question, criterion in zip(judge.asked[::2], rewards.TASKS["sem"].yes_or_no, strict=True):
         assert "Request: p\nPlan: c\n" in question.text
         assert question.text.endswith(f"{criterion}\nAnswer with Yes or No.")
 

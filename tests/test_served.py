@@ -239,10 +239,12 @@ def test_silence_is_not_waited_for_for_ever(stub, monkeypatch):
     "fault, message",
     [("cut", "disconnected"), (500, "500 Internal Server Error"), ("silent", "no answer")],
 )
-def test_what_does_not_pass_stops_the_run(stub, fault, message):
-    judge = ServedJudge(stub.url, frame="grid", patience=0.4)
+def test_what_does_not_pass_stops_the_run(stub, fault, message, monkeypatch):
+    judge = ServedJudge(stub.url, frame="grid", patience=0.7)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 5.0)
+    stub.retry_ms = 5000
     stub.faults = [fault] * 200
-    with pytest.raises(ConnectionError, match=f"no answer from .* within 0.4 s: .*{message}"):
+    with pytest.raises(ConnectionError, match=f"no answer from .* within 0.7 s: .*{message}"):
         rewards.score(judge, None, ["a dog"], ["A dog."], images()[:1])  # never a reward
 
 
@@ -447,6 +449,7 @@ def test_training_with_a_served_judge_and_without_it(readable, tmp_path, monkeyp
         scores = score(judge, *samples, **settings)
         if sum(early) == 4:  # after the rewards of the first step
             readable.faults = [500] * 10_000
+            readable.retry_ms = 5000
         return scores
 
     monkeypatch.setattr(ServedJudge, "ask_early", asking)
