@@ -15,7 +15,7 @@ group = 8  # samples per prompt
 
 for step in range(30):
     prompts = toy_prompts(8, seed=step)
-    samples = gotr1.rollout(policy, tokenizer, prompts, group=group, seed=step, max_chain=96)
+    samples = gotr1.rollout(policy, tokenizer, prompts, group, seed=step, max_chain=96)
     images = gotr1.decode_images(policy, samples.image_tokens)
 
     repeated = [prompt for prompt in prompts for _ in range(group)]
