@@ -63,11 +63,11 @@ def questions(chunks: list[str]) -> list[str]:
 
     The text is cleaned as BLIP's training data was: no punctuation, at most 50 words."""
     phrases = [chunk for chunk in chunks if chunk not in NO_PHRASES]
-    asked = []
+    texts = []
     for phrase in phrases[:MOST_PHRASES]:
         cleaned = re.sub(r'[.!"()*#:;~]', "", phrase.lower() + "?").rstrip(" ")
-        asked.append(" ".join(cleaned.split(" ")[:50]))
-    return asked
+        texts.append(" ".join(cleaned.split(" ")[:50]))
+    return texts
 
 
 def phrase_score(yes: float, no: float) -> float:
@@ -78,7 +78,7 @@ def phrase_score(yes: float, no: float) -> float:
 
 
 def product(scores: list[float]) -> float:
-    """A picture's score: the rounded phrases multiplied, and rounded; 1 when nothing was asked."""
+    """A picture's score: the rounded phrases multiplied, and rounded; 1 without a phrase."""
     return round(math.prod(scores), 4)
 
 
@@ -421,13 +421,13 @@ class BlipVQA:
         self.model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def __call__(self, images: list[Image.Image], asked: list[list[str]]) -> list[list[float]]:
+    def __call__(self, images: list[Image.Image], texts: list[list[str]]) -> list[list[float]]:
         scores = []
         for start in range(0, len(images), self.batch_size):
             seen = self._see(images[start : start + self.batch_size])
-            asked_here = asked[start : start + self.batch_size]
+            texts_here = texts[start : start + self.batch_size]
             rows = []  # (place in `seen`, token ids) of each question
-            for k, some in enumerate(asked_here):
+            for k, some in enumerate(texts_here):
                 for question in some:
                     tokens = self.tokenizer(question, truncation=True, max_length=35).input_ids
                     rows.append((k, tokens))
@@ -436,7 +436,7 @@ class BlipVQA:
             lengths = [len(tokens) for _, tokens in rows]
             answer = functools.partial(self._answer, seen=seen)
             answers = iter(in_batches(answer, rows, 64, keys=lengths))
-            for some in asked_here:
+            for some in texts_here:
                 scores.append([next(answers) for _ in some])
         return scores
 
@@ -491,7 +491,7 @@ class GroundingDino:
 
     def __call__(self, images: list[Image.Image], names: list[list[str]]) -> list[list[tuple]]:
         rows = list(zip(images, names, strict=True))
-        keys = [(" . ".join(asked), image.size) for image, asked in rows]
+        keys = [(" . ".join(sought), image.size) for image, sought in rows]
         return in_batches(self._find, rows, self.batch_size, keys=keys)
 
     def _find(self, rows: list[tuple]) -> list[list[tuple]]:
@@ -595,7 +595,7 @@ class Board:
             raise ValueError(f"--complex_lists: give {names}")
         for flag in self.flags(pictures):
             check_weights(getattr(self.settings, flag), flag)
-        # CLIP takes the prompt as it is; every other network is asked for parts of it
+        # CLIP takes the prompt as it is; every other network gets parts of it
         to_parse = {picture.prompt for picture in pictures if picture.group != "non_spatial"}
         if to_parse:
             parses = parse_prompts(sorted(to_parse), self.settings.phrases)
@@ -637,9 +637,9 @@ class Board:
 
     def attributes(self, images, prompts: list[str]) -> list[dict]:
         """color, shape, texture: is each noun phrase of the prompt in the picture?"""
-        asked = [questions(self.parses[prompt]["chunks"]) for prompt in prompts]
+        texts = [questions(self.parses[prompt]["chunks"]) for prompt in prompts]
         rows = []
-        for some, scores in zip(asked, self.blip(images, asked), strict=True):
+        for some, scores in zip(texts, self.blip(images, texts), strict=True):
             answers = []
             for question, score in zip(some, scores, strict=True):
                 answers.append(f"{question} {score:.2f}")
@@ -658,9 +658,9 @@ class Board:
         two."""
         images = [upright(image) for image in images]
         labels = [labels_of(pair) for pair in objects]
-        asked = [k for k, names in enumerate(labels) if names]
-        answers = self.gdino([images[k] for k in asked], [labels[k] for k in asked])
-        found_in = dict(zip(asked, answers, strict=True))
+        places = [k for k, names in enumerate(labels) if names]
+        answers = self.gdino([images[k] for k in places], [labels[k] for k in places])
+        found_in = dict(zip(places, answers, strict=True))
         rows = []
         for k, image in enumerate(images):
             found = found_in.get(k, [])

@@ -445,7 +445,7 @@ class GenEval:
         images = [upright(image) for image in images]
         found = []
         for instances, line in zip(self.detector(images), metadata, strict=True):
-            found.append(asked_instances(instances, line))
+            found.append(wanted_instances(instances, line))
         colors = self._colors(images, found, metadata)
         rows = []
         for k, image in enumerate(images):
@@ -459,7 +459,7 @@ class GenEval:
         crops = []
         names = []
         for image, instances_of, line in zip(images, found, metadata, strict=True):
-            if not asks_color(line):
+            if not names_color(line):
                 continue
             for name, instances in instances_of.items():
                 for one in instances:
@@ -469,19 +469,19 @@ class GenEval:
         colors = []
         for instances_of, line in zip(found, metadata, strict=True):
             seen = {}
-            if asks_color(line):
+            if names_color(line):
                 for name, instances in instances_of.items():
                     seen[name] = [next(answers) for _ in instances]
             colors.append(seen)
         return colors
 
 
-def asks_color(line: dict) -> bool:
+def names_color(line: dict) -> bool:
     """Whether a prompt, given by its metadata, says what colour something has."""
     return any("color" in clause for clause in line["include"])
 
 
-def asked_instances(instances: list[Instance], line: dict) -> dict[str, list[Instance]]:
+def wanted_instances(instances: list[Instance], line: dict) -> dict[str, list[Instance]]:
     """The instances that count, by class, of the classes that the metadata `line` speaks of."""
     found = {}
     for clause in line["include"] + line.get("exclude", []):

@@ -37,8 +37,9 @@ OFFICIAL_JUDGE = "Qwen3-VL-8B-Instruct"
 def spellings(answer: str) -> list[str]:
     """The words that count as this answer, "Yes" or one of COUNTS. The probability of each is that
     of its first token, and they are added."""
-    words = [answer.capitalize(), answer.lower()]
-    words += [f" {word}" for word in words]
+    lower = answer.lower()
+    upper = answer.capitalize()
+    words = [lower, upper, f" {lower}", f" {upper}"]
     if answer in COUNTS:
         digit = str(COUNTS.index(answer) + 1)
         # The last one is " 4" in the official program. No token of Qwen's begins with a blank and
@@ -78,7 +79,7 @@ def ask(judge, images: list, lines: list[dict]) -> list[list[float]]:
         for text, answer in line["vqa_list"]:
             questions.append(Question(f"{text} Answer in one word.", image, max_tokens=1))
             wanted.append(spellings(answer))
-    words = sorted({word for some in wanted for word in some})
+    words = sorted(set().union(*wanted))
     chances = []  # per question
     for row, some in zip(judge.probabilities(questions, words), wanted, strict=True):
         of_word = dict(zip(words, row, strict=True))
@@ -157,7 +158,7 @@ class Board:
     def score(self, group: str, images: list, pictures: list[Picture]) -> list[dict]:
         lines = [picture.metadata for picture in pictures]
         chances = ask(self.judge, images, lines)
-        return [verdict(line, some) for line, some in zip(lines, chances, strict=True)]
+        return list(map(verdict, lines, chances))
 
     def describe(self, pictures: list[Picture]) -> tuple[dict, list[str]]:
         judge = self.settings.judge
@@ -176,28 +177,26 @@ class Board:
 
 # -------------------------------------------------------------------------------------------------
 # The toy: its prompts as questions, and a judge that is never wrong
-#   python -c "from evaluation.geneval2 import *; write_toy_questions('questions.jsonl')"
+#   write_toy_questions("questions.jsonl")
 #   python eval.py --bench geneval2 --prompts questions.jsonl --model toy --judge toy
 
 
 def toy_line(prompt: str) -> dict:
-    """A toy prompt as a line of geneval2_data.jsonl. Its "a" and "and" are no atoms, but are asked
-    for, as officially."""
+    """A toy prompt as a line of geneval2_data.jsonl. As there, "a" is a question, but no atom."""
     names, relations = read_text(prompt)
-    asked = []  # (question, answer, skill)
+    questions = []
+    skills = []
     for name in names:
-        color, shape = name.split()
-        asked.append((f"How many {name}s are in the image?", "one", "count"))
-        asked.append((f"Is there a {shape} in the image?", "Yes", "object"))
-        asked.append((f"Is there a {color} {shape} in the image?", "Yes", "attribute"))
+        shape = name.split()[1]
+        questions.append([f"How many {name}s are in the image?", "one"])
+        questions.append([f"Is there a {shape} in the image?", "Yes"])
+        questions.append([f"Is there a {name} in the image?", "Yes"])
+        skills += ["count", "object", "attribute"]
     for i, words, j in relations:
-        asked.append((f"Is the {names[i]} {words} the {names[j]}?", "Yes", "position"))
-    return {
-        "prompt": prompt,
-        "atom_count": len(asked) - len(names),
-        "vqa_list": [[question, answer] for question, answer, _ in asked],
-        "skills": [skill for _, _, skill in asked],
-    }
+        questions.append([f"Is the {names[i]} {words} the {names[j]}?", "Yes"])
+        skills.append("position")
+    atoms = len(questions) - len(names)
+    return {"prompt": prompt, "atom_count": atoms, "vqa_list": questions, "skills": skills}
 
 
 class ExactAnswers:
@@ -228,5 +227,6 @@ class ExactAnswers:
 
 def write_toy_questions(path: str, count: int = 240) -> None:
     """The questions about the toy's held-out prompts, in the format of geneval2_data.jsonl."""
-    lines = [json.dumps(toy_line(prompt)) for prompt in toy_prompts(count, seed=7, held_out=True)]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        for prompt in toy_prompts(count, seed=7, held_out=True):
+            file.write(json.dumps(toy_line(prompt)) + "\n")

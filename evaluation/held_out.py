@@ -242,7 +242,7 @@ def own_measures(
     """What a sample with a plan of its own says about each number of the table.
 
     These are its rewards; by an exact judge, for each category of its prompt, whether plan and
-    picture are wholly right (1.0 or 0.0); and what the picture looks like."""
+    picture are fully right (1.0 or 0.0); and what the picture looks like."""
     values = {}
     for part in ("total", "trained", *rewards.PARTS, "judge_fail"):
         if part in scores:

@@ -2,7 +2,7 @@
 
 Drawing may be interrupted at any time and continues where it was, with any number of processes.
 What is drawn is kept as long as it would come out the same: while the settings and the files of the
-model are the same. Scores are computed anew each time.
+model are the same. Scores are computed each time.
 """
 
 import io
@@ -148,7 +148,7 @@ def claim_weights(folder: Path, model: str, pictures: list[Picture]) -> None:
     that are there are those of other files."""
     path = folder / "weights.json"
     now = run.file_stamps(policy_files(model))
-    advice = f"delete {folder} to draw anew, or give another --out"
+    advice = f"delete {folder} to draw again, or give another --out"
     if path.exists():
         changed = run.changed_files(json.loads(path.read_text()), now)
         if changed:

