@@ -55,7 +55,7 @@ class Config:
     out: str = "mine.jsonl"  # file for the chains; the other files lie beside it
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # folder or hub id of a Qwen-VL; http://…/v1; `toy`
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
-    prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else it is asked
+    prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else written
     device: str = ""  # where the model is; default: the GPU if there is one
     batch: int = 16  # pictures per step; a run that is killed loses one such batch
     judge_batch: int = 0  # questions that the model takes at a time; 0: 16, or 64 on a server
@@ -123,7 +123,7 @@ STRING = re.compile(r'"([^"\n]*)"|\'((?:[^\'\n]|\'(?=\w))*)\'')
 
 
 def parse_names(reply: str) -> Answer:
-    """The strings of a JSON or Python list; of a list that was cut off, those that are whole.
+    """The strings of a JSON or Python list; of a list that was cut off, the complete ones.
 
     >>> parse_names('Here it is: ["red ball", \\'woman\\'s hat\\', "blue cu…').value
     ['red ball', "woman's hat"]
@@ -246,15 +246,15 @@ def ask_batch(annotator, pictures: list[Image.Image], prompts: list[str]) -> lis
     enter(records, "caption", annotator.captions, needed="prompt")
     enter(records, "names", annotator.names, needed="caption")
 
-    asked = []  # a record per question
+    owners = []  # per question the record that it is about
     names = []
     for record in records:
         for name, span in places(record["caption"], list(dict.fromkeys(record["names"]))):
             if span:
-                asked.append(record)
+                owners.append(record)
                 names.append(name)
-    answers = annotator.boxes([record["picture"] for record in asked], names)
-    for record, name, answer in zip(asked, names, answers, strict=True):
+    answers = annotator.boxes([record["picture"] for record in owners], names)
+    for record, name, answer in zip(owners, names, answers, strict=True):
         if answer.value is None:
             record["bad"].append(answer.as_bad(f"box of {name}"))
         else:
