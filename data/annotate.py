@@ -55,7 +55,7 @@ class Config:
     out: str = "mine.jsonl"  # file for the chains; the other files lie beside it
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # folder or hub id of a Qwen-VL; http://…/v1; `toy`
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
-    prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else it is asked
+    prompts: str = ""  # JSON lines {"image": path in the folder, "prompt": text}; else written
     device: str = ""  # where the model is; default: the GPU if there is one
     batch: int = 16  # pictures per step; a run that is killed loses one such batch
     judge_batch: int = 0  # questions that the model takes at a time; 0: 16, or 64 on a server
@@ -87,8 +87,6 @@ Which objects in it could be outlined with a rectangle? Copy each of them out of
 letter for letter, with its adjectives and without its article, in the order in which they are
 mentioned. Leave out the ground, the sky, light and style. Answer with a JSON list of strings and
 nothing else: ["first object", "second object"]"""
-
-MAX_TOKENS = {"prompt": 60, "caption": 300, "names": 300}  # of a reply
 
 
 class Answer(NamedTuple):
@@ -125,7 +123,7 @@ STRING = re.compile(r'"([^"\n]*)"|\'((?:[^\'\n]|\'(?=\w))*)\'')
 
 
 def parse_names(reply: str) -> Answer:
-    """The strings of a JSON or Python list; of a list that was cut off, those that are whole.
+    """The strings of a JSON or Python list; of a list that was cut off, the complete ones.
 
     >>> parse_names('Here it is: ["red ball", \\'woman\\'s hat\\', "blue cu…').value
     ['red ball', "woman's hat"]
@@ -142,11 +140,12 @@ def parse_names(reply: str) -> Answer:
     return Answer(names, reply)
 
 
-# An annotator is any object with these four calls, each on a batch, one Answer per entry.
-#   prompts(pictures)             the sentence that a user would have typed
-#   captions(pictures, prompts)   the dense paragraph
-#   names(captions)               the names of objects in it
-#   boxes(pictures, names)        lists of Box on the 0..1000 grid for this name in this picture
+# An annotator is any object with these four calls, each on a batch, one Answer per entry. A record
+# is a dict with `picture` (PIL) and what is known so far: `prompt`, `caption`.
+#   prompts(records)          the sentence that a user would have typed
+#   captions(records)         the dense paragraph
+#   names(records)            the names of objects in the caption
+#   boxes(pictures, names)    lists of Box on the 0..1000 grid for this name in this picture
 
 
 class VlmAnnotator:
@@ -155,16 +154,25 @@ class VlmAnnotator:
     def __init__(self, judge: "rewards.VlmJudge"):
         self.judge = judge
 
-    def prompts(self, pictures):
-        return self.ask("prompt", [PROMPT] * len(pictures), pictures, parse_text)
+    def prompts(self, records):
+        questions = []
+        for record in records:
+            questions.append(rewards.Question(PROMPT, record["picture"], max_tokens=60))
+        return self.ask(questions, parse_text)
 
-    def captions(self, pictures, prompts):
-        texts = [CAPTION.format(prompt=without_markers(prompt)) for prompt in prompts]
-        return self.ask("caption", texts, pictures, parse_text)
+    def captions(self, records):
+        questions = []
+        for record in records:
+            text = CAPTION.format(prompt=without_markers(record["prompt"]))
+            questions.append(rewards.Question(text, record["picture"], max_tokens=300))
+        return self.ask(questions, parse_text)
 
-    def names(self, captions):
-        texts = [NAMES.format(caption=without_markers(caption)) for caption in captions]
-        return self.ask("names", texts, [None] * len(texts), parse_names)
+    def names(self, records):
+        questions = []
+        for record in records:
+            text = NAMES.format(caption=without_markers(record["caption"]))
+            questions.append(rewards.Question(text, None, max_tokens=300))
+        return self.ask(questions, parse_names)
 
     def boxes(self, pictures, names):
         if not names:
@@ -175,12 +183,9 @@ class VlmAnnotator:
             answers.append(Answer(boxes, reply, "" if boxes is not None else "no boxes"))
         return answers
 
-    def ask(self, step: str, texts: list[str], pictures: list, parse) -> list[Answer]:
-        if not texts:
+    def ask(self, questions: list, parse) -> list[Answer]:
+        if not questions:
             return []
-        questions = []
-        for text, picture in zip(texts, pictures, strict=True):
-            questions.append(rewards.Question(text, picture, MAX_TOKENS[step]))
         return [parse(reply.text) for reply in self.judge.write(questions)]
 
 
@@ -192,14 +197,14 @@ def without_markers(text: str) -> str:
 class ToyAnnotator:
     """Reads the pictures of toy/world.py exactly, and answers in the toy's words."""
 
-    def prompts(self, pictures):
-        return [self.describe(picture, "a") for picture in pictures]
+    def prompts(self, records):
+        return [self.describe(record["picture"], "a") for record in records]
 
-    def captions(self, pictures, prompts):
-        return [self.describe(picture, "A") for picture in pictures]
+    def captions(self, records):
+        return [self.describe(record["picture"], "A") for record in records]
 
-    def names(self, captions):
-        return [Answer(toy.read_text(caption)[0]) for caption in captions]
+    def names(self, records):
+        return [Answer(toy.read_text(record["caption"])[0]) for record in records]
 
     def boxes(self, pictures, names):
         return [Answer(boxes) for boxes in toy.ToyJudge().ground(pictures, names)]
@@ -237,25 +242,19 @@ def ask_batch(annotator, pictures: list[Image.Image], prompts: list[str]) -> lis
         record = {"prompt": prompt, "caption": "", "names": [], "boxes": {}, "bad": []}
         records.append({"picture": picture, **record})
 
-    without_prompt = [record for record in records if not record["prompt"]]
-    answers = annotator.prompts(column(without_prompt, "picture"))
-    enter(without_prompt, "prompt", answers)
-    readable = [record for record in records if record["prompt"]]
-    answers = annotator.captions(column(readable, "picture"), column(readable, "prompt"))
-    enter(readable, "caption", answers)
-    readable = [record for record in readable if record["caption"]]
-    answers = annotator.names(column(readable, "caption"))
-    enter(readable, "names", answers)
+    enter(records, "prompt", annotator.prompts)
+    enter(records, "caption", annotator.captions, needed="prompt")
+    enter(records, "names", annotator.names, needed="caption")
 
-    asked = []  # a record per question
+    owners = []  # per question the record that it is about
     names = []
-    for record in readable:
-        found = [name for name, span in places(record["caption"], record["names"]) if span]
-        for name in dict.fromkeys(found):  # each once
-            asked.append(record)
-            names.append(name)
-    answers = annotator.boxes(column(asked, "picture"), names)
-    for record, name, answer in zip(asked, names, answers, strict=True):
+    for record in records:
+        for name, span in places(record["caption"], list(dict.fromkeys(record["names"]))):
+            if span:
+                owners.append(record)
+                names.append(name)
+    answers = annotator.boxes([record["picture"] for record in owners], names)
+    for record, name, answer in zip(owners, names, answers, strict=True):
         if answer.value is None:
             record["bad"].append(answer.as_bad(f"box of {name}"))
         else:
@@ -265,13 +264,10 @@ def ask_batch(annotator, pictures: list[Image.Image], prompts: list[str]) -> lis
     return records
 
 
-def column(records: list[dict], key: str) -> list:
-    return [record[key] for record in records]
-
-
-def enter(records: list[dict], step: str, answers: list[Answer]) -> None:
-    """Writes the answers of a step into the records."""
-    for record, answer in zip(records, answers, strict=True):
+def enter(records: list[dict], step: str, ask, needed: str = "picture") -> None:
+    """Asks about the records that have what is needed and lack this step; writes the answers."""
+    lacking = [record for record in records if record[needed] and not record[step]]
+    for record, answer in zip(lacking, ask(lacking), strict=True):
         if answer.value is None:
             record["bad"].append(answer.as_bad(step))
         else:
@@ -324,7 +320,7 @@ def make_chain(config: Config, image: str, record: dict) -> Result:
         if bad["step"] == "picture":  # not a reply: the file cannot be read
             result.left_out = bad["reason"]
             result.detail = bad["reply"]
-        elif bad["step"] in MAX_TOKENS:
+        elif bad["step"] in ("prompt", "caption", "names"):
             result.left_out = f"{bad['step']} cannot be read"
             result.detail = bad["reason"]
     if result.left_out:
@@ -485,39 +481,44 @@ def picture_source(config: Config) -> Source:
     return Source(data=config.pictures, follow_outside=config.follow_outside)
 
 
-def collect(config: Config, images: list[str], prompts: dict[str, str]) -> list[dict]:
-    """What the model says about each picture: from the file of replies, which is continued with
+def collect(config: Config, images: list[str], prompts: dict[str, str]) -> dict[str, dict]:
+    """Picture -> what the model says about it: from the file of replies, which is continued with
     what is missing. A model is loaded only if something is."""
-    path = beside(config.out, "replies")
     annotator = None
     if config.model.startswith(("http://", "https://")):
         annotator = load_annotator(config)  # which waits for a server that is still starting
     keys = reply_keys(config, images, prompts)
-    known = {(record["image"], record["key"]): record for record in read_lines(path)}
-    missing = [image for image in images if (image, keys[image]) not in known]
-    changed = {image for image, _ in known}.intersection(missing)
-    if changed:
+    path = beside(config.out, "replies")
+    known = {}
+    outdated = set()
+    for record in read_lines(path):
+        if record["key"] == keys.get(record["image"]):
+            known[record["image"]] = record
+        else:
+            outdated.add(record["image"])
+    missing = [image for image in images if image not in known]
+    if not missing:
+        return known
+    again = outdated.intersection(missing)
+    if again:
         causes = "picture, prompt, model or questions have changed"
-        print(f"{len(changed)} of {len(images)} pictures are asked about again: {causes}")
-    if missing:
-        annotator = annotator or load_annotator(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(images), initial=len(images) - len(missing), unit=" pictures")
-        bad = 0
-        with path.open("a", encoding="utf-8") as file, bar:
-            file.write("\n")  # ends the line that a kill left half written
-            for first in range(0, len(missing), config.batch):
-                batch = missing[first : first + config.batch]
-                records = read_and_ask(config, annotator, batch, prompts)
-                for image, record in zip(batch, records, strict=True):
-                    record = {"image": image, "key": keys[image], **record}
-                    known[image, keys[image]] = record
-                    bad += len(record["bad"])
-                    file.write(json.dumps(record) + "\n")
-                file.flush()
-                bar.set_postfix_str(f"{bad} bad replies")
-                bar.update(len(batch))
-    return [known[image, keys[image]] for image in images]
+        print(f"{len(again)} of {len(images)} pictures are asked about again: {causes}")
+    annotator = annotator or load_annotator(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(images), initial=len(known), unit=" pictures")
+    bad = 0
+    with path.open("a", encoding="utf-8") as file, bar:
+        file.write("\n")  # ends the line that a kill left half written
+        for first in range(0, len(missing), config.batch):
+            batch = missing[first : first + config.batch]
+            for image, record in read_and_ask(config, annotator, batch, prompts).items():
+                known[image] = {"image": image, "key": keys[image], **record}
+                file.write(json.dumps(known[image]) + "\n")
+                bad += len(record["bad"])
+            file.flush()
+            bar.set_postfix_str(f"{bad} bad replies")
+            bar.update(len(batch))
+    return known
 
 
 def beside(out: str, word: str) -> Path:
@@ -526,24 +527,27 @@ def beside(out: str, word: str) -> Path:
 
 
 def read_and_ask(
-    config: Config, annotator, batch: list[str], prompts: dict[str, str]
-) -> list[dict]:
+    config: Config, annotator, images: list[str], prompts: dict[str, str]
+) -> dict[str, dict]:
     """`ask_batch` for pictures in files; one that cannot be read has only `bad`."""
     source = picture_source(config)
-    pictures = {}
     records = {}
-    for image in batch:
+    readable = []
+    pictures = []
+    given = []
+    for image in images:
         try:
             picture, _ = read_image({"image": image}, source)
-            picture.thumbnail((config.longest_side, config.longest_side))
-            pictures[image] = picture
         except BadRecord as bad:
             unreadable = Answer(None, bad.detail, bad.cause).as_bad("picture")
             records[image] = {"prompt": "", "bad": [unreadable]}
-    given = [prompts.get(image, "") for image in pictures]
-    answered = ask_batch(annotator, list(pictures.values()), given)
-    records.update(zip(pictures, answered, strict=True))
-    return [records[image] for image in batch]
+            continue
+        picture.thumbnail((config.longest_side, config.longest_side))
+        readable.append(image)
+        pictures.append(picture)
+        given.append(prompts.get(image, ""))
+    records.update(zip(readable, ask_batch(annotator, pictures, given), strict=True))
+    return records
 
 
 # -------------------------------------------------------------------------------------------------
@@ -624,10 +628,8 @@ def annotate(config: Config) -> list[Result]:
     images = list_pictures(Path(config.pictures))
     prompts = given_prompts(config.prompts, images)
     images = images[: config.max_pictures or None]
-    results = []
-    for image, record in zip(images, collect(config, images, prompts), strict=True):
-        results.append(make_chain(config, image, record))
-    return results
+    known = collect(config, images, prompts)
+    return [make_chain(config, image, known[image]) for image in images]
 
 
 def main(argv: list[str] | None = None) -> None:

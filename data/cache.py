@@ -74,7 +74,7 @@ class Report:
             lines.append(f"{number:8d} {cause:14s} first: {first}")
         return "\n".join(lines)
 
-    def check(self) -> None:
+    def raise_if_too_many_bad(self) -> None:
         """Raises ValueError when there are too many bad records, or none at all."""
         if self.good < (1 - MOST_BAD) * self.read or not self.read:
             problem = f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run."
@@ -206,7 +206,7 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
             while not is_complete(reports_of_part(folder, part)):
                 time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
     prepared = Prepared(folder)
-    prepared.report.check()
+    prepared.report.raise_if_too_many_bad()
     return prepared
 
 
@@ -214,7 +214,7 @@ def number_of_parts(rows, source: Source, world: int) -> int:
     if hasattr(rows, "__len__"):
         return world
     if source.max_records:
-        return 1  # the first records of the whole stream
+        return 1  # the first records of the stream, not of each file
     return min(world, getattr(rows, "num_shards", 1))  # a stream is divided by its files
 
 
@@ -231,7 +231,7 @@ def encode_part(
             content, report = encode_block(block, model, tokenizer, source, batch, bar)
             total.add(report)
             if total.read >= 100:
-                total.check()
+                total.raise_if_too_many_bad()
             run.write_whole(block_path(folder, part, len(reports)), content)
             reports.append(report)
 
@@ -346,7 +346,7 @@ def is_complete(reports: list[Report]) -> bool:
 
 
 class Prepared:
-    """A complete cache, read by the number of the good record. Only what is asked for is read."""
+    """A complete cache, read by the number of the good record. Only these records are read."""
 
     def __init__(self, folder: Path):
         self.report = Report()

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import io
 import json
-import os
 import re
 import tarfile
 import threading
@@ -141,8 +140,9 @@ MEMORY = Source("toy, some scenes", box_format="0..999")
 # Rows
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("style", ["parquet", "lines", "tar"])
+@pytest.mark.parametrize(
+    ("style", "streaming"), [("parquet", True), ("lines", False), ("lines", True), ("tar", True)]
+)
 def test_every_style_gives_the_same_records(style, streaming, tmp_path):
     examples = make_examples(12)
     if style == "parquet":
@@ -267,58 +267,36 @@ def chain(*parts) -> str:
     return format_chain([Box(*part) if isinstance(part, tuple) else part for part in parts])
 
 
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("A dog (1,2),(30,40) sleeps.", chain("A", ("dog", 1, 2, 30, 40), "sleeps.")),
-        ("A dog: [1, 2, 30, 40] sleeps", chain("A", ("dog", 1, 2, 30, 40), "sleeps")),
-        ("A dog ((1, 2), (30, 40))", chain("A", ("dog", 1, 2, 30, 40))),
-        ("<|obj_start|>old dog<|obj_end|> (1,2),(30,40)", chain(("old dog", 1, 2, 30, 40))),
-        (
-            "an old dog <|box_start|>(1,2),(30,40)<|box_end|>",
-            chain("an", ("old dog", 1, 2, 30, 40)),
-        ),
-        (
-            "his dog (1,2),(30,40) and <|obj_start|>fog<|obj_end|>",
-            chain("his", ("dog", 1, 2, 30, 40), "and fog"),
-        ),
-        (
-            "a <|obj_start|>man in a hat<|obj_end|> (1,2),(30,40)",
-            chain("a", ("man in a hat", 1, 2, 30, 40)),
-        ),
-        (
-            "with a man in a red hat (1,2),(30,40)",
-            chain("with a man in a", ("red hat", 1, 2, 30, 40)),
-        ),
-        ("a glass of wine (1,2),(30,40)", chain("a", ("glass of wine", 1, 2, 30, 40))),
-        ("fog in front of trees (1,2),(30,40)", chain("fog in front of", ("trees", 1, 2, 30, 40))),
-        ("a large, red ball (1,2),(30,40)", chain("a large,", ("red ball", 1, 2, 30, 40))),
-        (
-            "aa b2 cc dd ee f6 gg h8 (1,2),(30,40)",
-            chain("aa b2", ("cc dd ee f6 gg h8", 1, 2, 30, 40)),
-        ),
-        ("the woman's hand (1,2),(30,40)", chain("the", ("woman's hand", 1, 2, 30, 40))),
-        # emphasis and bullets are no part of a name
-        ("The **red ball** (1,2),(30,40) lies", chain("The", ("red ball", 1, 2, 30, 40), "lies")),
-        ("- red ball (1,2),(30,40)", chain("-", ("red ball", 1, 2, 30, 40))),
-        ("* **Red ball**: (1,2),(30,40)", chain("*", ("Red ball", 1, 2, 30, 40))),
-        # four numbers among the words are no box
-        (
-            "at 10:30 on 12/25 a dog (1,2),(30,40)",
-            chain("at 10:30 on 12/25 a", ("dog", 1, 2, 30, 40)),
-        ),
-        (
-            "house number 12, 14, 16, 18 and a dog (1,2),(30,40)",
-            chain("house number 12, 14, 16, 18 and a", ("dog", 1, 2, 30, 40)),
-        ),
-        (
-            "0.5 or 0.25 of a pie (1,2),(30,40), (1990)",
-            chain("0.5 or 0.25 of a", ("pie", 1, 2, 30, 40)) + ", (1990)",
-        ),
-    ],
-)
-def test_names_are_found(text, want):
-    assert got_data.normalize_chain(text, "0..999") == want
+NAMES_FOUND = {  # annotation -> chain; BOX is a box, [name] a name with its markers and that box
+    "A dog BOX sleeps.": "A [dog] sleeps.",
+    "A dog: [1, 2, 30, 40] sleeps": "A [dog] sleeps",
+    "A dog ((1, 2), (30, 40))": "A [dog]",
+    "<|obj_start|>old dog<|obj_end|> BOX": "[old dog]",
+    "an old dog <|box_start|>BOX<|box_end|>": "an [old dog]",
+    "his dog BOX and <|obj_start|>fog<|obj_end|>": "his [dog] and fog",
+    "a <|obj_start|>man in a hat<|obj_end|> BOX": "a [man in a hat]",
+    "with a man in a red hat BOX": "with a man in a [red hat]",
+    "a glass of wine BOX": "a [glass of wine]",
+    "fog in front of trees BOX": "fog in front of [trees]",
+    "a large, red ball BOX": "a large, [red ball]",
+    "aa b2 cc dd ee f6 gg h8 BOX": "aa b2 [cc dd ee f6 gg h8]",
+    "the woman's hand BOX": "the [woman's hand]",
+    # emphasis and bullets are no part of a name
+    "The **red ball** BOX lies": "The [red ball] lies",
+    "- red ball BOX": "- [red ball]",
+    "* **Red ball**: BOX": "* [Red ball]",
+    # four numbers among the words are no box
+    "at 10:30 on 12/25 a dog BOX": "at 10:30 on 12/25 a [dog]",
+    "house number 12, 14, 16, 18 and a dog BOX": "house number 12, 14, 16, 18 and a [dog]",
+    "0.5 or 0.25 of a pie BOX, (1990)": "0.5 or 0.25 of a [pie], (1990)",
+}
+
+
+@pytest.mark.parametrize("text", NAMES_FOUND)
+def test_names_are_found(text):
+    marked = r"<|obj_start|>\1<|obj_end|> <|box_start|>(1,2),(30,40)<|box_end|>"
+    chain = re.sub(r"\[(.*?)\]", marked, NAMES_FOUND[text])
+    assert got_data.normalize_chain(text.replace("BOX", "(1,2),(30,40)"), "0..999") == chain
 
 
 def test_several_boxes_of_one_name():
@@ -338,12 +316,9 @@ def test_several_boxes_of_one_name():
         ("(0.1,0),(0.25,1)", "0..1", (100, 0, 250, 999)),
         ("(1e-1,0.0),(.5,1)", "0..1", "no box"),  # .5 is nothing that Python or JSON writes
         ("(20,0),(50,50)", "pixels", (100, 0, 250, 500)),  # of 200 x 100 pixels
-        ("(20.5,0),(200,100)", "pixels", (102, 0, 999, 999)),
         ("(0.1,0.2),(0.3,0.4)", "0..999", "box format"),
         ("(10.5,20),(30,40)", "0..999", "box format"),
-        ("(0.1,0.2),(0.3,0.4)", "pixels", "box format"),
         ("(100,200),(300,400)", "0..1", "box outside"),
-        ("(100,200),(300,1001)", "0..999", "box outside"),
         ("(-1,200),(300,400)", "0..999", "box outside"),
         ("(0,0),(50,101)", "pixels", "box outside"),
         ("(300,200),(100,400)", "0..999", "empty box"),
@@ -656,69 +631,41 @@ def never(*_, **__):
     raise AssertionError("data, pictures or files were touched")
 
 
-PLANTED = {  # cause -> the records that have it
-    "no box": [3, 90],
-    "no text": [7],
-    "broken image": [20, 21],
-    "box outside": [33],
-    "empty box": [34],
-    "no name": [35],
-    "chain too long": [50],
-    "broken box": [51],
+PLANTED = {  # cause -> (field, bad value, the records that get it)
+    "no box": ("chain", "a red ball and nothing else", [3, 90]),
+    "no text": ("chain", None, [7]),
+    "broken image": ("image", {"bytes": b"no picture", "path": None}, [20, 21]),
+    "box outside": ("chain", "a ball (10,20),(3000,30)", [33]),
+    "empty box": ("chain", "a ball (30,20),(10,30)", [34]),
+    "no name": ("chain", "(30,20),(40,30) a ball", [35]),
+    "chain too long": ("chain", "a ball (30,20),(40,50) " + "very " * 300, [50]),
+    "broken box": ("chain", "a ball (30,20),(40,50) and a cone <|box_start|>(2,3)", [51]),
 }
 
 
-def spoil(rows: list[dict], text: str, image: str) -> None:
-    """Plants PLANTED in 100 rows."""
-    for k in (3, 90, 33, 34, 35, 50, 51):  # rows whose words hold no placeholders any more
-        if "coord" in rows[k]:
-            rows[k]["coord"] = "{}"
-    rows[3][text] = "a red ball and nothing else"
-    rows[90][text] = "words"
-    rows[7][text] = None
-    rows[20][image] = rows[21][image] = "gone.png"
-    if isinstance(rows[0][image], dict):
-        rows[20][image] = {"bytes": b"no picture", "path": None}
-        rows[21][image] = {"bytes": rows[0][image]["bytes"][:90]}
-    rows[33][text] = "a ball (10,20),(3000,30)"
-    rows[34][text] = "a ball (30,20),(10,30)"
-    rows[35][text] = "(30,20),(40,30) a ball"
-    rows[50][text] = "a ball (30,20),(40,50) " + "very " * 300
-    rows[51][text] = "a ball (30,20),(40,50) and a cone <|box_start|>(2,3)"
-
-
-@pytest.mark.parametrize("style", ["parquet as a stream", "lines"])
-def test_planted_faults_are_counted_and_the_rest_is_prepared(style, tmp_path, policy, monkeypatch):
+def test_planted_faults_are_counted_and_the_rest_is_prepared(tmp_path, policy, monkeypatch):
     """Over several files; tokens as `encode_images` gives them for the pictures one by one."""
     monkeypatch.setattr(token_cache, "BLOCK", 32)
-    examples = make_examples(100)
-    if style == "lines":
-        _, rows = write_lines(tmp_path / "set", examples)
-        spoil(rows, "got", "file")
-        source = save_lines(tmp_path / "set", rows)
-    else:
-        rows = [inline(example) for example in examples]
-        spoil(rows, "chain", "image")
-        source = write_parquet(tmp_path / "set", rows)
-        source.streaming = True
-    source.max_chain = 250
-    opened = got_data.open_rows(source)
-    prepared = token_cache.prepare(opened, *policy, source, tmp_path / "cache", batch=8)
+    rows = in_memory(100)
+    good = list(rows)
+    for name, value, records in PLANTED.values():
+        for k in records:
+            good.remove(rows[k])
+            rows[k] = rows[k] | {name: value}
+    source = dataclasses.replace(MEMORY, max_chain=250)
+    prepared = token_cache.prepare(rows, *policy, source, tmp_path, batch=8)
     assert prepared.report.read == 100
     assert prepared.report.bad.keys() == PLANTED.keys()
-    for cause, records in PLANTED.items():
+    for cause, (_, _, records) in PLANTED.items():
         line = rf"^ +{len(records)} {cause} +first: record {records[0]}: \S"
         assert re.search(line, str(prepared.report), re.M)
     assert str(prepared.report).startswith("10 of 100 records skipped (10.0%)\n")
-    bad = sum(PLANTED.values(), [])
-    good = [example for k, example in enumerate(examples) if k not in bad]
     assert len(prepared) == len(good) == 90
     chosen = [89, 0, 31, 32, 5, 5, 60]
     prompts, chains, tokens = prepared.batch(chosen)
-    assert prompts == [good[k].prompt for k in chosen]
-    assert chains == [good[k].chain for k in chosen]
-    pictures = [Image.open(io.BytesIO(png(good[k].image))) for k in chosen]
-    alone = [gotr1.encode_images(policy[0], [picture]) for picture in pictures]
+    assert prompts == [good[k]["prompt"] for k in chosen]
+    assert chains == [good[k]["chain"] for k in chosen]
+    alone = [gotr1.encode_images(policy[0], [good[k]["image"]]) for k in chosen]
     assert tokens.dtype == torch.int64 and torch.equal(tokens, torch.cat(alone))
     for outside in (-1, 90):
         with pytest.raises(IndexError):
@@ -820,10 +767,6 @@ def change_picture(folder, rows, source):
     (folder / rows[13]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
 
 
-def touch_picture(folder, rows, source):
-    os.utime(folder / rows[13]["file"], (1, 1))
-
-
 def mend_picture(folder, rows, source):
     """One that could not be read before."""
     (folder / rows[3]["file"]).write_bytes(png(make_examples(1, seed=9)[0].image))
@@ -834,20 +777,14 @@ def change_prompt(folder, rows, source):
     save_lines(folder, rows)
 
 
-def drop_lines(folder, rows, source):
-    save_lines(folder, rows[:11])
-
-
 def change_flag(folder, rows, source):
     source.max_chain = 500
 
 
 CHANGES = {
     change_picture: "pictures have changed",
-    touch_picture: "pictures have changed",
     mend_picture: "pictures have changed",
     change_prompt: "data files changed since",
-    drop_lines: "data files changed since",
     change_flag: "--max_chain changed since",
 }
 
@@ -939,8 +876,8 @@ def test_no_file_stays_open(tmp_path, policy, monkeypatch):
     """Thousands of files must not meet the limit of open ones."""
     monkeypatch.setattr(token_cache, "BLOCK", 1)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    prepared = token_cache.prepare(in_memory(30), *policy, MEMORY, tmp_path)
-    assert len(content(prepared)[0]) == 30
+    prepared = token_cache.prepare(in_memory(9), *policy, MEMORY, tmp_path)
+    assert len(content(prepared)[0]) == 9
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
