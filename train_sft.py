@@ -30,7 +30,7 @@ from tqdm import tqdm
 import gotr1
 from data import cache as token_cache
 from data import got
-from engine import run, trainer
+from engine import checkpoints, run, trainer
 from evaluation import held_out as held_out_prompts
 from evaluation import sheets
 from toy import model as toy_model
@@ -261,6 +261,8 @@ def load_training(config: Config, rank: int, world: int, device) -> Training:
     folder = Path(config.out)
     saved = run.checkpoint_to_resume(folder)
     try:
+        if config.lora:
+            checkpoints.check_markers_for_lora(config.model)
         rows = functools.partial(read_rows, config)  # read only if the cache is not complete
         if config.data != "toy" and not saved:
             rows = read_rows(config)  # bad flags are found before anything is written

@@ -8,7 +8,7 @@ dropped on purpose, every shape is checked. The files are mapped: host memory st
     python -m engine.checkpoints out/grpo/step_001000 merged     # an adapter, merged into its base
     python -m engine.checkpoints deepseek-ai/Janus-Pro-1B janus  # DeepSeek's format, converted
 
-writes the whole model into one folder in transformers' format.
+writes the complete model into one folder in transformers' format.
 """
 
 import json
@@ -33,10 +33,14 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from engine import decode, run
-from render_boxes import MARKERS
+from render_boxes import BOX_END, BOX_START, OBJ_END, OBJ_START
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The markers of a chain in the order in which the official processor adds them to a tokenizer that
+# lacks them (gogoduan/GoT-R1, src/processor/processor.py). In another order they would have other
+# ids, and the chains of released weights could not be read
+OFFICIAL_ORDER = (BOX_START, BOX_END, OBJ_START, OBJ_END)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ def convert_tensors(
 
 
 def convert_deepseek(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A whole state dict with DeepSeek's names -> one for
+    """A complete state dict with DeepSeek's names -> one for
     `JanusForConditionalGeneration.load_state_dict(strict=True)`."""
     return dict(convert_tensors(state_dict.items()))
 
@@ -281,10 +285,18 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
         model = load_deepseek(folder, config, dtype)
     else:
         model = load_transformers(folder, config, dtype)
-    # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = load_tokenizer(name_or_path)
     add_markers(model, tokenizer, name_or_path)
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint as its files have it; of an adapter without one, its base's."""
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists() and not (folder / "tokenizer.json").exists():
+        return load_tokenizer(base_of(folder))
+    # not LlamaTokenizerFast, which config files name: it drops the spaces of a byte-level tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def read_config(folder: Path) -> tuple[JanusConfig, bool]:
@@ -321,16 +333,19 @@ def find_folder(name_or_path: str) -> Path:
 
 def policy_files(name_or_path: str) -> list[Path]:
     """Every file that `load_policy` reads: weights, settings and tokenizer; of an adapter also
-    those of its base. For `run.file_stamps`: what a picture was made from.
-
-    Raises OSError or ValueError, as `load_policy` does."""
+    those of its base. Raises OSError or ValueError, as `load_policy` does."""
     folder = find_folder(name_or_path)
     files = sorted(folder.glob("*.json"))
     if not (folder / "adapter_config.json").exists():
         return files + weight_files(folder)
     files += sorted(folder.glob("adapter_model.*"))
+    return files + policy_files(base_of(folder))
+
+
+def base_of(folder: Path) -> str:
+    """What the adapter in a folder starts from."""
     settings = json.loads((folder / "adapter_config.json").read_text())
-    return files + policy_files(settings["base_model_name_or_path"])
+    return settings["base_model_name_or_path"]
 
 
 def load_adapter(folder: Path, device, dtype: torch.dtype):
@@ -347,8 +362,9 @@ def open_adapter(folder: Path, device, dtype: torch.dtype):
     """(PeftModel, tokenizer): the adapter, in float32, on its base, in `dtype`."""
     from peft import PeftModel
 
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    model, tokenizer = load_policy(settings["base_model_name_or_path"], device, dtype)
+    model, _ = load_policy(base_of(folder), device, dtype)
+    tokenizer = load_tokenizer(str(folder))  # its own: with the ids that it was trained with
+    add_markers(model, tokenizer, str(folder))
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True), tokenizer
 
 
@@ -377,7 +393,7 @@ def kept_by_bfloat16(adapted) -> float:
     """The share of an adapter's change that is left when the merged weights are rounded to
     bfloat16: 1 keeps all of it (rounding errors that are not in its direction do not count)."""
     kept = 0.0
-    whole = 0.0
+    wanted = 0.0
     for layer in adapted.modules():
         if not hasattr(layer, "lora_A"):
             continue
@@ -385,8 +401,8 @@ def kept_by_bfloat16(adapted) -> float:
         change = layer.get_delta_weight(layer.active_adapters[0]).float()
         rounded = (before + change).bfloat16().double() - before.bfloat16().double()
         kept += (rounded * change).sum().item()
-        whole += change.double().square().sum().item()
-    return kept / whole if whole else 1.0
+        wanted += change.double().square().sum().item()
+    return kept / wanted if wanted else 1.0
 
 
 def load_transformers(
@@ -408,18 +424,34 @@ def load_transformers(
     return model
 
 
-def add_markers(model, tokenizer, label: str) -> None:
-    """Adds the markers of a chain that the tokenizer lacks, and rows for them to the embedding and
-    to lm_head where those have no spare ones. `label` names the model in the message on stderr."""
+def missing_markers(tokenizer) -> list[str]:
+    """The markers of a chain that a tokenizer lacks, in the order in which they are added."""
     known = tokenizer.get_vocab()
-    added = tokenizer.add_tokens([marker for marker in MARKERS if marker not in known])
+    return [marker for marker in OFFICIAL_ORDER if marker not in known]
+
+
+def add_markers(model, tokenizer, label: str) -> None:
+    """Adds the missing markers, and rows for them to the embedding and to lm_head where those have
+    no spare ones. `label` names the model in the message on stderr."""
     rows = model.get_input_embeddings().weight.shape[0]
+    added = tokenizer.add_tokens(missing_markers(tokenizer))
     if added:
         sizes = f"{len(tokenizer)} tokens for {rows} rows"
         print(f"{label}: {added} markers added, {sizes}", file=sys.stderr)
     if len(tokenizer) > rows:
         torch.manual_seed(0)  # new rows are random, and an adapter has to find the same ones again
         model.resize_token_embeddings(len(tokenizer))
+
+
+def check_markers_for_lora(name_or_path: str) -> None:
+    """Raises ValueError when an adapter could not learn to write chains: a model that has never
+    seen the markers needs new embeddings for them, which an adapter does not train."""
+    missing = missing_markers(load_tokenizer(name_or_path))
+    if missing:
+        raise ValueError(
+            f"{name_or_path} knows no {', '.join(missing)}, and an adapter (--lora) would leave "
+            "their embeddings random: train all weights first (without --lora)"
+        )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -442,7 +474,7 @@ def merge(folder: Path, dtype: str):
 @dataclass
 class Config:
     source: str  # an adapter, a folder or a hub id: whatever `--model` takes
-    out: str  # new folder for the whole model and its tokenizer, in transformers' format
+    out: str  # new folder for the complete model and its tokenizer, in transformers' format
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 with an adapter
 
 

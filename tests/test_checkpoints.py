@@ -16,6 +16,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedT
 import gotr1
 from engine import checkpoints, decode, trainer
 from render_boxes import MARKERS
+from toy import model as toy_model
 
 GOLDEN = Path(__file__).parent / "golden_janus"
 FACTS = json.loads((GOLDEN / "expected.json").read_text())
@@ -230,26 +231,6 @@ def test_what_we_save_loads_again_with_lm_head_apart_from_the_embedding(golden, 
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
 
 
-def test_a_lora_adapter_loads_on_its_base(golden, tmp_path):
-    peft = pytest.importorskip("peft")
-    base = tmp_path / "base"
-    golden[0].save_pretrained(base)
-    golden[1].save_pretrained(base)
-    model, _ = gotr1.load_policy(str(base))
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config)
-    adapted.save_pretrained(tmp_path / "adapter")
-    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = str(base)
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    loaded, _ = gotr1.load_policy(str(tmp_path / "adapter"))
-    ids = torch.arange(20)[None]
-    want = adapted.base_model.model.model.language_model(ids).last_hidden_state
-    assert (loaded.model.language_model(ids).last_hidden_state - want).abs().max() < 1e-5
-    assert (golden[0].model.language_model(ids).last_hidden_state - want).abs().max() > 1e-3
-
-
 def small_adapter(tmp_path, base="toy", seed=0, size=1e-4, rank=8):
     """A LoRA adapter of the toy's q_proj and up_proj as it is after a few steps at a learning rate
     of 1e-5: rms(B) is `size`. Saved as peft saves it."""
@@ -265,6 +246,16 @@ def small_adapter(tmp_path, base="toy", seed=0, size=1e-4, rank=8):
     folder = tmp_path / f"adapter_{seed}"
     adapted.save_pretrained(folder)
     return folder
+
+
+def test_a_lora_adapter_is_merged_as_peft_computes_it(tmp_path):
+    folder = small_adapter(tmp_path, size=0.05)
+    adapted, _ = checkpoints.open_adapter(folder, "cpu", torch.float32)
+    ids = torch.arange(20)[None]
+    want = adapted.base_model.model.model.language_model(ids).last_hidden_state
+    for source, is_it in ((str(folder), True), ("toy", False)):
+        states = gotr1.load_policy(source)[0].model.language_model(ids).last_hidden_state
+        assert ((states - want).abs().max() < 1e-4) == is_it
 
 
 def kept_share(layer, weight, change) -> float:
@@ -283,7 +274,7 @@ def first_up_proj(model):
     return model.model.language_model.layers[0].mlp.up_proj
 
 
-def test_a_small_adapter_is_kept_in_bfloat16(tmp_path, capsys):
+def test_a_small_adapter_is_kept_in_bfloat16(tmp_path):
     """In what is loaded, in what is trained, and in a decoding step; merged in bfloat16, or added
     by peft's own forward to what is rounded already, most of it is lost."""
     from peft import PeftModel
@@ -307,9 +298,6 @@ def test_a_small_adapter_is_kept_in_bfloat16(tmp_path, capsys):
     shares["in training, decoding"] = kept_share(decoded, weight, change)
     rounded = (weight + change).bfloat16()
     merged = kept_share(lambda x: torch.nn.functional.linear(x, rounded), weight, change)
-    with capsys.disabled():
-        for name, share in {**shares, "by peft": by_peft, "merged in bfloat16": merged}.items():
-            print(f"\n{name}: {share:.3f} of a small adapter's change is kept", end="")
     for name, share in shares.items():
         assert share == pytest.approx(1, abs=0.05), name
     assert by_peft < 0.5 and merged < 0.5
@@ -398,17 +386,23 @@ def test_the_tokenizer_keeps_spaces_and_bos_is_there_once(folder):
     assert gotr1.special_ids(tokenizer)[1] == ids["pad"]
 
 
-@pytest.mark.parametrize("spare", [0, 8], ids=["the embedding grows", "rows enough"])
-def test_missing_markers_are_added(folder, capsys, spare, monkeypatch):
-    markers = set(MARKERS)
+def without_markers(folder: Path) -> None:
+    """Takes the markers out of a folder's tokenizer, as a base model has it."""
     data = json.loads((folder / "tokenizer.json").read_text())
-    others = [token for token in data["added_tokens"] if token["content"] not in markers]
-    data["added_tokens"] = others
-    for token in markers & set(data["model"]["vocab"]):
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in MARKERS]
+    for token in set(MARKERS) & set(data["model"]["vocab"]):
         del data["model"]["vocab"][token]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     (folder / "tokenizer_config.json").write_text("{}")
-    (folder / "special_tokens_map.json").unlink()
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("form", ["deepseek", "transformers"])
+@pytest.mark.parametrize("spare", [0, 8], ids=["the embedding grows", "rows enough"])
+def test_missing_markers_are_added_in_the_official_order(folder, capsys, form, spare, monkeypatch):
+    """As the official processor adds them (gogoduan/GoT-R1, src/processor/processor.py): with other
+    ids the chains of released weights could not be read."""
+    without_markers(folder)
     config = golden_config()
     rows = 414 + spare
     config.text_config.vocab_size = rows
@@ -416,14 +410,34 @@ def test_missing_markers_are_added(folder, capsys, spare, monkeypatch):
     tensors = golden_weights()
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], tensors[name]])[:rows].clone()
-    put_weights(folder, "safetensors", tensors)
+    if form == "deepseek":
+        put_weights(folder, "safetensors", tensors)
+    else:
+        model = JanusForConditionalGeneration(config)
+        model.load_state_dict(gotr1.convert_deepseek(tensors), strict=True)
+        model.save_pretrained(folder)
     model, tokenizer = gotr1.load_policy(str(folder))
     assert "4 markers added" in capsys.readouterr().err
-    for marker in markers:
-        assert len(tokenizer.encode(marker, add_special_tokens=False)) == 1
+    official = ["<|box_start|>", "<|box_end|>", "<|obj_start|>", "<|obj_end|>"]
+    for token_id, marker in enumerate(official, start=414):
+        assert tokenizer.encode(marker, add_special_tokens=False) == [token_id]
     assert len(tokenizer) == 418 and model.get_input_embeddings().weight.shape[0] == max(418, rows)
     assert model.lm_head.weight.shape[0] == max(418, rows)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+def test_an_adapter_keeps_the_ids_that_it_was_trained_with(tmp_path):
+    """Here in the order that we once added them in, on a base that has none."""
+    shutil.copytree(checkpoints.TOY, tmp_path / "base")
+    without_markers(tmp_path / "base")
+    adapter = small_adapter(tmp_path, base=str(tmp_path / "base"))
+    assert gotr1.load_policy(str(adapter))[1].convert_tokens_to_ids("<|box_start|>") == 341
+    gotr1.load_policy("toy")[1].save_pretrained(adapter)
+    assert gotr1.load_policy(str(adapter))[1].convert_tokens_to_ids("<|obj_start|>") == 341
+
+
+def test_the_toys_tokenizer_made_from_nothing_has_the_ids_of_the_shipped_one(policy):
+    assert toy_model.build_tokenizer().get_vocab() == policy[1].get_vocab()
 
 
 LAYER = "language_model.model.layers.9.mlp.up_proj.weight"

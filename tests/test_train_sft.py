@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from test_checkpoints import without_markers
 
 import gotr1
 import train_sft
+from engine import checkpoints
 from render_boxes import parse_chain
 from toy import world as toy
 
@@ -248,6 +251,19 @@ def test_bad_input_is_answered_in_one_line_and_leaves_nothing(flags, words, data
         train_sft.main([*flags, "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_refused_where_the_markers_would_need_new_embeddings(tmp_path, capsys):
+    """An adapter trains none: they would stay random."""
+    shutil.copytree(checkpoints.TOY, tmp_path / "base")
+    without_markers(tmp_path / "base")
+    flags = ["--model", str(tmp_path / "base"), "--lora", "4", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train_sft.main([*flags, "--examples", "64", "--steps", "1"])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "knows no <|box_start|>, <|box_end|>, " in message
+    assert message.endswith("train all weights first (without --lora)")
     assert not (tmp_path / "run").exists()
 
 
