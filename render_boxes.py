@@ -21,8 +21,9 @@ OBJ_START = "<|obj_start|>"
 OBJ_END = "<|obj_end|>"
 BOX_START = "<|box_start|>"
 BOX_END = "<|box_end|>"
-# In the order in which GoT-R1's processor adds them to a tokenizer that lacks them: by it each one
-# gets its id
+# In the order in which the official processor adds them to a tokenizer that lacks them
+# (gogoduan/GoT-R1, src/processor/processor.py): in another order they would have other ids, and the
+# chains of released weights could not be read
 MARKERS = (BOX_START, BOX_END, OBJ_START, OBJ_END)
 EXAMPLE = f"{OBJ_START}name{OBJ_END} {BOX_START}(x1,y1),(x2,y2){BOX_END}"
 

@@ -33,16 +33,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from engine import decode, run
-from render_boxes import BOX_END, BOX_START, OBJ_END, OBJ_START
+from render_boxes import MARKERS
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The markers of a chain in the order in which the official processor adds them to a tokenizer that
-# lacks them (gogoduan/GoT-R1, src/processor/processor.py). In another order they would have other
-# ids, and the chains of released weights could not be read
-OFFICIAL_ORDER = (BOX_START, BOX_END, OBJ_START, OBJ_END)
-
-
 # -------------------------------------------------------------------------------------------------
 # DeepSeek's format: names, values, sizes, files
 
@@ -427,7 +421,7 @@ def load_transformers(
 def missing_markers(tokenizer) -> list[str]:
     """The markers of a chain that a tokenizer lacks, in the order in which they are added."""
     known = tokenizer.get_vocab()
-    return [marker for marker in OFFICIAL_ORDER if marker not in known]
+    return [marker for marker in MARKERS if marker not in known]
 
 
 def add_markers(model, tokenizer, label: str) -> None:

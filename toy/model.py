@@ -25,10 +25,8 @@ from transformers import (
 )
 
 from gotr1 import INSTRUCTION, SPECIAL_TOKENS
-from render_boxes import BOX_END, BOX_START, OBJ_END, OBJ_START
+from render_boxes import BOX_END, BOX_START, MARKERS, OBJ_END, OBJ_START
 from toy.world import CELL, GRID, NAMES, SIZE, draw_scene, ground, make_example
-
-MARKERS = (OBJ_START, OBJ_END, BOX_START, BOX_END)  # in the order of the shipped toy's ids
 
 # -------------------------------------------------------------------------------------------------
 # Text tokenizer and sizes
