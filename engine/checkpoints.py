@@ -37,6 +37,7 @@ from render_boxes import MARKERS
 
 TOY = Path(__file__).parent.parent / "toy" / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # -------------------------------------------------------------------------------------------------
 # DeepSeek's format: names, values, sizes, files
 
