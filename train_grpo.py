@@ -301,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         old_logps = []  # one (n, S) per micro-batch: of the policy that sampled
         ref_logps = []  # and of the reference
         drifts = Drifts(device)
+        limits = drift_limits(config.dtype, config.temperature, config.cfg, config.logp)
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
         for update in range(config.updates):
             loss_sums = torch.zeros(3, device=device)  # over tokens: ratio, clip, kl
@@ -314,8 +315,7 @@ def main(argv: list[str] | None = None) -> None:
                     ref_logps.append(engine.score_reference(mb)[0] if config.kl else None)
                     drifts.add(old_logps[k], mb.logp, mb_mask, n_images)
                     if step == 0:
-                        exact = config.dtype == "float32"
-                        self_test(old_logps[k], mb.logp, ref_logps[k], mb_mask, exact)
+                        self_test(old_logps[k], mb.logp, ref_logps[k], mb_mask, max(limits))
                 loss, sums = grpo_loss(
                     mb_logp,
                     old_logps[k],
@@ -333,11 +333,7 @@ def main(argv: list[str] | None = None) -> None:
 
             if update == 0:
                 drift_text, drift_image = drifts.means()
-                check_drift(
-                    drift_text,
-                    drift_image,
-                    *drift_limits(config.dtype, config.temperature, config.cfg, config.logp),
-                )
+                check_drift(drift_text, drift_image, *limits)
 
             # 6) Step: the gradient is summed over ranks, then clipped; none if it is not finite
             norm = engine.step(lr, config.clip_grad)
