@@ -1,9 +1,8 @@
-"""A sampler, a reference or a resumed policy that is not the policy which is trained stops the run.
-pytest tests/test_drift.py"""
+"""A sampler or a reference that is not the policy which is trained stops the run; rounding does
+not.   pytest tests/test_drift.py"""
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -11,68 +10,67 @@ from test_decode import Tape
 
 import gotr1
 import train_grpo
-from engine import checkpoints, decode, run, trainer
+from engine import decode, drift, run, trainer
 
-SMALL = "--batch_size 1 --group 4 --eval_prompts 2 --lr 1e-3 --warmup 0 --max_chain 70".split()
+SMALL = "--look_every 0 --batch_size 1 --group 4 --eval_prompts 2 --lr 1e-3 --warmup 0 --max_chain 70".split()
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Evaluations and curves take longer than the steps."""
-    monkeypatch.setattr(train_grpo, "look", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train_grpo, "evaluate", lambda *args, **kwargs: None)
     monkeypatch.setattr(train_grpo, "summarise_run", lambda training: None)
     monkeypatch.setattr(run.Log, "plot", lambda *args: None)
 
 
-def start(tmp_path, steps: int, *flags) -> list[dict]:
-    """A short run; the rows of its log."""
-    folder = tmp_path / "run"
-    train_grpo.main([*SMALL, "--steps", str(steps), "--out", str(folder), *flags])
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def start(tmp_path, steps: int, *flags) -> None:
+    """A short run."""
+    train_grpo.main([*SMALL, "--steps", str(steps), "--out", str(tmp_path / "run"), *flags])
 
 
-def logged(tmp_path) -> int:
-    return len((tmp_path / "run" / "log.jsonl").read_text().splitlines())
+def logged(tmp_path) -> list[dict]:
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # What is summed, and what is too much
 
 
-def drift_of(gap, mask, n_images: int) -> list[float]:
-    drifts = train_grpo.Drifts(torch.device("cpu"))
+def drift_of(gap, mask, n_images: int) -> drift.Drift:
+    """Added up in two micro-batches; the reference is as far away as the sampler."""
+    found = drift.Drift("bfloat16", cfg=1.0, logp="cond", device=torch.device("cpu"))
     for rows in (slice(0, 1), slice(1, 3)):
-        logp = torch.zeros(3, 5)[rows]
-        drifts.add(logp, gap[rows], None, mask[rows], n_images)
-    return drifts.means()
+        logp = torch.zeros_like(gap[rows])
+        found.add(logp, gap[rows], gap[rows], mask[rows] > 0, n_images)
+    return found
 
 
 def test_drift_is_a_mean_over_the_trained_tokens_of_each_kind():
-    gap = torch.tensor([[0.1, -0.3, 9, 0.5, 0.5], [9, 9, 9, 9, 9], [0.2, 9, 9, -0.5, 0.1]])
+    gap = torch.tensor([[0.1, -0.1, 9, 0.2, 0.2], [9, 9, 9, 9, 9], [0.2, 9, 9, -0.1, 0.1]])
     mask = torch.tensor([[1.0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 1, 1]])
-    assert drift_of(gap, mask, 2) == pytest.approx([0.6 / 3, 1.6 / 4])
-    assert drift_of(gap, torch.zeros(3, 5), 2) == [0, 0]
+    found = drift_of(gap, mask, 2)
+    found.check(is_first_step=True)
+    assert found.means == pytest.approx([0.4 / 3, 0.6 / 4])
+    nothing = drift_of(gap, torch.zeros(3, 5), 2)
+    nothing.check(is_first_step=True)
+    assert nothing.means == [0, 0]
 
 
-@pytest.mark.parametrize("drift", [0.3, math.nan, math.inf])
-def test_too_much_names_the_kind(drift):
-    train_grpo.check_drift(0.1, 0.2, 0.2, 0.2)
-    with pytest.raises(RuntimeError, match="of text tokens"):
-        train_grpo.check_drift(drift, 0.1, 0.2, 0.2)
-    with pytest.raises(RuntimeError, match="of image tokens"):
-        train_grpo.check_drift(0.1, drift, 0.2, 0.2)
+@pytest.mark.parametrize("gap", [0.3, math.nan, math.inf])
+def test_too_much_names_the_kind(gap):
+    for place, kind in ((0, "text"), (4, "image")):
+        gaps = torch.zeros(3, 5)
+        gaps[:, place] = 5 * gap
+        with pytest.raises(RuntimeError, match=f"of {kind} tokens"):
+            drift_of(gaps, torch.ones(3, 5), 2).check(is_first_step=False)
 
 
-def limits(**flags) -> tuple[float, float]:
-    return train_grpo.drift_limits(train_grpo.Config(**flags))
-
-
-def test_limits_know_precision_guidance_and_temperature():
-    assert limits() == limits(logp="guided", cfg=5.0) == (1e-3, 1e-3)
-    assert limits(dtype="bfloat16", cfg=5.0) == (0.2, 0.2)
-    text, image = limits(dtype="bfloat16", cfg=5.0, logp="guided")
+def test_limits_know_precision_and_guidance():
+    assert drift.drift_limits("float32", 1.0, "cond") == (1e-3, 1e-3)
+    assert drift.drift_limits("float32", 5.0, "guided") == (1e-3, 1e-3)
+    assert drift.drift_limits("bfloat16", 5.0, "cond") == (0.2, 0.2)
+    text, image = drift.drift_limits("bfloat16", 5.0, "guided")
     assert text == 0.2 and image == pytest.approx(0.2 * math.sqrt(5**2 + 4**2))
-    assert limits(dtype="bfloat16", temperature=0.5) == (0.4, 0.4)
-    assert limits(dtype="bfloat16", temperature=2.0) == (0.2, 0.2)
 
 
 def test_rounding_errors_grow_with_guidance_as_the_limit_says():
@@ -86,21 +84,61 @@ def test_rounding_errors_grow_with_guidance_as_the_limit_says():
         return (gotr1.guide(halves, cfg)[1] - exact).std().item()
 
     growth = error(5.0) / error(1.0)
-    allowed = limits(dtype="bfloat16", cfg=5.0, logp="guided")[1] / 0.2
+    allowed = drift.drift_limits("bfloat16", 5.0, "guided")[1] / 0.2
     assert growth == pytest.approx(allowed, rel=0.03)
 
 
-# What it has to catch
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_the_self_test_allows_rounding_and_sees_a_fault_in_one_sample(dtype, rounding):
+    """Rounding as it was seen: 0.018 nats per token in bfloat16 between a product with an adapter
+    of zeros and one without."""
+    torch.manual_seed(0)
+    logp, trained = -torch.rand(16, 100), torch.ones(16, 100, dtype=torch.bool)
+    near = logp + rounding * torch.randn(16, 100)
+    limit = drift.LIMITS[dtype]
+
+    def check(recorded, reference, trained=trained):
+        found = drift.Drift(dtype, cfg=1.0, logp="cond", device=torch.device("cpu"))
+        found.add(logp, recorded, reference, trained, n_images=64)
+        found.check(is_first_step=True)
+
+    check(near, near)
+    check(near, None)
+    far = logp.clone()
+    far[3] += 2 * limit
+    check(far, far, trained=far == logp)  # what differs is masked
+    for wrong in (far, torch.where(far == logp, logp, math.nan)):
+        with pytest.raises(RuntimeError, match="should be the sampler's"):
+            check(wrong, near)
+        with pytest.raises(RuntimeError, match="should be the reference's"):
+            check(near, wrong)
 
 
-def test_a_healthy_run_with_an_adapter_stays_far_below_the_limit(tmp_path):
-    rows = start(tmp_path, 3, "--lora", "4", "--save_every", "2")
-    drifts = [row[key] for row in rows for key in ("drift_text", "drift_image")]
-    assert 0 <= max(drifts) < 5e-5
-    assert (tmp_path / "run" / "step_000002" / "probe.pt").is_file()
+# What it has to catch in a run
 
 
-def test_a_rollout_without_the_adapter_is_seen_at_step_5(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", [["--lora", "4", "--dtype", "bfloat16"], ["--shard", "no"]])
+def test_a_reference_that_is_another_model_is_seen_at_step_0(tmp_path, monkeypatch, mode):
+    """Here with its second layer switched off."""
+
+    def another(self, batch, **settings):
+        layer = self.model.model.language_model.layers[1].mlp.down_proj
+        weight = getattr(layer, "base_layer", layer).weight
+        kept = weight.data
+        weight.data = torch.zeros_like(kept)
+        with torch.no_grad():
+            result = self.wrapped(self.token_logps, batch, **settings)
+        weight.data = kept
+        return result
+
+    monkeypatch.setattr(trainer.Engine, "score_reference", another)
+    with pytest.raises(RuntimeError, match="should be the reference's"):
+        start(tmp_path, 1, *mode)
+
+
+def test_a_rollout_without_the_adapter_is_seen_and_one_with_it_is_far_below_the_limit(
+    tmp_path, monkeypatch
+):
     engines = []
     load, rollout = trainer.load_engine, gotr1.rollout
 
@@ -109,7 +147,7 @@ def test_a_rollout_without_the_adapter_is_seen_at_step_5(tmp_path, monkeypatch):
         return engines[0]
 
     def forgetting(*args, seed, **kwargs):
-        if seed != (0, 5):  # of the rollout in step 5
+        if seed != (0, 3):  # of the rollout in step 3
             return rollout(*args, seed=seed, **kwargs)
         with engines[0].lora.disable_adapter():
             return rollout(*args, seed=seed, **kwargs)
@@ -117,19 +155,11 @@ def test_a_rollout_without_the_adapter_is_seen_at_step_5(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "load_engine", loading)
     monkeypatch.setattr(gotr1, "rollout", forgetting)
     with pytest.raises(RuntimeError, match="not the one that was recorded"):
-        start(tmp_path, 7, "--lora", "4")
-    assert logged(tmp_path) == 5
-
-
-def test_a_reference_with_the_adapter_on_is_seen_after_the_first_update(tmp_path, monkeypatch):
-    def with_adapter(self, batch, **settings):
-        with torch.no_grad():
-            return self.wrapped(self.token_logps, batch, **settings)
-
-    monkeypatch.setattr(trainer.Engine, "score_reference", with_adapter)
-    with pytest.raises(RuntimeError, match="the reference is the policy itself"):
-        start(tmp_path, 3, "--lora", "4")
-    assert logged(tmp_path) == 1
+        start(tmp_path, 4, "--lora", "4")
+    rows = logged(tmp_path)
+    assert len(rows) == 3
+    for row in rows:
+        assert 0 <= max(row["drift_text"], row["drift_image"]) < 5e-5
 
 
 class Addresses(Tape):
@@ -150,7 +180,7 @@ class Addresses(Tape):
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_a_graph_that_reads_weights_where_they_were_is_seen(tmp_path, monkeypatch, stale):
-    """Weights move before each update, and the graphs are not recorded anew. With `stale` False
+    """With `stale` weights move before each update, and the graphs are not recorded again. Else
     they stay: the same graphs serve, and nothing is wrong."""
 
     def record(step, decoder):
@@ -173,18 +203,8 @@ def test_a_graph_that_reads_weights_where_they_were_is_seen(tmp_path, monkeypatc
     if stale:
         with pytest.raises(RuntimeError, match="not the one that was recorded"):
             start(tmp_path, 3)
-        assert logged(tmp_path) == 1, "it is seen as soon as there has been an update"
+        assert len(logged(tmp_path)) == 1, "it is seen as soon as there has been an update"
     else:
-        assert len(start(tmp_path, 2)) == 2
-    decode.KEPT.clear()
-
-
-def test_a_resumed_run_that_loaded_other_weights_is_seen(tmp_path):
-    start(tmp_path, 2)
-    saved = tmp_path / "run" / "step_000002"
-    start(tmp_path, 2)  # nothing is left to do, and the weights are right
-    shutil.copy(checkpoints.TOY / "model.safetensors", saved)
-    with pytest.raises(RuntimeError, match="step_000002 was not loaded as it was saved"):
         start(tmp_path, 2)
-    (saved / "probe.pt").unlink()  # as of a run that was killed just before
-    start(tmp_path, 2)
+        assert len(logged(tmp_path)) == 2
+    decode.KEPT.clear()
