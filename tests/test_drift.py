@@ -12,7 +12,8 @@ import gotr1
 import train_grpo
 from engine import decode, drift, run, trainer
 
-SMALL = "--look_every 0 --batch_size 1 --group 4 --eval_prompts 2 --lr 1e-3 --warmup 0 --max_chain 70".split()
+SMALL = "--look_every 0 --batch_size 1 --eval_prompts 2 --group 4"
+SMALL = [*SMALL.split(), *"--lr 1e-3 --warmup 0 --max_chain 70".split()]
 
 
 @pytest.fixture(autouse=True)

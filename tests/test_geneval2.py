@@ -105,7 +105,6 @@ def test_spellings_are_those_of_the_official_program():
         assert [len(qwen.encode(word)) for word in geneval2.spellings(answer)] in ([1] * 4, [1] * 6)
 
 
-@pytest.mark.skipif(not hasattr(random_networks, "random_judge"), reason="needs a judge")
 def test_the_same_judge_here_and_on_a_server(monkeypatch):
     """Random weights. Of what is not among the 20 likeliest tokens a server says nothing: 0."""
     from served_stub import Stub, by_judge
