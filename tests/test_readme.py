@@ -209,7 +209,7 @@ def test_glossary_is_what_the_log_holds(tmp_path):
     four_marks = [f"sem_{name}" for name in rewards.CRITERIA]  # the toy's judge gives none
     logged = json.loads((tmp_path / "log.jsonl").read_text())
     assert sorted(explained) == sorted([*logged, *four_marks])
-    watched = keys_of_table(section(README, "What the log says"))
+    watched = re.findall(r"`(\w+)`", section(README, "Results").split("What to watch")[1])
     assert watched
     assert set(watched) <= set(explained)
 
