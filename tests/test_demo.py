@@ -111,9 +111,10 @@ def test_exactly_the_plan_is_drawn_and_scored(studio, policy, monkeypatch):
     looks = []
     ground = ToyJudge.ground
     monkeypatch.setattr(ToyJudge, "ground", lambda *inputs: looks.append(1) or ground(*inputs))
+    studio.cfg = 2.0
     pictures, marked, scores = demo.draw_plan(studio, "toy", PROMPT, CHAIN, 3, 5)
     assert len(looks) == 1
-    sampled = rollout(*policy, [PROMPT], 3, seed=5, chains=[CHAIN])
+    sampled = rollout(*policy, [PROMPT], 3, cfg=2.0, seed=5, chains=[CHAIN])
     drawn = demo.decode_images(policy[0], sampled.image_tokens)
     for picture, expected in zip(pictures, drawn, strict=True):
         assert picture.size == (448, 448)
