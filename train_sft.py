@@ -329,15 +329,15 @@ def make_batch(training: Training, records: list[int]) -> gotr1.Rollout:
 
 def look(training: Training, done: int) -> dict[str, float]:
     """How good the model is after step `done`: the toy's rewards; or the loss on held-out records,
-    and a sheet of what it draws for their prompts."""
+    a sheet of what it draws for their prompts, and the share of its chains that had to be cut."""
     if training.config.data == "toy":
         tokenizer = training.engine.tokenizer
         with training.engine.gathered() as model:
             return held_out_prompts.toy_look(
                 model, tokenizer, training.held_out, training.config.seed
             )
-    draw_held_out(training, training.folder / f"samples_{done:06d}.png")
-    return held_out_loss(training)
+    forced = draw_held_out(training, training.folder / f"samples_{done:06d}.png")
+    return {**held_out_loss(training), "forced": forced}
 
 
 @torch.no_grad()
@@ -357,28 +357,31 @@ def held_out_loss(training: Training) -> dict[str, float]:
     return {"held_out_chain": chain, "held_out_image": image}
 
 
-def draw_held_out(training: Training, path: Path) -> None:
-    """A sheet of what the model draws for the first six held-out prompts."""
+def draw_held_out(training: Training, path: Path) -> float:
+    """A sheet of what the model draws for the first six held-out prompts, with the guidance and
+    chain length that suit it; returns the share of chains that were cut at that length."""
     engine = training.engine
     prompts, _, _ = training.prepared.batch(training.held_out[:6])
     longest = max(len(gotr1.encode_prompt(engine.tokenizer, prompt)) for prompt in prompts)
     images = gotr1.image_token_count(engine.model)
     room = engine.model.config.text_config.max_position_embeddings - longest - images - 1
+    sampling = gotr1.default_sampling(engine.model)
     with engine.gathered() as model:
         sampled = gotr1.rollout(
             model,
             engine.tokenizer,
             prompts,
             seed=training.config.seed,
-            max_chain=min(training.config.max_chain, room),
+            cfg=sampling["cfg"],
+            max_chain=min(sampling["max_chain"], room),
         )
-    if run.rank() > 0:
-        return
-    pictures = gotr1.decode_images(engine.model, sampled.image_tokens)
-    rows = []
-    for prompt, chain, picture in zip(prompts, sampled.chains, pictures, strict=True):
-        rows.append({"prompt": prompt, "chain": chain, "image": picture})
-    sheets.draw_sheet(rows, path)
+    if run.rank() == 0:
+        pictures = gotr1.decode_images(engine.model, sampled.image_tokens)
+        rows = []
+        for prompt, chain, picture in zip(prompts, sampled.chains, pictures, strict=True):
+            rows.append({"prompt": prompt, "chain": chain, "image": picture})
+        sheets.draw_sheet(rows, path)
+    return sampled.forced.float().mean().item()
 
 
 def report_epoch(training: Training, step: int) -> None:

@@ -6,8 +6,10 @@ The folder of a run holds `config.json` (the settings), `log.jsonl` (one row per
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -150,12 +152,17 @@ def say(text: str) -> None:
 
 def watch_signals(device: torch.device):
     """Returns a function that is True, on every process, after SIGTERM or Ctrl-C on one of them:
-    time to save and leave. It is a collective: every process has to call it, every time."""
+    time to save and leave. It is a collective: every process has to call it, every time. The second
+    Ctrl-C ends the program at once: an evaluation, which does not look, may take long."""
     signals = []
 
     def remember(number, frame):
         signals.append(number)
-        print("\nstopping after this step", file=sys.stderr)
+        message = "stopping after this step"
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            message += "; Ctrl-C again ends the program at once"
+        os.write(2, f"\n{message}\n".encode())  # it may interrupt a print, where print would fail
 
     def stopped() -> bool:
         count = torch.tensor(float(len(signals)), device=device)
@@ -177,19 +184,38 @@ def peak_gib(device: torch.device) -> float:
 # The folder of a run
 
 
+# Settings that may change when a run goes on: they change memory, speed, and what is kept or seen
+FREE = (
+    "out",  # a folder may be moved
+    "micro_batch",
+    "rollout_batch",
+    "judge_batch",
+    "judge_device",
+    "gradient_checkpointing",
+    "shard",
+    "cache",
+    "look_every",
+    "save_every",
+    "keep",
+    "wandb",
+)
+LOCKS = {}  # number of a folder on its disk -> its lock, a file that is open until the process ends
+
+
 def open_run(out: str, config) -> Path:
-    """The folder of a run. A new folder gets `config.json`; a folder with the same settings is
-    continued; with other settings the program ends in one line that names the differences."""
+    """The folder of a run, which this process alone may use. A new folder gets `config.json`; a
+    folder with the same settings is continued; with others, but for FREE ones, the program ends in
+    one line that names the differences."""
     folder = Path(out)
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as on disk
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
+            lock_run(folder)
             if (folder / "config.json").exists():
                 found = json.loads((folder / "config.json").read_text())
                 check_same(folder, found, wanted)
-            else:
-                write_whole(folder / "config.json", json.dumps(wanted, indent=2))
+            write_whole(folder / "config.json", json.dumps(wanted, indent=2))
     except (OSError, ValueError) as problem:
         fail(f"cannot use {folder} as output folder: {problem}")
     if dist.is_initialized():
@@ -198,11 +224,27 @@ def open_run(out: str, config) -> Path:
     return folder
 
 
+def lock_run(folder: Path) -> None:
+    """Ends the program when another process uses the folder: two of them would delete each other's
+    checkpoints. However a process ends, its lock ends with it."""
+    number = folder.stat().st_ino  # it stays when the folder is moved
+    if number in LOCKS:
+        return
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder} is in use by another process: wait for it, or give another --out")
+    except OSError:
+        pass  # some network file systems have no locks
+    LOCKS[number] = file
+
+
 def check_same(folder: Path, found: dict, wanted: dict) -> None:
     """Ends the program when the settings that a run was started with are not the wanted ones."""
     changes = []
     for name in found | wanted:  # the names of both
-        if found.get(name) != wanted.get(name):
+        if name not in FREE and found.get(name) != wanted.get(name):
             changes.append(f"--{name} {found.get(name)} (now {wanted.get(name)})")
     if changes:
         advice = "give the same flags to continue it, or another --out"
@@ -289,7 +331,7 @@ def explain_crash(folder: Path, kind, problem, trace) -> None:
     else:
         advice = "no checkpoint was written yet"
     if isinstance(problem, torch.OutOfMemoryError):
-        advice += ", with less in memory at a time (--micro_batch)"
+        advice += ", with less in memory at a time (--micro_batch, --rollout_batch)"
     print(f"the run in {folder} ended: {problem}\n{advice}", file=sys.stderr)
 
 
@@ -313,10 +355,10 @@ def read_log(folder: Path, before: float = math.inf) -> list[dict]:
 
 
 def log_line(row: dict) -> str:
-    """A row of the log as JSON, its numbers rounded to 6 decimals."""
+    """A row of the log as JSON, its numbers rounded to six significant digits."""
     rounded = {}
     for name, value in row.items():
-        rounded[name] = round(value, 6) if isinstance(value, float) else value
+        rounded[name] = float(f"{value:.6g}") if isinstance(value, float) else value
     return json.dumps(rounded) + "\n"
 
 
@@ -350,15 +392,21 @@ class Log:
             plot_curves(read_log(self.folder), panels, self.folder / "curves.png")
 
 
+def check_wandb(project: str) -> None:
+    """Ends the program in one line when a Weights & Biases project is named without its package."""
+    if project and importlib.util.find_spec("wandb") is None:
+        fail("--wandb needs its package: pip install wandb")
+
+
 def start_wandb(folder: Path, project: str):
     """The Weights & Biases run of this folder: started again, it continues the same curves."""
-    try:
-        import wandb
-    except ImportError:
-        fail("--wandb needs its package: pip install wandb")
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    import wandb
+
+    name = folder / "wandb_id"
+    if not name.exists():
+        write_whole(name, uuid.uuid4().hex)
     settings = json.loads((folder / "config.json").read_text())
-    return wandb.init(project=project, id=digest[:16], resume="allow", config=settings)
+    return wandb.init(project=project, id=name.read_text(), resume="allow", config=settings)
 
 
 def plot_curves(rows: list[dict], panels: dict[str, list[str]], path: Path) -> None:

@@ -49,7 +49,7 @@ FROZEN = ("model.vqmodel.", "model.vision_model.", "model.aligner.")  # what is 
 class TrainerConfig:
     """The flags that both trainers have."""
 
-    out: str = "out/run"  # folder of this run; the same flags again continue where it stopped
+    out: str = "out/run"  # folder of this run; the same flags continue where it stopped
     # Optimisation
     lr: float = 1e-5  # peak learning rate
     warmup: float = 0.05  # share of the steps over which the learning rate rises to its peak
@@ -425,7 +425,8 @@ def remove_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
 
 
 def check_trainer_config(config: TrainerConfig) -> None:
-    """Ends the program in one line when flags contradict each other."""
+    """Ends the program in one line when flags contradict each other, or a package is missing."""
+    run.check_wandb(config.wandb)
     if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
         run.fail(
             "--dtype bfloat16 trains all weights through float32 shards: "

@@ -1,9 +1,12 @@
 """Command line of all scripts, and the folder of a run.   pytest tests/test_run.py"""
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_grpo
+import train_sft
 from engine import run
 
 # Command line
@@ -104,22 +109,72 @@ def test_zero_may_be_allowed(capsys):
     assert capsys.readouterr().err == "error: --size is -1: expected 0 or more\n"
 
 
-def test_it_loads_without_libraries_that_only_one_of_its_functions_needs():
-    code = (
-        "import sys; from engine import run; print({'matplotlib', 'transformers'} & {*sys.modules})"
+RUNNING = """
+import sys, time
+from pathlib import Path
+
+import torch
+
+from engine import run
+
+print({"matplotlib", "transformers"} & {*sys.modules}, flush=True)
+run.open_run(sys.argv[1], run.dataclasses.make_dataclass("Config", [])())
+stopped = run.watch_signals(torch.device("cpu"))
+print("open", flush=True)
+while True:  # as long as an evaluation, which does not look at `stopped`
+    time.sleep(0.01)
+"""
+
+
+def test_a_folder_has_one_process_and_the_second_ctrl_c_ends_it_at_once(tmp_path, capsys):
+    """Also: it loads without libraries that only one of its functions needs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNING, str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    house = Path(__file__).parent.parent
-    shown = subprocess.run([sys.executable, "-c", code], cwd=house, capture_output=True, text=True)
-    assert shown.stdout.strip() == "set()", shown.stderr
+    try:
+        assert process.stdout.readline().strip() == "set()"
+        assert process.stdout.readline().strip() == "open"
+        with pytest.raises(SystemExit) as stop:
+            run.open_run(str(tmp_path), Nothing())
+        expected = (
+            f"error: {tmp_path} is in use by another process: wait for it, or give another --out"
+        )
+        assert stop.value.code == 2 and capsys.readouterr().err.strip() == expected
+
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline().strip() == (
+            "stopping after this step; Ctrl-C again ends the program at once"
+        )
+        time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT
+    finally:
+        process.kill()
+    run.open_run(str(tmp_path), Nothing())  # the lock is gone with the process
+    run.open_run(str(tmp_path), Nothing())  # and a process does not lock itself out
 
 
 # The folder of a run
 
 
 @dataclass
+class Nothing:
+    pass
+
+
+@dataclass
 class Config:
     lr: float = 0.1
     parts: tuple[str, ...] = ("a", "b")
+    out: str = "out/run"
+    micro_batch: int = 4
+    wandb: str = ""
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside(tmp_path, monkeypatch):
@@ -150,6 +205,13 @@ def test_log_drops_half_a_line_and_what_came_after_the_checkpoint(tmp_path):
     assert rows[-2:] == [(2, 0.666667), (3, 9.0)]
 
 
+def test_the_log_has_six_significant_digits(tmp_path):
+    run.Log(tmp_path).write({"step": 1234567, "lr": 1e-6 / 3, "tokens": 1234567.8, "reward": 0.0})
+    assert run.read_log(tmp_path) == [
+        {"step": 1234567, "lr": 3.33333e-07, "tokens": 1234570.0, "reward": 0.0}
+    ]
+
+
 def test_processes_that_see_different_checkpoints_are_told_so(tmp_path, monkeypatch, capsys):
     """As on two machines whose --out is not one folder."""
     assert run.checkpoint_to_resume(tmp_path) is None
@@ -162,20 +224,31 @@ def test_processes_that_see_different_checkpoints_are_told_so(tmp_path, monkeypa
 
 
 def test_the_same_settings_go_on_and_others_are_named(tmp_path, capsys):
+    """Only what changes the result is compared: a run goes on in a folder that was moved, with
+    other sizes."""
     run.open_run(str(tmp_path / "run"), Config())
-    run.open_run(str(tmp_path / "run"), Config())
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = Config(out=str(tmp_path / "moved"), micro_batch=1, wandb="project")
+    run.open_run(moved.out, moved)
+    assert json.loads((tmp_path / "moved" / "config.json").read_text())["micro_batch"] == 1
     with pytest.raises(SystemExit) as stop:
-        run.open_run(str(tmp_path / "run"), Config(lr=0.2))
-    assert stop.value.code == 2 and "--lr 0.1 (now 0.2)" in capsys.readouterr().err
-    (tmp_path / "run" / "config.json").write_text("{")
+        run.open_run(moved.out, Config(lr=0.2, micro_batch=2))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--lr 0.1 (now 0.2): give" in message
+    (tmp_path / "moved" / "config.json").write_text("{")
     with pytest.raises(SystemExit):
-        run.open_run(str(tmp_path / "run"), Config())
+        run.open_run(moved.out, Config())
     assert "cannot use" in capsys.readouterr().err
 
 
-def test_weights_and_biases_is_imported_only_when_asked_for_and_resumed_by_id(
-    tmp_path, monkeypatch, capsys
-):
+def test_what_may_change_are_settings_of_the_trainers():
+    names = set()
+    for config_class in (train_grpo.Config, train_sft.Config):
+        names |= {field.name for field in dataclasses.fields(config_class)}
+    assert set(run.FREE) <= names
+
+
+def test_weights_and_biases_is_looked_for_at_once_and_resumed_by_id(tmp_path, monkeypatch, capsys):
     started, logged = [], []
 
     class StandIn(types.ModuleType):
@@ -188,14 +261,18 @@ def test_weights_and_biases_is_imported_only_when_asked_for_and_resumed_by_id(
         def log(self, row, step):
             logged.append((row["reward"], step))
 
-    folder = run.open_run(str(tmp_path / "run"), Config())
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    run.Log(folder)
-    with pytest.raises(SystemExit) as stop:
-        run.Log(folder, wandb="project")
-    assert stop.value.code == 2 and "pip install wandb" in capsys.readouterr().err
+    run.check_wandb("")
+    for main in (train_grpo.main, train_sft.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--wandb", "project", "--out", str(tmp_path / "run"), "--model", "not looked at"])
+        assert stop.value.code == 2 and "pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+    folder = run.open_run(str(tmp_path / "run"), Config())
     monkeypatch.setitem(sys.modules, "wandb", StandIn("wandb"))
-    for _ in range(2):
+    for name in ("run", "moved"):
+        folder = folder.rename(tmp_path / name)
         run.Log(folder, wandb="project").write({"step": 4, "reward": 1.0})
     assert started[0] == started[1]
     assert started[0]["project"] == "project" and started[0]["config"]["lr"] == 0.1

@@ -108,6 +108,7 @@ def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(
     train_sft.main([*flags, *SMALL, "--out", str(through)])
     log = rows(through)
     assert log[-1]["held_out_chain"] > 0 and (through / "samples_000012.png").exists()
+    assert log[-1]["forced"] == 0
     for loss in ("chain_loss", "image_loss"):  # the shipped model knows this world: little is left
         first, last = log[:3], log[-3:]
         assert np.mean([row[loss] for row in last]) < np.mean([row[loss] for row in first]), loss
