@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss_sums += sums
 
             # 6) Step: the gradient is summed over ranks, then clipped; none if it is not finite
-            grad_norm = engine.step(lr, config.clip_grad)
+            grad_norm = engine.step(lr)
             skipped = count_skipped(grad_norm, skipped)
         drift.check(is_first_step=step == 0)
         check_gradient(grad_norm, step, kept)
@@ -390,7 +390,7 @@ def check_config(config: Config, world: int) -> None:
     run.check_ranges(
         config,
         at_least_one="steps batch_size updates eval_prompts save_every rollout_batch micro_batch",
-        above_zero="lr clip_grad",
+        above_zero="lr",
         not_negative="judge_batch kl warmup lr_floor clip lora look_every seed",
     )
     gotr1.check_sampling(config)
@@ -409,7 +409,7 @@ def check_config(config: Config, world: int) -> None:
         run.fail(
             f"--judge_device {config.judge_device} would hold the judges of all {world} processes"
         )
-    trainer.check_trainer_config(config)
+    run.check_wandb(config.wandb)
 
 
 def check_toy_judge(config: Config, prompts: list[str]) -> None:

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3) Step: the gradient is summed over ranks, then clipped
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup)
-        norm = engine.step(lr, config.clip_grad)
+        norm = engine.step(lr)
         if not math.isfinite(norm):
             raise RuntimeError(
                 f"the gradient is not finite at step {step}: "
@@ -213,7 +213,7 @@ def check_config(config: Config, world: int) -> None:
         config,
         at_least_one="steps batch_size micro_batch examples vq_steps look_every eval_prompts "
         "save_every keep max_chain",
-        above_zero="lr clip_grad lora_alpha",
+        above_zero="lr",
         not_negative="warmup weight_decay chain_weight image_weight condition_dropout lora "
         "max_records seed",
     )
@@ -226,7 +226,7 @@ def check_config(config: Config, world: int) -> None:
             f"--batch_size {config.batch_size} sequences cannot be shared evenly "
             f"by {world} processes"
         )
-    trainer.check_trainer_config(config)
+    run.check_wandb(config.wandb)
 
 
 def data_source(config: Config) -> got.Source:

@@ -53,12 +53,9 @@ class TrainerConfig:
     # Optimisation
     lr: float = 1e-5  # peak learning rate
     warmup: float = 0.05  # share of the steps over which the learning rate rises to its peak
-    clip_grad: float = 1.0  # largest gradient norm
     micro_batch: int = 16  # samples per forward and backward pass; changes memory, not the gradient
     lora: int = 0  # rank of the LoRA adapter (paper: 32); 0 trains the whole language model
-    lora_alpha: float = 32.0  # its scale: the adapter counts lora_alpha / lora times
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; AdamW's are float32
-    shard: Literal["auto", "yes", "no"] = "auto"  # FSDP2; auto: several processes, or bfloat16
     gradient_checkpointing: bool = False  # keep one vector per token and layer: less memory
     # Keeping it
     save_every: int = 20  # steps between checkpoints; also at the end, on SIGTERM and on Ctrl-C
@@ -109,14 +106,11 @@ def trainable_parameters(model) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def is_sharded(lora: int, dtype: str, shard: str) -> bool:
-    """Whether weights lie in shards. With `--shard auto` they do when all of them are trained by
-    several processes or in bfloat16: the shards are the float32 masters."""
-    if lora:
-        return False
+def is_sharded(lora: int, dtype: str) -> bool:
+    """Whether weights lie in shards (FSDP2): when all of them are trained by several processes, or
+    in bfloat16, where the shards are the float32 masters."""
     several = dist.is_initialized() and dist.get_world_size() > 1
-    wanted = several or dtype == "bfloat16"
-    return shard == "yes" or (shard == "auto" and wanted)
+    return not lora and (several or dtype == "bfloat16")
 
 
 class FunctionWrapper(torch.nn.Module):
@@ -131,7 +125,7 @@ class FunctionWrapper(torch.nn.Module):
         return function(self.model, *args, **kwargs)
 
 
-def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
+def add_lora(model, rank: int, adapter: Path | None, base: str):
     """Puts LoRA layers into the language model, in place -> the PeftModel around it, which saves
     and switches them. The adapter is float32, whatever the model is.
 
@@ -145,8 +139,9 @@ def add_lora(model, rank: int, alpha: float, adapter: Path | None, base: str):
         )
         return round_once(wrapped)
     torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
+    # alpha = rank, as in the paper: the adapter's product counts once
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=LINEAR, lora_dropout=0.0, bias="none"
+        r=rank, lora_alpha=rank, target_modules=LINEAR, lora_dropout=0.0, bias="none"
     )
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     if base != "toy" and Path(base).is_dir():
@@ -257,9 +252,7 @@ class Engine:
         base: str = "toy",
         saved: Path | None = None,
         lora: int = 0,
-        lora_alpha: float = 32.0,
         dtype: str = "float32",
-        shard: str = "auto",
         gradient_checkpointing: bool = False,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -269,13 +262,13 @@ class Engine:
         self.device = device
         self.token_logps = token_logps
         self.dtype = DTYPES[dtype]
-        self.sharded = is_sharded(lora, dtype, shard)
+        self.sharded = is_sharded(lora, dtype)
         if self.sharded and not dist.is_initialized():  # one process: float32 shards under bfloat16
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
         trainable_parameters(model)
-        self.lora = add_lora(model, lora, lora_alpha, saved, base) if lora else None
+        self.lora = add_lora(model, lora, saved, base) if lora else None
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -339,10 +332,11 @@ class Engine:
             loss = loss * dist.get_world_size()  # fully_shard takes the mean over processes
         loss.backward()
 
-    def step(self, lr: float, clip_grad: float) -> float:
-        """Sums the gradients over processes, clips, takes an AdamW step; returns the norm before
-        clipping, the same on every process. A gradient that is zero or not finite changes
-        nothing."""
+    def step(self, lr: float, clip_grad: float = 1.0) -> float:
+        """Sums the gradients over processes, clips their norm, takes an AdamW step.
+
+        Returns the norm before clipping, the same on every process. A gradient that is zero or not
+        finite changes nothing."""
         if not self.sharded:
             sum_gradients(self.parameters)
         norm = full(torch.nn.utils.clip_grad_norm_(self.parameters, clip_grad)).item()
@@ -424,21 +418,6 @@ def remove_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
 # From flags to an engine
 
 
-def check_trainer_config(config: TrainerConfig) -> None:
-    """Ends the program in one line when flags contradict each other, or a package is missing."""
-    run.check_wandb(config.wandb)
-    if config.dtype == "bfloat16" and config.shard == "no" and not config.lora:
-        run.fail(
-            "--dtype bfloat16 trains all weights through float32 shards: "
-            "leave --shard out, or give --lora"
-        )
-    if config.lora and config.shard == "yes":
-        run.fail(
-            "--shard yes is for all weights; an adapter is replicated: "
-            "leave one of --lora and --shard out"
-        )
-
-
 def load_engine(
     config: TrainerConfig,
     device: torch.device,
@@ -465,9 +444,7 @@ def load_engine(
         base=base,
         saved=saved,
         lora=config.lora,
-        lora_alpha=config.lora_alpha,
         dtype=config.dtype,
-        shard=config.shard,
         gradient_checkpointing=config.gradient_checkpointing,
         **optimizer,
     )

@@ -118,7 +118,7 @@ def test_the_self_test_allows_rounding_and_sees_a_fault_in_one_sample(dtype, rou
 # What it has to catch in a run
 
 
-@pytest.mark.parametrize("mode", [["--lora", "4", "--dtype", "bfloat16"], ["--shard", "no"]])
+@pytest.mark.parametrize("mode", [["--lora", "4", "--dtype", "bfloat16"], []])
 def test_a_reference_that_is_another_model_is_seen_at_step_0(tmp_path, monkeypatch, mode):
     """Here with its second layer switched off."""
 

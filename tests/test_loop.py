@@ -63,7 +63,7 @@ def test_three_steps_of_the_loop_and_its_first_step_is_that_of_the_engine(monkey
         engine.backward(part)
         loss += part.item()
     assert loss == pytest.approx(first["loss"].item(), abs=1e-9, rel=1e-6)
-    assert engine.step(lr=5e-4, clip_grad=1.0) == pytest.approx(first["norm"], rel=1e-6)
+    assert engine.step(lr=5e-4) == pytest.approx(first["norm"], rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------

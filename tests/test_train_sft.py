@@ -238,7 +238,6 @@ BAD_FLAGS = [
     (["--lr", "nan"], "--lr is nan"),
     (["--condition_dropout", "1.5"], "--condition_dropout is 1.5: expected a share, 0 to 1"),
     (["--model", "/no/such/model"], "/no/such/model"),
-    (["--dtype", "bfloat16", "--shard", "no"], "float32 shards"),
     (["DATA", "--box_format", ""], "--box_format"),
     (["DATA", "--prompt_field", "name"], "--prompt_field"),
 ]
