@@ -156,7 +156,7 @@ def test_a_rollout_without_the_adapter_is_seen_and_one_with_it_is_far_below_the_
     monkeypatch.setattr(trainer, "load_engine", loading)
     monkeypatch.setattr(gotr1, "rollout", forgetting)
     with pytest.raises(RuntimeError, match="not the one that was recorded"):
-        start(tmp_path, 4, "--lora", "4")
+        start(tmp_path, 4, "--lora", "4", "--lr", "1e-2")
     rows = logged(tmp_path)
     assert len(rows) == 3
     for row in rows:

@@ -122,6 +122,8 @@ def test_commands_name_programs_and_flags_that_exist(line):
 def test_flags_named_anywhere_exist():
     known = OTHERS_FLAGS.union(*(flags_of(settings) for settings in SETTINGS))
     for page, text in TEXT.items():
+        if page.name == "log.md":  # of what is no longer there
+            continue
         named = set(re.findall(r"--(\w+)", text))
         assert named <= known, (page.name, named - known)
 
