@@ -3,7 +3,6 @@
 import ast
 import json
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import MagicMock, call
@@ -54,17 +53,17 @@ def gradio(monkeypatch):
     return gr
 
 
-def test_a_judge_that_is_lost_is_a_line_on_the_page(studio, gradio, tmp_path, monkeypatch):
+def test_a_judge_that_is_lost_is_a_line_on_the_page(studio, gradio, monkeypatch):
     """Whatever button is pressed; and a page for everybody does not let everybody wait."""
 
     def lost(*_):
         raise ConnectionError("the server at http://x/v1\n  failed for 600 s")
 
-    demo.build_page(studio, tmp_path)
+    demo.build_page(studio)
     page = gradio.Blocks.return_value.__enter__.return_value
     assert page.queue.call_args.kwargs["max_size"] >= 1
     clicks = gradio.Button.return_value.click.call_args_list
-    on_plan, on_draw, _ = [click.args[0] for click in clicks]
+    on_plan, on_draw = [click.args[0] for click in clicks]
     monkeypatch.setattr(ToyJudge, "semantic", lost)
     line = call("the server at http://x/v1 failed for 600 s", visible=True)
     assert len(on_plan("toy", PROMPT, 2, 0)) == 1  # only the message changes
@@ -74,9 +73,9 @@ def test_a_judge_that_is_lost_is_a_line_on_the_page(studio, gradio, tmp_path, mo
     assert gradio.Textbox.call_args == line
 
 
-def test_the_page_says_how_many_plans_were_cut_off(studio, gradio, tmp_path):
+def test_the_page_says_how_many_plans_were_cut_off(studio, gradio):
     studio.max_chain = 5
-    demo.build_page(studio, tmp_path)
+    demo.build_page(studio)
     on_plan = gradio.Button.return_value.click.call_args_list[0].args[0]
     on_plan("toy", PROMPT, 2, 0)
     assert "2 of 2 were cut off after 5 tokens" in gradio.Gallery.call_args.kwargs["label"]
@@ -244,17 +243,7 @@ def test_boxes_do_not_overwrite_a_text_that_cannot_be_read():
 
 
 # -------------------------------------------------------------------------------------------------
-# Start and download
-
-
-def test_a_download_holds_prompt_plan_chain_and_pictures(studio, tmp_path):
-    pictures, marked, _ = demo.draw_plan(studio, "toy", PROMPT, CHAIN, 1, 0)
-    named = [("picture_0", pictures[0]), ("boxes_0", marked[0])]
-    demo.write_zip(tmp_path / "x.zip", PROMPT, CHAIN, named)
-    with zipfile.ZipFile(tmp_path / "x.zip") as file:
-        names = {"prompt.txt", "chain.txt", "plan.png", "picture_0.png", "boxes_0.png"}
-        assert set(file.namelist()) == names
-        assert file.read("chain.txt").decode() == CHAIN and not file.testzip()
+# Start
 
 
 def test_the_newest_toy_run_stands_beside_the_shipped_model(tmp_path):
