@@ -10,7 +10,6 @@ functions up to `build_page` do the work and know nothing about the page: they n
 
 import functools
 import importlib.util
-import itertools
 import json
 import re
 import threading
@@ -37,7 +36,6 @@ SIDE = 1000  # pixels of the canvas: those of a box are then the numbers of the 
 CELL = 125  # a cell of the toy's grid, in the same numbers
 MOST = 8  # plans, and pictures, at a time
 WAITING = 20  # visitors in a queue; the next one is told to come back
-PLANS = "Plans with their R_sem and R_spa: the best one is chosen, click on another"
 PLANNED = re.compile(  # an object and its box, as in a sound chain
     r"<\|obj_start\|>[^<]*<\|obj_end\|>\s*<\|box_start\|>[^<]*<\|box_end\|>"
 )
@@ -47,13 +45,6 @@ TOY_EXAMPLES = [
     "a yellow cube below a cyan cone",
     "a blue ball and a red cone",
     "a purple cube right of a green ball and above a yellow cone",
-]
-EXAMPLES = [
-    "a dog to the left of a red bicycle",
-    "a blue vase on a wooden table, with two lemons beside it",
-    "a black cat under a green chair",
-    "a photo of a white mug above a laptop",
-    "a sailing boat in front of a lighthouse at dusk",
 ]
 TOY_WORDS = (
     f"The toy knows the colours {', '.join(COLORS)}, the shapes {', '.join(SHAPES)}, "
@@ -143,9 +134,8 @@ def check_chain(studio: Studio, chain: str) -> None:
 # Plan and draw
 
 
-def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, progress=None):
-    """(chains, their scores, place of the best, how many were cut off at `max_chain`): plans by the
-    policy of that name."""
+def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int):
+    """(chains, their scores, place of the best): plans by the policy of that name."""
     check_request(studio, prompt, seed)
     model, tokenizer = studio.policies[name]
     with studio.lock:
@@ -157,7 +147,6 @@ def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, p
             seed=seed,
             max_chain=studio.max_chain,
             draw=False,
-            progress=progress,
         )
         chains = sampled.chains
         scores = [{"total": 0.0}] * count
@@ -165,12 +154,10 @@ def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, p
             prompts = [prompt] * count
             scores = rewards.score(studio.judge, None, prompts, chains, [], parts=("sem", "spa"))
     totals = [sample["total"] for sample in scores]
-    return chains, scores, totals.index(max(totals)), int(sampled.forced.sum())
+    return chains, scores, totals.index(max(totals))
 
 
-def draw_plan(
-    studio: Studio, name: str, prompt: str, chain: str, count: int, seed: int, progress=None
-):
+def draw_plan(studio: Studio, name: str, prompt: str, chain: str, count: int, seed: int):
     """(pictures, the same with boxes, their scores): exactly that plan, by the policy of that
     name."""
     check_request(studio, prompt, seed)
@@ -186,7 +173,6 @@ def draw_plan(
             cfg=studio.cfg,
             seed=seed,
             chains=[chain],
-            progress=progress,
         )
         pictures = []
         for picture in decode_images(model, sampled.image_tokens):
@@ -314,23 +300,14 @@ def build_page(studio: Studio):
 
         return answer
 
-    def token_bar(progress, tokens: int, name: str):
-        """What `rollout` calls after each token."""
-        done = itertools.count(1)
-        return lambda _: progress((next(done), tokens), desc=name, unit="tokens")
-
     @guarded
-    def on_plan(name, prompt, count, seed, progress=gr.Progress()):  # noqa: B008
-        bar = token_bar(progress, studio.max_chain + 1, name)
-        chains, scores, best, cut_off = write_plans(studio, name, prompt, count, seed, bar)
-        label = PLANS
-        if cut_off:
-            label += f"; {cut_off} of {count} were cut off after {studio.max_chain} tokens"
+    def on_plan(name, prompt, count, seed):
+        chains, scores, best = write_plans(studio, name, prompt, count, seed)
         cells = []
         for written, sample in zip(chains, scores, strict=True):
             cells.append((draw_boxes(parse_chain(written)), score_text(sample)))
         return {
-            plans: gr.Gallery(cells, label=label, selected_index=best, columns=max(4, count)),
+            plans: gr.Gallery(cells, selected_index=best, columns=max(4, count)),
             state: chains,
             chain: chains[best],
             canvas: to_canvas(studio, chains[best]),
@@ -356,10 +333,8 @@ def build_page(studio: Studio):
         return {canvas: to_canvas(studio, text)}
 
     @guarded
-    def on_draw(name, prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
-        model, _ = studio.policies[name]
-        bar = token_bar(progress, image_token_count(model), name)
-        pictures, marked, scores = draw_plan(studio, name, prompt, text, count, seed, bar)
+    def on_draw(name, prompt, text, count, seed):
+        pictures, marked, scores = draw_plan(studio, name, prompt, text, count, seed)
         cells = [(picture, f"seed {seed}, picture {k + 1}") for k, picture in enumerate(pictures)]
         cells += zip(marked, map(score_text, scores), strict=True)
         return {gallery: gr.Gallery(cells, columns=count)}
@@ -371,13 +346,14 @@ def build_page(studio: Studio):
         with gr.Row():
             prompt = gr.Textbox(label="Prompt", scale=4, elem_id="prompt")
             policy = gr.Radio(names, value=names[-1], label="Model", scale=2)
-        gr.Examples(TOY_EXAMPLES if studio.is_toy else EXAMPLES, prompt)
+        if studio.is_toy:
+            gr.Examples(TOY_EXAMPLES, prompt)
         with gr.Row():
             count = gr.Slider(1, MOST, 4, step=1, label="Plans", scale=3)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             plan = gr.Button("Plan", variant="primary", elem_id="plan")
         plans = gr.Gallery(
-            label=PLANS,
+            label="Plans with their R_sem and R_spa: the best one is chosen, click on another",
             allow_preview=False,
             interactive=False,
             elem_id="plans",

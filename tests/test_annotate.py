@@ -379,7 +379,7 @@ def test_a_model_on_a_server_annotates_the_toy_and_training_reads_it(pictures, m
     out = pictures.parent / "mine.jsonl"
     source = got.Source(str(out), image_folder=str(pictures), box_format="0..999")
     records = [got.read_record(row, source) for row in got.open_rows(source)]
-    assert [record.chain for record in records] == [row["chain"] for row in rows]
+    assert [chain for _, chain, _ in records] == [row["chain"] for row in rows]
     assert len(records) == 12
     for _, chain, picture in records:
         detected = toy.detect(picture)

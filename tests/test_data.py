@@ -155,11 +155,10 @@ def test_every_style_gives_the_same_records(style, streaming, tmp_path):
     rows = got_data.open_rows(source)
     assert hasattr(rows, "__len__") != streaming
     records = [got_data.read_record(row, source) for _, row in got_data.numbered(rows, source)]
-    assert [record.prompt for record in records] == [example.prompt for example in examples]
-    assert [record.chain for record in records] == [example.chain for example in examples]
     for record, example in zip(records, examples, strict=True):
+        assert record[:2] == (example.prompt, example.chain)
         want = np.asarray(example.image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
-        assert (np.asarray(record.image) == want).all()
+        assert (np.asarray(record[2]) == want).all()
 
 
 def test_coordinates_may_be_a_dict_with_other_keys_in_each_row(tmp_path):
@@ -171,7 +170,7 @@ def test_coordinates_may_be_a_dict_with_other_keys_in_each_row(tmp_path):
         row["coord"] = json.loads(row["coord"].replace("coord_", f"row{k}_"))
     source = save_lines(tmp_path / "set", rows)
     rows = got_data.open_rows(source)
-    chains = [got_data.read_record(row, source).chain for row in rows]
+    chains = [got_data.read_record(row, source)[1] for row in rows]
     assert chains == [example.chain for example in examples]
 
 
@@ -536,37 +535,21 @@ def test_pictures_as_people_see_them(tmp_path):
             got_data.read_image({"image": wrong}, source)
 
 
-def test_deep_pictures_are_scaled_or_refused(tmp_path):
-    """`convert` clips them: whatever is above 255 of 65535 would be white."""
+def test_pictures_that_would_be_white_or_too_large_are_refused(tmp_path, monkeypatch):
+    """`convert` clips deep pictures: whatever is above 255 of 65535 would be white."""
     source = Source(str(tmp_path), box_format="pixels")
     greys = np.array([[0, 257, 128 * 257, 65535]], dtype="uint16")
     Image.fromarray(greys).save(tmp_path / "16.png")
     Image.fromarray(greys.astype(">u2")).save(tmp_path / "big_endian.tiff")
-    for name in ("16.png", "big_endian.tiff"):
-        image, _ = got_data.read_image({"image": name}, source)
-        assert image.mode == "RGB"
-        assert np.abs(np.asarray(image, int)[0, :, 0] - [0, 1, 128, 255]).max() <= 1, name
     Image.fromarray(greys.astype("int32")).save(tmp_path / "32.tiff")
     Image.fromarray(greys.astype("float32")).save(tmp_path / "float.tiff")
-    for name in ("32.tiff", "float.tiff"):
-        with pytest.raises(BadRecord, match="^image depth: .* save it with 8 or 16 bits"):
+    for name in ("16.png", "big_endian.tiff", "32.tiff", "float.tiff"):
+        with pytest.raises(BadRecord, match="^image depth: .* save it with 8 bits"):
             got_data.read_image({"image": name}, source)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    source = Source(str(tmp_path), box_format="pixels")
-    Image.new("1", (12000, 12000)).save(tmp_path / "144.png")  # a few kilobytes on disk
-    Image.new("1", (10000, 5000)).save(tmp_path / "50.png")
-    assert got_data.read_image({"image": "50.png"}, source, side=8)[1] == (10000, 5000)
-
-    def decode(*_):
-        raise AssertionError("was decoded")
-
-    monkeypatch.setattr(Image.Image, "load", decode)
-    said = "^large image: 12000 x 12000 are more than 50 million pixels"
-    with pytest.raises(BadRecord, match=said):
-        got_data.read_image({"image": "144.png"}, source)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.new("1", (7, 3)).save(tmp_path / "large.png")
+    with pytest.raises(BadRecord, match="^broken image: DecompressionBombError"):
+        got_data.read_image({"image": "large.png"}, source)
 
 
 def test_paths_do_not_leave_the_folder(tmp_path):
@@ -706,19 +689,12 @@ def test_processes_share_the_work_and_any_number_goes_on(
     assert sum(encoded) == 8
 
 
-@pytest.mark.parametrize("killed_in", ["encoding", "writing"])
-def test_a_kill_costs_one_file(killed_in, tmp_path, policy, monkeypatch, encoded):
+def test_a_kill_costs_one_file(tmp_path, policy, monkeypatch, encoded):
+    """In the last moment, when a file is written and not yet in its place."""
     monkeypatch.setattr(token_cache, "BLOCK", 8)
     rows = in_memory(40)
     whole = content(token_cache.prepare(rows, *policy, MEMORY, tmp_path / "whole", batch=4))
-    encoded.clear()
-    encode = gotr1.encode_images
     write = Path.replace
-
-    def encode_20(*inputs):
-        if sum(encoded) >= 20:
-            raise KeyboardInterrupt
-        return encode(*inputs)
 
     def write_3(self, target):
         if str(target).endswith("000002.safetensors"):
@@ -726,10 +702,7 @@ def test_a_kill_costs_one_file(killed_in, tmp_path, policy, monkeypatch, encoded
         return write(self, target)
 
     with monkeypatch.context() as patch:
-        if killed_in == "encoding":
-            patch.setattr(gotr1, "encode_images", encode_20)
-        else:
-            patch.setattr(Path, "replace", write_3)
+        patch.setattr(Path, "replace", write_3)
         with pytest.raises(KeyboardInterrupt):
             token_cache.prepare(rows, *policy, MEMORY, tmp_path / "cache", batch=4)
     encoded.clear()

@@ -73,17 +73,6 @@ def test_a_judge_that_is_lost_is_a_line_on_the_page(studio, gradio, monkeypatch)
     assert gradio.Textbox.call_args == line
 
 
-def test_the_page_says_how_many_plans_were_cut_off(studio, gradio):
-    studio.max_chain = 5
-    demo.build_page(studio)
-    on_plan = gradio.Button.return_value.click.call_args_list[0].args[0]
-    on_plan("toy", PROMPT, 2, 0)
-    assert "2 of 2 were cut off after 5 tokens" in gradio.Gallery.call_args.kwargs["label"]
-    studio.max_chain = 96
-    on_plan("toy", PROMPT, 2, 0)
-    assert "cut off" not in gradio.Gallery.call_args.kwargs["label"]
-
-
 def test_guidance_and_length_come_from_the_model(policy, monkeypatch, tmp_path):
     """576 image tokens: Janus-Pro. A flag wins."""
     for tokens, cfg, max_chain in ((64, 1.0, 96), (576, 5.0, 600)):
@@ -96,13 +85,12 @@ def test_guidance_and_length_come_from_the_model(policy, monkeypatch, tmp_path):
 
 def test_plans_come_with_their_scores_and_the_best_is_named(studio, policy):
     """Against the rollout and the judge, asked here."""
-    calls = []
-    chains, scores, best, _ = demo.write_plans(studio, "toy", PROMPT, 4, 3, calls.append)
+    chains, scores, best = demo.write_plans(studio, "toy", PROMPT, 4, 3)
     assert chains == rollout(*policy, [PROMPT], 4, seed=3, max_chain=96, draw=False).chains
     said = ToyJudge().semantic([PROMPT] * 4, [strip_boxes(chain) for chain in chains])
     assert [row["sem"] for row in scores] == said
     assert scores[best]["total"] == max(row["total"] for row in scores)
-    assert len(calls) > 10 and "total" in demo.score_text(scores[0])
+    assert "total" in demo.score_text(scores[0])
 
 
 def test_exactly_the_plan_is_drawn_and_scored(studio, policy, monkeypatch):
@@ -125,7 +113,7 @@ def test_exactly_the_plan_is_drawn_and_scored(studio, policy, monkeypatch):
 
 def test_without_a_judge_plans_and_pictures_come_without_scores(policy):
     studio = demo.Studio({"toy": policy})
-    chains, scores, best, _ = demo.write_plans(studio, "toy", PROMPT, 2, 0)
+    chains, _, best = demo.write_plans(studio, "toy", PROMPT, 2, 0)
     pictures, marked, rows = demo.draw_plan(studio, "toy", PROMPT, CHAIN, 2, 0)
     assert len(chains) == 2 and best == 0 and rows == [{}, {}] and len(pictures) == len(marked) == 2
     assert demo.score_text(rows[0]) == ""
