@@ -171,7 +171,6 @@ def main(argv: list[str] | None = None) -> None:
             numbers = [f"{name} {value:.3f}" for name, value in means.items()]
             run.say(f"step {done:5d}  " + "  ".join(numbers))
         log.write(row)
-        report_epoch(training, step)
         stopping = stopped()
         if stopping or done % config.save_every == 0 or done == config.steps:
             engine.save(folder, done, config.keep)
@@ -382,17 +381,6 @@ def draw_held_out(training: Training, path: Path) -> float:
             rows.append({"prompt": prompt, "chain": chain, "image": picture})
         sheets.draw_sheet(rows, path)
     return sampled.forced.float().mean().item()
-
-
-def report_epoch(training: Training, step: int) -> None:
-    """At the end of an epoch: how many records were skipped, and why."""
-    if training.config.data == "toy":  # its records are drawn with replacement
-        return
-    batch_size = training.config.batch_size
-    epochs_before = step * batch_size // training.count
-    epochs = (step + 1) * batch_size // training.count
-    if epochs > epochs_before:
-        run.say(f"epoch {epochs}: {training.prepared.report}")
 
 
 if __name__ == "__main__":

@@ -6,23 +6,25 @@ counted by cause; more than 20 % of them stop the run.
 
 A cache has one folder per digest of what it was made from: settings, tokenizers, sizes and times of
 the data files. Whatever has changed gives another folder, so old tokens are never used. The records
-are divided into consecutive parts, one per process at first; any number of processes can go on:
+are divided into blocks, one file each, which the processes take in turns:
 
-    cache/1f0e2d3c/cache.json                        what it was made from, and how many parts
-    cache/1f0e2d3c/tokens_00000_000000.safetensors   part 0, its first 1024 records
-    cache/1f0e2d3c/tokens_00000_000001.safetensors   … the last file of a part has fewer, or none
+    cache/1f0e2d3c/cache.json                  what it was made from
+    cache/1f0e2d3c/tokens_000000.safetensors   the first 1024 records
+    cache/1f0e2d3c/tokens_000001.safetensors   … the last file has fewer, or none
 
-A file is renamed when it is written to its end: a killed process loses one file's records. Training
-maps the files, so that millions of records take little memory. (`Dataset.map` of the `datasets`
-library keeps results, too, but a kill loses all of them, and those of a stream are never kept.)
+A file is renamed when it is written to its end: a killed process loses one file's records, and any
+number of processes can go on. Training maps the files, so that millions of records take little
+memory. (`Dataset.map` of the `datasets` library keeps results, too, but a kill loses all of them,
+and those of a stream are never kept.)
 """
 
 import hashlib
 import itertools
 import json
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -36,49 +38,28 @@ from data import got
 from data.got import BadRecord, Source
 from engine import run
 from evaluation import sheets
-from render_boxes import parse_chain
 
 BLOCK = 1024  # records per file
-RULES = 2  # raise it when the same data gives other texts or other tokens than before
+RULES = 3  # raise it when the same data gives other texts or other tokens than before
 MOST_BAD = 0.2  # share of the records
 
+# Records are counted in a Counter: cause -> how many were skipped for it, and GOOD -> how many not.
+GOOD = "good"
 
-@dataclass
-class Report:
-    """How many records were read, and why some of them were skipped."""
 
-    read: int = 0
-    bad: dict[str, list] = field(default_factory=dict)  # cause -> [how many, the first one]
+def describe(counts: Counter) -> str:
+    skipped = counts.total() - counts[GOOD]
+    share = skipped / max(1, counts.total())
+    text = f"{skipped} of {counts.total()} records skipped ({share:.1%})"
+    causes = [f"{number} {cause}" for cause, number in sorted(counts.items()) if cause != GOOD]
+    return ": ".join([text, ", ".join(causes)]) if causes else text
 
-    @property
-    def skipped(self) -> int:
-        return sum(number for number, _ in self.bad.values())
 
-    @property
-    def good(self) -> int:
-        return self.read - self.skipped
-
-    def count(self, cause: str, number: int, first: str) -> None:
-        self.bad.setdefault(cause, [0, first])[0] += number
-
-    def add(self, other: "Report") -> None:
-        """Counts what `other` has counted; its records come after those of this report."""
-        self.read += other.read
-        for cause, (number, first) in other.bad.items():
-            self.count(cause, number, first)
-
-    def __str__(self) -> str:
-        share = self.skipped / max(1, self.read)
-        lines = [f"{self.skipped} of {self.read} records skipped ({share:.1%})"]
-        for cause, (number, first) in sorted(self.bad.items()):
-            lines.append(f"{number:8d} {cause:14s} first: {first}")
-        return "\n".join(lines)
-
-    def raise_if_too_many_bad(self) -> None:
-        """Raises ValueError when there are too many bad records, or none at all."""
-        if self.good < (1 - MOST_BAD) * self.read or not self.read:
-            problem = f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run."
-            raise ValueError(f"{problem} {self}")
+def raise_if_too_many_bad(counts: Counter) -> None:
+    """Raises ValueError when there are too many bad records, or none at all."""
+    if counts[GOOD] < (1 - MOST_BAD) * counts.total() or not counts:
+        problem = f"more than {MOST_BAD:.0%} of the records are bad; try --dry_run."
+        raise ValueError(f"{problem} {describe(counts)}")
 
 
 def texts_that_fit(
@@ -107,13 +88,11 @@ def texts_that_fit(
 
 
 def made_from(model, tokenizer, source: Source) -> dict:
-    """All that the content of a cache depends on, by name; pictures in files of their own are
-    compared one by one, see `pictures_have_changed`. A set of the hub is taken as unchanged."""
+    """All that the content of a cache depends on, by name, but for pictures in files of their own:
+    see `remove_outdated`. A set of the hub is taken as unchanged."""
     facts = {f"--{name}": value for name, value in asdict(source).items() if name != "streaming"}
     if source.data and Path(source.data).expanduser().exists():
-        # A local set may be moved, and its path written in many ways: its last part is compared.
-        facts["--data"] = Path(source.data).expanduser().resolve().name
-        facts["data files"] = [[Path(file).name, *stamp(file)] for file in got.data_files(source)]
+        facts["--data"] = run.file_stamps(Path(file) for file in got.data_files(source))
     facts["picture tokenizer"] = picture_tokenizer_digest(model.model.vqmodel)
     facts["text tokenizer"] = run.digest(tokenizer.get_vocab())
     facts["image tokens"] = gotr1.image_token_count(model)
@@ -133,33 +112,17 @@ def picture_tokenizer_digest(vqmodel) -> str:
     return sha.hexdigest()[:16]
 
 
-def stamp(path) -> list[int]:
-    """[size in bytes, time of the last change] of a file. Raises OSError."""
-    stat = Path(path).stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def picture_stamp(path: str, source: Source) -> list[int] | None:
-    """The `stamp` of a picture with this path in its row; None where it cannot be read."""
+    """[size in bytes, time of the last change] of the picture with this path in its row; None where
+    it cannot be read."""
     try:
-        return stamp(got.image_path(path, source))
+        facts = got.image_path(path, source).stat()
     except (BadRecord, OSError, ValueError):
         return None
+    return [facts.st_size, facts.st_mtime_ns]
 
 
-def pictures_have_changed(folder: Path, source: Source) -> bool:
-    """Whether a picture in a file of its own is not what it was when it was encoded."""
-    for path in folder.glob("tokens_*.safetensors"):
-        if read_report(path):
-            with safetensors.safe_open(path, "numpy") as file:
-                stamps = json.loads(file.metadata()["pictures"])
-            for picture, old in stamps.items():
-                if picture_stamp(picture, source) != old:
-                    return True
-    return False
-
-
-def begin(cache: Path, folder: Path, facts: dict, parts: int) -> None:
+def begin(cache: Path, folder: Path, facts: dict) -> None:
     """Makes the folder; says what has changed since the cache was last made."""
     earlier = sorted(cache.glob("*/cache.json"), key=lambda path: path.stat().st_mtime)
     if earlier:
@@ -170,7 +133,21 @@ def begin(cache: Path, folder: Path, facts: dict, parts: int) -> None:
             f"all pictures are encoded again, into {folder.name}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_whole(folder / "cache.json", json.dumps({"parts": parts, **facts}, indent=2))
+    run.write_whole(folder / "cache.json", json.dumps(facts, indent=2))
+
+
+def remove_outdated(folder: Path, source: Source) -> None:
+    """Removes each file with a picture that is not what it was when it was encoded."""
+    for path in folder.glob("tokens_*.safetensors"):
+        if read_counts(path) is None:
+            continue
+        with safetensors.safe_open(path, "numpy") as file:
+            stamps = json.loads(file.metadata()["pictures"])
+        for picture, old in stamps.items():
+            if picture_stamp(picture, source) != old:
+                run.say(f"{picture} has changed: the pictures of {path} are encoded again")
+                path.unlink()
+                break
 
 
 # -------------------------------------------------------------------------------------------------
@@ -178,7 +155,7 @@ def begin(cache: Path, folder: Path, facts: dict, parts: int) -> None:
 
 
 def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batch=32) -> "Prepared":
-    """Encodes what the cache lacks, `batch` pictures at a time, each rank its parts, and waits for
+    """Encodes what the cache lacks, `batch` pictures at a time, each rank its share, and waits for
     the other ranks. All ranks must see the same folder.
 
     `rows` are dicts, as `open_rows` gives them or made in memory, or a function that returns them,
@@ -188,118 +165,99 @@ def prepare(rows, model, tokenizer, source: Source, cache, rank=0, world=1, batc
     facts = made_from(model, tokenizer, source)
     folder = cache / run.digest(facts)
     if rank == 0:
-        if pictures_have_changed(folder, source):
-            run.say(f"{folder}: pictures have changed: all are encoded again")
-            for path in folder.glob("tokens_*.safetensors"):
-                path.unlink()
         if not (folder / "cache.json").exists():
-            rows = rows() if callable(rows) else rows
-            begin(cache, folder, facts, number_of_parts(rows, source, world))
+            begin(cache, folder, facts)
+        remove_outdated(folder, source)
     if dist.is_initialized():
-        dist.barrier()  # the others read what rank 0 has written
-    parts = read_parts(folder)
-    if not all(is_complete(reports_of_part(folder, part)) for part in range(parts)):
+        dist.barrier()  # the others read what rank 0 has left
+    if not is_complete(counts_of_blocks(folder)):
         rows = rows() if callable(rows) else rows
-        for part in range(rank, parts, world):
-            encode_part(rows, part, model, tokenizer, source, folder, batch, quiet=rank > 0)
-        for part in range(parts):
-            while not is_complete(reports_of_part(folder, part)):
-                time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
+        encode_missing(rows, model, tokenizer, source, folder, rank, world, batch)
+        while not is_complete(counts_of_blocks(folder)):
+            time.sleep(1)  # not a barrier: it would time out when a rank has hours more to do
     prepared = Prepared(folder)
-    prepared.report.raise_if_too_many_bad()
+    run.say(f"{folder}: {describe(prepared.counts)}")
+    raise_if_too_many_bad(prepared.counts)
     return prepared
 
 
-def number_of_parts(rows, source: Source, world: int) -> int:
-    if hasattr(rows, "__len__"):
-        return world
-    if source.max_records:
-        return 1  # the first records of the stream, not of each file
-    return min(world, getattr(rows, "num_shards", 1))  # a stream is divided by its files
-
-
-def encode_part(
-    rows, part: int, model, tokenizer, source: Source, folder: Path, batch: int, quiet: bool
+def encode_missing(
+    rows, model, tokenizer, source: Source, folder: Path, rank: int, world: int, batch: int
 ) -> None:
-    """Writes what is missing of the files of a part."""
-    reports = reports_of_part(folder, part)
-    records, length = records_of_part(rows, source, part, read_parts(folder), BLOCK * len(reports))
-    total = Report()  # on what is encoded here
-    with tqdm(total=length, desc="pictures to tokens", unit=" records", disable=quiet) as bar:
-        while not is_complete(reports):
-            block = itertools.islice(records, BLOCK)
-            content, report = encode_block(block, model, tokenizer, source, batch, bar)
-            total.add(report)
-            if total.read >= 100:
-                total.raise_if_too_many_bad()
-            run.write_whole(block_path(folder, part, len(reports)), content)
-            reports.append(report)
-
-
-def records_of_part(rows, source: Source, part: int, parts: int, skip: int):
-    """(pairs of name and row without the first `skip` records, how many if that is known)."""
-    start = skip
-    stop = None
-    length = None
-    where = ""
+    """Writes every missing file whose number, counted in turns, is this rank's."""
+    counts = Counter()  # of what is encoded here
+    count = None  # of all records, if that is known
     if hasattr(rows, "__len__"):
         count = min(len(rows), source.max_records or len(rows))
-        blocks = -(-count // BLOCK)  # rounded up
-        # Cut between blocks: pictures are encoded in the same batches whatever `parts` is.
-        start += BLOCK * (blocks * part // parts)
-        stop = min(count, BLOCK * (blocks * (part + 1) // parts))
-        length = max(0, stop - start)
-    elif parts > 1:
-        rows = rows.shard(num_shards=parts, index=part)
-        where = f" of part {part}"
-    pairs = got.numbered(rows, source, start, stop)
-    return ((f"record {index}{where}", row) for index, row in pairs), length
+    else:
+        stream = got.numbered(rows, source)  # every rank reads all of it, and skips what others do
+    with tqdm(total=count, desc="pictures to tokens", unit=" records", disable=rank > 0) as bar:
+        for number in itertools.count():
+            start = number * BLOCK
+            if count is None:
+                records = itertools.islice(stream, BLOCK)
+            else:
+                records = got.numbered(rows, source, start, min(start + BLOCK, count))
+            path = block_path(folder, number)
+            if number % world == rank and read_counts(path) is None:
+                content, found = encode_block(records, model, tokenizer, source, batch, counts)
+                counts += found
+                if counts.total() >= 100:
+                    raise_if_too_many_bad(counts)
+                run.write_whole(path, content)
+                read = found.total()
+            elif count is None:
+                read = sum(1 for _ in records)
+            else:
+                read = min(BLOCK, count - start)
+            bar.update(read)
+            if read < BLOCK:
+                return
 
 
 def encode_block(
-    records, model, tokenizer, source: Source, batch: int, bar: tqdm
-) -> tuple[bytes, Report]:
-    """(content of a file, its report). `records` are as `records_of_part` yields them."""
+    records, model, tokenizer, source: Source, batch: int, seen: Counter
+) -> tuple[bytes, Counter]:
+    """(content of a file, counts of its records). `records` are as `got.numbered` yields them. The
+    first bad one of each cause that is not in `seen` is printed."""
     image_tokens = gotr1.image_token_count(model)
     room = model.config.text_config.max_position_embeddings - image_tokens
-    # Not model.device: image understanding is never used and may lie elsewhere.
-    device = model.get_input_embeddings().weight.device
-    report = Report()
+    counts = Counter()
     texts = []  # prompt, chain, prompt, chain, ...
-    tokens = [torch.empty(0, image_tokens, dtype=torch.long, device=device)]
+    tokens = [torch.empty(0, image_tokens, dtype=torch.long)]
     stamps = {}  # of pictures in files of their own: path -> `picture_stamp`
     with ThreadPoolExecutor(8) as pool:  # PIL decodes and resizes outside the interpreter's lock
         while chunk := list(itertools.islice(records, batch)):
+            reading = []
             for _, row in chunk:
                 path = got.written_path(got.pick(row, source.image_field))
                 if path is not None:
                     stamps[path] = picture_stamp(path, source)  # before it is read
-            reading = []
-            for _, row in chunk:
                 reading.append(pool.submit(got.read_image, row, source, picture_side(model)))
             images = []
-            for (name, row), picture in zip(chunk, reading, strict=True):
-                report.read += 1
+            for (index, row), picture in zip(chunk, reading, strict=True):
                 try:
                     image, size = picture.result()
                     prompt, chain = texts_that_fit(row, source, tokenizer, size, room)
                 except BadRecord as bad:
-                    report.count(bad.cause, 1, f"{name}: {bad.detail}")
+                    if bad.cause not in seen | counts:
+                        tqdm.write(f"record {index} is skipped: {bad}")
+                    counts[bad.cause] += 1
                     continue
+                counts[GOOD] += 1
                 texts += [prompt.encode(), chain.encode()]
                 images.append(image)
             if images:
-                tokens.append(gotr1.encode_images(model, images))  # stays on the device: no wait
-            bar.update(len(chunk))
+                tokens.append(gotr1.encode_images(model, images).cpu())
     codes = model.config.vq_config.num_embeddings
     lengths = [len(text) for text in texts]
     arrays = {  # of R good records
-        "image_tokens": torch.cat(tokens).cpu().numpy().astype("uint16" if codes < 2**16 else "i4"),
+        "image_tokens": torch.cat(tokens).numpy().astype("uint16" if codes < 2**16 else "i4"),
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "starts": np.cumsum([0, *lengths]),  # (2 R + 1,): where each text starts, in bytes
     }
-    notes = {"report": json.dumps(asdict(report)), "pictures": json.dumps(stamps)}
-    return safetensors.numpy.save(arrays, notes), report
+    notes = {"counts": json.dumps(counts), "pictures": json.dumps(stamps)}
+    return safetensors.numpy.save(arrays, notes), counts
 
 
 def picture_side(model) -> int:
@@ -313,51 +271,45 @@ def picture_side(model) -> int:
 # The files, and what training reads
 
 
-def read_parts(folder: Path) -> int:
-    return json.loads((folder / "cache.json").read_text())["parts"]
+def block_path(folder: Path, number: int) -> Path:
+    return folder / f"tokens_{number:06d}.safetensors"
 
 
-def block_path(folder: Path, part: int, block: int) -> Path:
-    return folder / f"tokens_{part:05d}_{block:06d}.safetensors"
-
-
-def read_report(path: Path) -> Report | None:
-    """The report in a file; None when the file is not there, or cut off."""
+def read_counts(path: Path) -> Counter | None:
+    """How many records a file is about; None when the file is not there, or cut off."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            return Report(**json.loads(file.metadata()["report"]))
+            return Counter(json.loads(file.metadata()["counts"]))
     except (OSError, safetensors.SafetensorError):
         return None
 
 
-def reports_of_part(folder: Path, part: int) -> list[Report]:
-    """The reports of a part's files, up to the first one that is missing."""
-    reports = []
-    while not is_complete(reports):
-        report = read_report(block_path(folder, part, len(reports)))
-        if report is None:
+def counts_of_blocks(folder: Path) -> list[Counter]:
+    """`read_counts` of each file, up to the first one that is missing."""
+    blocks = []
+    while not is_complete(blocks):
+        counts = read_counts(block_path(folder, len(blocks)))
+        if counts is None:
             break
-        reports.append(report)
-    return reports
+        blocks.append(counts)
+    return blocks
 
 
-def is_complete(reports: list[Report]) -> bool:
-    return bool(reports) and reports[-1].read < BLOCK
+def is_complete(blocks: list[Counter]) -> bool:
+    return bool(blocks) and blocks[-1].total() < BLOCK
 
 
 class Prepared:
     """A complete cache, read by the number of the good record. Only these records are read."""
 
     def __init__(self, folder: Path):
-        self.report = Report()
+        self.counts = Counter()
         self.blocks = []  # mapped files; they are closed again, so no limit on open files is met
         good = []
-        for part in range(read_parts(folder)):
-            for block, report in enumerate(reports_of_part(folder, part)):
-                path = block_path(folder, part, block)
-                self.blocks.append(safetensors.safe_open(path, "numpy"))
-                self.report.add(report)
-                good.append(report.good)
+        for number, counts in enumerate(counts_of_blocks(folder)):
+            self.blocks.append(safetensors.safe_open(block_path(folder, number), "numpy"))
+            self.counts += counts
+            good.append(counts[GOOD])
         self.stops = np.cumsum(good)  # where each block stops, in good records
 
     def __len__(self) -> int:
@@ -388,40 +340,28 @@ class Prepared:
 
 
 def dry_run(rows, model, tokenizer, source: Source, folder, count: int = 8) -> Path:
-    """Prints the first `count` good ones of at most 1000 records, and what was wrong with those
+    """Prints the first `count` good ones of at most 100 records, and what is wrong with those
     between them; draws them into `folder`/data.png, before and after the picture tokenizer. Raises
     ValueError when there are none."""
-    records = []
-    report = Report()
-    for index, row in itertools.islice(got.numbered(rows, source), 1000):
-        report.read += 1
+    cells = []
+    for index, row in itertools.islice(got.numbered(rows, source), 100):
         try:
             image, size = got.read_image(row, source)
             prompt, chain = texts_that_fit(row, source, tokenizer, size)
-            records.append(got.Record(prompt, chain, image))
         except BadRecord as bad:
-            report.count(bad.cause, 1, f"record {index}: {bad.detail}")
-        if len(records) == count:
+            print(f"record {index} is skipped: {bad}")
+            continue
+        print(f"record {index}\n  prompt  {prompt}\n  chain   {chain}")
+        decoded = gotr1.decode_images(model, gotr1.encode_images(model, [image]))[0]
+        cell = {"prompt": prompt, "chain": chain}
+        cells.append({**cell, "note": "the picture", "image": image})
+        cells.append({**cell, "note": "after the picture tokenizer", "image": decoded})
+        if len(cells) == 2 * count:
             break
-    print(report)
-    if not records:
-        raise ValueError(f"none of the first {report.read} records can be used")
-    tokens = gotr1.encode_images(model, [record.image for record in records])
-    cells = []
-    for k, decoded in enumerate(gotr1.decode_images(model, tokens)):
-        prompt, chain, image = records[k]
-        prompt_tokens = len(gotr1.encode_prompt(tokenizer, prompt))
-        chain_tokens = len(gotr1.encode_chain(tokenizer, chain))
-        note = f"{prompt_tokens} prompt + {chain_tokens} chain + {tokens.shape[1]} image tokens"
-        print(f"\n{k}: {note}, {len(parse_chain(chain))} boxes")
-        print(f"  prompt  {prompt}\n  chain   {chain}")
-        cells.append({"prompt": prompt, "note": note, "chain": chain, "image": image})
-        note = "after the picture tokenizer"
-        cells.append({"prompt": prompt, "note": note, "chain": chain, "image": decoded})
+    if not cells:
+        raise ValueError("none of the first 100 records can be used")
     path = Path(folder) / "data.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     sheets.draw_sheet(cells, path, columns=2, side=320)
-    print(
-        f"\nwrote {path}: boxes, and boxes over the picture, before and after the picture tokenizer"
-    )
+    print(f"wrote {path}: boxes over the pictures, before and after the picture tokenizer")
     return path

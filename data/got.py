@@ -25,7 +25,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from PIL import Image, ImageOps
 
@@ -81,8 +81,6 @@ PLAIN_NAME = re.compile(
     re.I,
 )
 
-MOST_PIXELS = 50_000_000  # of a picture; decoded, this many take up to 200 MB, eight at a time
-
 
 @dataclass
 class Source:
@@ -107,12 +105,6 @@ class BadRecord(Exception):
         self.cause = cause
         self.detail = " ".join(detail.split())[:160]
         super().__init__(f"{cause}: {self.detail}")
-
-
-class Record(NamedTuple):
-    prompt: str
-    chain: str  # in the format of render_boxes.py
-    image: Image.Image
 
 
 # -------------------------------------------------------------------------------------------------
@@ -383,11 +375,9 @@ def read_image(row: dict, source: Source, side: int = 0) -> tuple[Image.Image, t
     pixels if that is given. Raises BadRecord."""
     try:
         image = open_image(pick(row, source.image_field), source)
-        if image.width * image.height > MOST_PIXELS:  # known before anything is decoded
-            limit = f"more than {MOST_PIXELS / 1e6:.0f} million pixels: make it smaller"
-            raise BadRecord("large image", f"{image.width} x {image.height} are {limit}")
         image = ImageOps.exif_transpose(image)  # as people see it, and as they draw boxes on it
-        image = eight_bits(image)
+        if image.mode.startswith("I") or image.mode == "F":  # `convert` would clip it to white
+            raise BadRecord("image depth", f"mode {image.mode}: save it with 8 bits per channel")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -400,18 +390,6 @@ def read_image(row: dict, source: Source, side: int = 0) -> tuple[Image.Image, t
     except Exception as problem:  # PIL's decoders raise a dozen kinds of error on broken files
         raise BadRecord("broken image", f"{type(problem).__name__}: {problem}") from problem
     return image, size
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey pictures of 16 bits become grey pictures of 8. Raises BadRecord for 32 bits or floats.
-
-    `convert` alone would clip: nearly everything would be white."""
-    if image.mode.startswith("I;16"):
-        return image.convert("I").point(lambda value: value / 257).convert("L")  # 65535 / 257 = 255
-    if image.mode in ("I", "F"):  # nothing says which value is white
-        kind = {"I": "32-bit whole numbers", "F": "floats"}[image.mode]
-        raise BadRecord("image depth", f"pixels are {kind}: save it with 8 or 16 bits per channel")
-    return image
 
 
 def written_path(value) -> str | None:
@@ -450,8 +428,8 @@ def open_image(value, source: Source) -> Image.Image:
     raise ValueError(f"expected a picture, its bytes or its path, got {value!r:.40}")
 
 
-def read_record(row: dict, source: Source) -> Record:
-    """A raw row -> prompt, chain and picture. Raises BadRecord."""
+def read_record(row: dict, source: Source) -> tuple[str, str, Image.Image]:
+    """A raw row -> prompt, chain as render_boxes.py writes it, and picture. Raises BadRecord."""
     image, size = read_image(row, source)
     prompt, chain = read_prompt_and_chain(row, source, size)
-    return Record(prompt, chain, image)
+    return prompt, chain, image

@@ -10,14 +10,9 @@ functions up to `build_page` do the work and know nothing about the page: they n
 
 import functools
 import importlib.util
-import io
-import itertools
 import json
 import re
-import tempfile
 import threading
-import uuid
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +36,6 @@ SIDE = 1000  # pixels of the canvas: those of a box are then the numbers of the 
 CELL = 125  # a cell of the toy's grid, in the same numbers
 MOST = 8  # plans, and pictures, at a time
 WAITING = 20  # visitors in a queue; the next one is told to come back
-PLANS = "Plans with their R_sem and R_spa: the best one is chosen, click on another"
 PLANNED = re.compile(  # an object and its box, as in a sound chain
     r"<\|obj_start\|>[^<]*<\|obj_end\|>\s*<\|box_start\|>[^<]*<\|box_end\|>"
 )
@@ -52,13 +46,6 @@ TOY_EXAMPLES = [
     "a blue ball and a red cone",
     "a purple cube right of a green ball and above a yellow cone",
 ]
-EXAMPLES = [
-    "a dog to the left of a red bicycle",
-    "a blue vase on a wooden table, with two lemons beside it",
-    "a black cat under a green chair",
-    "a photo of a white mug above a laptop",
-    "a sailing boat in front of a lighthouse at dusk",
-]
 TOY_WORDS = (
     f"The toy knows the colours {', '.join(COLORS)}, the shapes {', '.join(SHAPES)}, "
     f"and {', '.join(RELATIONS)}."
@@ -67,8 +54,7 @@ TOY_WORDS = (
 
 @dataclass
 class Config:
-    model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
-    compare: str = ""  # a second one to draw with; beside the toy: the newest run in out/
+    model: str = "toy"  # `toy`, with its newest run in out/; or a checkpoint's folder or hub id
     judge: str = ""  # scores plans and pictures: a folder or hub id of a VLM; the toy has its own
     cfg: float | None = None  # guidance; left out: 5 for Janus-Pro, 1 (none) for the toy
     max_chain: int | None = None  # most chain tokens; left out: 600 for Janus-Pro, 96 for the toy
@@ -107,8 +93,8 @@ def load_studio(config: Config, device, out: Path = Path("out")) -> Studio:
     """Raises OSError or ValueError when a checkpoint cannot be loaded."""
     names = [config.model]
     newest = newest_toy_run(out) if config.model == "toy" else None
-    if config.compare or newest:
-        names.append(config.compare or str(newest))
+    if newest:
+        names.append(str(newest))
     policies = {name: load_policy(name, device) for name in names}
     first_model, _ = policies[config.model]
     config = with_defaults(config, first_model)
@@ -148,9 +134,8 @@ def check_chain(studio: Studio, chain: str) -> None:
 # Plan and draw
 
 
-def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, progress=None):
-    """(chains, their scores, place of the best, how many were cut off at `max_chain`): plans by the
-    policy of that name."""
+def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int):
+    """(chains, their scores, place of the best): plans by the policy of that name."""
     check_request(studio, prompt, seed)
     model, tokenizer = studio.policies[name]
     with studio.lock:
@@ -162,7 +147,6 @@ def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, p
             seed=seed,
             max_chain=studio.max_chain,
             draw=False,
-            progress=progress,
         )
         chains = sampled.chains
         scores = [{"total": 0.0}] * count
@@ -170,12 +154,10 @@ def write_plans(studio: Studio, name: str, prompt: str, count: int, seed: int, p
             prompts = [prompt] * count
             scores = rewards.score(studio.judge, None, prompts, chains, [], parts=("sem", "spa"))
     totals = [sample["total"] for sample in scores]
-    return chains, scores, totals.index(max(totals)), int(sampled.forced.sum())
+    return chains, scores, totals.index(max(totals))
 
 
-def draw_plan(
-    studio: Studio, name: str, prompt: str, chain: str, count: int, seed: int, progress=None
-):
+def draw_plan(studio: Studio, name: str, prompt: str, chain: str, count: int, seed: int):
     """(pictures, the same with boxes, their scores): exactly that plan, by the policy of that
     name."""
     check_request(studio, prompt, seed)
@@ -191,7 +173,6 @@ def draw_plan(
             cfg=studio.cfg,
             seed=seed,
             chains=[chain],
-            progress=progress,
         )
         pictures = []
         for picture in decode_images(model, sampled.image_tokens):
@@ -213,17 +194,6 @@ def draw_plan(
 def score_text(scores: dict[str, float]) -> str:
     shown = [part for part in ("total", *rewards.PARTS) if part in scores]
     return "  ".join(f"{part} {scores[part]:.2f}" for part in shown)
-
-
-def write_zip(path: Path, prompt: str, chain: str, pictures: list[tuple[str, Image.Image]]) -> None:
-    """A zip file of prompt, chain, plan and named pictures."""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("prompt.txt", prompt)
-        file.writestr("chain.txt", chain)
-        for name, picture in [("plan", draw_boxes(parse_chain(chain))), *pictures]:
-            content = io.BytesIO()
-            picture.save(content, "PNG")
-            file.writestr(f"{name}.png", content.getvalue())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -308,8 +278,8 @@ def with_boxes(chain: str, boxes: list[Box], snap: bool = False) -> str:
 # The page
 
 
-def build_page(studio: Studio, downloads: Path):
-    """The Gradio page. Zip files for visitors are written to the folder `downloads`."""
+def build_page(studio: Studio):
+    """The Gradio page."""
     import gradio as gr
     from gradio_image_annotation import image_annotator
 
@@ -330,28 +300,14 @@ def build_page(studio: Studio, downloads: Path):
 
         return answer
 
-    def token_bar(progress, tokens: int, name: str):
-        """What `rollout` calls after each token."""
-        done = itertools.count(1)
-        return lambda _: progress((next(done), tokens), desc=name, unit="tokens")
-
-    def draw_with(name, prompt, chain, count, seed, progress):
-        model, _ = studio.policies[name]
-        bar = token_bar(progress, image_token_count(model), name)
-        return draw_plan(studio, name, prompt, chain, count, seed, bar)
-
     @guarded
-    def on_plan(name, prompt, count, seed, progress=gr.Progress()):  # noqa: B008
-        bar = token_bar(progress, studio.max_chain + 1, name)
-        chains, scores, best, cut_off = write_plans(studio, name, prompt, count, seed, bar)
-        label = PLANS
-        if cut_off:
-            label += f"; {cut_off} of {count} were cut off after {studio.max_chain} tokens"
+    def on_plan(name, prompt, count, seed):
+        chains, scores, best = write_plans(studio, name, prompt, count, seed)
         cells = []
         for written, sample in zip(chains, scores, strict=True):
             cells.append((draw_boxes(parse_chain(written)), score_text(sample)))
         return {
-            plans: gr.Gallery(cells, label=label, selected_index=best, columns=max(4, count)),
+            plans: gr.Gallery(cells, selected_index=best, columns=max(4, count)),
             state: chains,
             chain: chains[best],
             canvas: to_canvas(studio, chains[best]),
@@ -377,27 +333,10 @@ def build_page(studio: Studio, downloads: Path):
         return {canvas: to_canvas(studio, text)}
 
     @guarded
-    def on_draw(name, prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
-        pictures, marked, scores = draw_with(name, prompt, text, count, seed, progress)
+    def on_draw(name, prompt, text, count, seed):
+        pictures, marked, scores = draw_plan(studio, name, prompt, text, count, seed)
         cells = [(picture, f"seed {seed}, picture {k + 1}") for k, picture in enumerate(pictures)]
         cells += zip(marked, map(score_text, scores), strict=True)
-        named = []
-        for k in range(count):
-            named += [(f"picture_{k}", pictures[k]), (f"boxes_{k}", marked[k])]
-        path = downloads / f"{uuid.uuid4().hex}.zip"
-        write_zip(path, prompt, text, named)
-        return {
-            gallery: gr.Gallery(cells, columns=count),
-            download: gr.DownloadButton(value=path, interactive=True),
-        }
-
-    @guarded
-    def on_compare(prompt, text, count, seed, progress=gr.Progress()):  # noqa: B008
-        cells = []
-        for when, name in zip(("before", "after"), names, strict=True):
-            _, marked, scores = draw_with(name, prompt, text, count, seed, progress)
-            for image, sample in zip(marked, scores, strict=True):
-                cells.append((image, f"{when}: {score_text(sample)}"))
         return {gallery: gr.Gallery(cells, columns=count)}
 
     with gr.Blocks(title="GoT-R1", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -407,13 +346,14 @@ def build_page(studio: Studio, downloads: Path):
         with gr.Row():
             prompt = gr.Textbox(label="Prompt", scale=4, elem_id="prompt")
             policy = gr.Radio(names, value=names[-1], label="Model", scale=2)
-        gr.Examples(TOY_EXAMPLES if studio.is_toy else EXAMPLES, prompt)
+        if studio.is_toy:
+            gr.Examples(TOY_EXAMPLES, prompt)
         with gr.Row():
             count = gr.Slider(1, MOST, 4, step=1, label="Plans", scale=3)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             plan = gr.Button("Plan", variant="primary", elem_id="plan")
         plans = gr.Gallery(
-            label=PLANS,
+            label="Plans with their R_sem and R_spa: the best one is chosen, click on another",
             allow_preview=False,
             interactive=False,
             elem_id="plans",
@@ -435,14 +375,12 @@ def build_page(studio: Studio, downloads: Path):
                 chain = gr.Textbox(label="The same plan as text", lines=8, elem_id="chain")
                 number = gr.Slider(1, MOST, 4, step=1, label="Pictures")
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
-                compare = gr.Button("Draw before/after", visible=len(names) > 1, elem_id="compare")
-                download = gr.DownloadButton("Download", interactive=False, elem_id="download")
         gallery = gr.Gallery(
             label="Pictures, planned boxes and those that the judge finds",
             interactive=False,
             elem_id="pictures",
         )
-        outputs += [message, plans, state, chain, canvas, gallery, download]
+        outputs += [message, plans, state, chain, canvas, gallery]
 
         # The model's work stands in one queue; what follows a hand does not wait for it.
         working = {"outputs": outputs, "concurrency_id": "model", "api_visibility": "private"}
@@ -456,7 +394,6 @@ def build_page(studio: Studio, downloads: Path):
             typed(on_text, [chain], trigger_mode="always_last", **quick)
         inputs = [policy, prompt, chain, number, seed]
         draw.click(on_draw, inputs, show_progress_on=gallery, **working)
-        compare.click(on_compare, inputs[1:], show_progress_on=gallery, **working)
     page.queue(max_size=WAITING)
     return page
 
@@ -478,19 +415,18 @@ def main(argv: list[str] | None = None) -> None:
         if not importlib.util.find_spec(package):
             run.fail(f"{package} is missing: pip install {PACKAGES}")
     _, _, device = run.start_processes()
-    with tempfile.TemporaryDirectory() as downloads:
-        try:
-            page = build_page(load_studio(config, device), Path(downloads))
-            page.launch(
-                server_name="127.0.0.1",
-                server_port=config.port,
-                share=config.share,
-                css=CSS,
-                footer_links=[],
-                max_file_size=1,  # byte: nobody uploads anything
-            )
-        except (OSError, ValueError) as problem:
-            run.fail(" ".join(str(problem).split()))
+    try:
+        page = build_page(load_studio(config, device))
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=config.port,
+            share=config.share,
+            css=CSS,
+            footer_links=[],
+            max_file_size=1,  # byte: nobody uploads anything
+        )
+    except (OSError, ValueError) as problem:
+        run.fail(" ".join(str(problem).split()))
 
 
 if __name__ == "__main__":

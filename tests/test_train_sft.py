@@ -113,13 +113,11 @@ def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(
         first, last = log[:3], log[-3:]
         assert np.mean([row[loss] for row in last]) < np.mean([row[loss] for row in first]), loss
 
-    # the report at the end of the epoch: exact counts, and the first of each
+    # what was skipped, and the first record of each cause
     printed = capsys.readouterr()
-    report = (printed.out + printed.err).split("epoch 1:")[1]
-    assert f"{len(BAD)} of {GOOD + len(BAD)} records skipped" in report
+    assert f"{len(BAD)} of {GOOD + len(BAD)} records skipped" in printed.out
     for index, cause in BAD.items():
-        line = next(line for line in report.splitlines() if cause in line)
-        assert line.split()[0] == "1" and f"record {index}" in line
+        assert f"record {index} is skipped: {cause}: " in printed.out + printed.err
 
     # what was trained on is what was meant: the same boxes, to a pixel of the large picture
     prepared = loaded[0].prepared
@@ -153,7 +151,7 @@ def test_a_set_on_disk_is_trained_on_and_a_run_that_died_continues_bitwise(
 def test_dry_run_shows_records_and_writes_only_a_sheet(data, tmp_path, capsys):
     train_sft.main([*data[0], "--dry_run", "--max_chain", "80", "--out", str(tmp_path / "look")])
     printed = capsys.readouterr().out
-    assert data[1][0] in printed and "tokens" in printed
+    assert data[1][0] in printed
     assert [path.suffix for path in (tmp_path / "look").iterdir()] == [".png"]
 
 
