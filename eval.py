@@ -3,8 +3,7 @@
 1) Pictures: the model draws each prompt a few times, in the folders that the official programs
    expect. What is there already is kept, so an interrupted run continues, but never pictures of
    other weights; the same seed, prompt and sample give the same picture on any number of
-   processes. `--generate_only` stops here, `--images FOLDER` starts from pictures that any model
-   made.
+   processes. `--images FOLDER` starts from pictures that any model made.
 2) Scores: one per picture, with the reason in words.
 3) Report: the official arithmetic, each number with a 95 % interval over prompts (the samples of a
    prompt are not independent); `results.json` with everything that changes a score; sheets of
@@ -25,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from engine import run
 from evaluation import sheets, stats
 
@@ -39,7 +36,6 @@ class Config:
     prompts: tuple[str, ...] = ()  # file of the benchmark: evaluation_metadata.jsonl, color_val.txt
     out: str = "out/eval"  # for pictures, scores, report, sheets; the same command continues there
     images: str = ""  # score the pictures in this folder, in the official layout; draw none
-    generate_only: bool = False  # only draw, for the official programs
     compare: tuple[str, ...] = ()  # two files results.json: which differences between them are real
     # How pictures are made
     samples: int = 0  # pictures per prompt; 0: as officially, GenEval 4, GenEval 2 1, CompBench 10
@@ -50,21 +46,19 @@ class Config:
     seed: int = 0  # of all samples
     draw_batch: int = 32  # pictures drawn at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights; auto: bfloat16 on a GPU
-    # What scores them: folders or hub ids, or official .pth files
-    detector: str = "facebook/mask2former-swin-small-coco-instance"  # GenEval: .pth, or stand-in
+    # What scores them: folders or hub ids
+    detector: str = "facebook/mask2former-swin-small-coco-instance"  # or GenEval's official .pth
     clip: str = "openai/clip-vit-large-patch14"  # ViT-L/14: GenEval's colours
     clip_b32: str = "openai/clip-vit-base-patch32"  # ViT-B/32: non_spatial and complex
-    blip: str = "Salesforce/blip-vqa-capfilt-large"  # color, shape, texture, complex: .pth, or this
-    blip_tokenizer: str = "google-bert/bert-base-uncased"  # of a .pth, which has none
+    blip: str = "Salesforce/blip-vqa-capfilt-large"  # color, shape, texture, complex
     gdino: str = "IDEA-Research/grounding-dino-base"  # spatial-gdino and complex-gdino
-    phrases: str = ""  # file of noun phrases: written where spaCy is installed, read elsewhere
     complex_lists: tuple[str, ...] = ()  # complex_val_spatial.txt and complex_val_action.txt
     judge: str = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2: folder, hub id, http://…/v1, or toy
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     score_batch: int = 16  # pictures that a network takes at a time
     # The toy
     toy_prompts: int = 240  # held-out prompts
-    toy_seeds: int = 3  # runs over them; their spread is reported
+    toy_seeds: int = 3  # runs over them
 
 
 def check(config: Config) -> None:
@@ -77,7 +71,7 @@ def check(config: Config) -> None:
         not_negative += " cfg"
     run.check_ranges(config, at_least_one=at_least_one, not_negative=not_negative)
     if config.bench == "toy":
-        refused = [name for name in ("images", "prompts", "generate_only") if getattr(config, name)]
+        refused = [name for name in ("images", "prompts") if getattr(config, name)]
         if not config.chain:
             refused.append("no_chain")
         if refused:
@@ -86,8 +80,6 @@ def check(config: Config) -> None:
     if bool(config.images) == bool(config.prompts):
         wanted = "give --prompts and --model to draw, or --images to score"
         run.fail(f"--bench {config.bench}: {wanted}")
-    if config.images and config.generate_only:
-        run.fail("--generate_only draws, --images does not")
     if config.prompts and not config.model:
         run.fail("--model is missing: a folder or hub id of the checkpoint that draws, or toy")
     if config.bench != "compbench" and len(config.prompts) > 1:
@@ -141,18 +133,12 @@ def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None
     if not pictures:
         source = config.images or config.prompts[0]
         raise ValueError(f"{source} holds nothing for {config.bench} to look at")
-    if not config.generate_only:
-        board.prepare(pictures)  # what cannot be scored is not drawn either
+    board.prepare(pictures)  # what cannot be scored is not drawn either
 
     # 1) Pictures
     if not config.images:
         config = steps.with_model_defaults(config)
         steps.generate(config, pictures, folder, dtype, rank, world, device)
-    if config.generate_only:
-        if rank == 0:
-            layout = f"the official layout of {config.bench}"
-            print(f"{folder}: {len(pictures)} pictures in {layout}")
-        return
 
     # 2) Scores
     rows = steps.score_pictures(board, pictures, folder, config.score_batch, rank, world)
@@ -162,7 +148,6 @@ def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None
         return
     about = steps.describe(board, pictures, rows, folder)
     summary = stats.intervals(rows, board.overall)
-    board.comment(summary)
     cells = [{**row, "image": folder / row["path"]} for row in rows]
     report(config, about, summary, rows, cells)
 
@@ -238,10 +223,6 @@ def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
     }
     about = {"generation": generation, "scoring": {"judge": "toy (exact)"}, "notes": []}
     summary = stats.intervals(rows)
-    for measure, line in summary.items():
-        means = stats.by_seed(rows, measure)
-        line["seeds"] = means
-        line["notes"] = [f"{min(means):.3f} to {max(means):.3f} over {len(means)} seeds"]
     report(config, about, summary, rows, cells)
 
 
@@ -270,7 +251,6 @@ def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: 
         "generation": about["generation"],
         "scoring": about["scoring"],
         "notes": about["notes"],
-        "versions": stats.versions(),
         "rows": rows,
     }
     run.write_whole(out / "results.json", json.dumps(results))
@@ -279,9 +259,6 @@ def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: 
         path = out / f"sheet_{group.replace(' ', '_')}.png"
         sheets.draw_sheet(chosen, path, columns=4, side=256)
     print(stats.table(summary))
-    if "overall" in summary:
-        mean = np.mean([cell["score"] for cell in cells])
-        print(f"{'mean over all pictures':28} {mean:6.4f}")
     for part in ("generation", "scoring"):
         print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in about[part].items()))
     for note in about["notes"]:

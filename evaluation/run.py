@@ -32,7 +32,6 @@ from evaluation.networks import NotFinite, Picture, check_finite
 #   prepare(pictures)               raises OSError or ValueError when they could not be scored
 #   score(group, images, pictures)  a dict per picture: score, reason, boxes, measures
 #   describe(pictures)              (what scores were made with, notes) for the report
-#   comment(summary)                adds "notes" to lines of the table
 # A network is loaded when the first picture needs it.
 
 

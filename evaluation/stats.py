@@ -10,7 +10,6 @@ A measure is a list of strata, and its score the mean over strata. All have one 
 mean of all pictures.
 """
 
-import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -20,8 +19,6 @@ from scipy.special import stdtrit
 
 RESAMPLES = 4000
 ALPHA = 0.05  # 95 % intervals; of twenty tables one holds a false "real"
-PERCENTILES = (100 * ALPHA / 2, 100 - 100 * ALPHA / 2)
-PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy", "spacy")
 ORDER = (  # of categories, those of the toy first
     "color",
     "spatial",
@@ -148,8 +145,7 @@ def table(summary: dict[str, dict]) -> str:
     for name, row in summary.items():
         interval = f"{row['low']:6.4f} to {row['high']:6.4f}"
         counts = f"{row['prompts']:7d} {row['samples']:8d}"
-        notes = "".join(f"  {note}" for note in row.get("notes", []))
-        lines.append(f"{name:28} {row['score']:6.4f}  {interval}  {counts}{notes}")
+        lines.append(f"{name:28} {row['score']:6.4f}  {interval}  {counts}")
     return "\n".join(lines)
 
 
@@ -171,16 +167,6 @@ def before_after(before: dict, after: dict) -> str:
 def differences(pairs: np.ndarray) -> np.ndarray:
     """(..., 4) sums and numbers of samples of run a, then of run b -> (...,) b's mean minus a's."""
     return ratio(pairs[..., 2:]) - ratio(pairs[..., :2])
-
-
-def resample(strata: list[np.ndarray], seed: int = 0) -> np.ndarray:
-    """Bootstrap over prompts: (RESAMPLES,) differences, means over strata. Strata are (n, 4)."""
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for pairs in strata:
-        chosen = rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))
-        drawn.append(differences(pairs[chosen].sum(axis=1)))
-    return np.mean(drawn, axis=0)
 
 
 def paired_p(strata: list[np.ndarray], seed: int = 0) -> float:
@@ -216,9 +202,9 @@ def holm(p_values: list[float]) -> list[bool]:
 def compare(a: dict, b: dict, overall: tuple[str, ...] = ()) -> list[dict]:
     """Two contents of results.json -> a row per measure that both have.
 
-    On the prompts that both have: a, b, difference, low, high (95 % interval of the difference), p,
-    prompts, of (how many prompts one of them has), real. "overall" only where both have all of its
-    parts. Raises ValueError when they share no prompt."""
+    On the prompts that both have: a, b, difference, p, prompts, of (how many prompts one of them
+    has), real. "overall" only where both have all of its parts. Raises ValueError when they share
+    no prompt."""
     strata = {}
     counts = {}  # measure -> the prompts that one of the two has
     others = by_prompt(b["rows"])
@@ -239,7 +225,6 @@ def compare(a: dict, b: dict, overall: tuple[str, ...] = ()) -> list[dict]:
         counts["overall"] = sum(counts[name] for name in overall)
     rows = []
     for name, parts in strata.items():
-        low, high = np.percentile(resample(parts), PERCENTILES)
         score_a = float(np.mean([ratio(part[:, :2].sum(axis=0)) for part in parts]))
         score_b = float(np.mean([ratio(part[:, 2:].sum(axis=0)) for part in parts]))
         row = {
@@ -247,8 +232,6 @@ def compare(a: dict, b: dict, overall: tuple[str, ...] = ()) -> list[dict]:
             "a": score_a,
             "b": score_b,
             "difference": score_b - score_a,
-            "low": float(low),
-            "high": float(high),
             "p": paired_p(parts),
             "prompts": sum(len(part) for part in parts),
             "of": counts[name],
@@ -272,49 +255,20 @@ def compare_files(paths: tuple[str, ...], overall: tuple[str, ...] = ()) -> str:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         wanted = "no two results.json of one benchmark"
         raise ValueError(f"--compare {' '.join(paths)}: {wanted}: {problem}") from None
-    lines = [f"{'':28}       a       b  difference  95 % interval          p         prompts"]
+    lines = [f"{'':28}       a       b  difference  p         prompts"]
     for row in rows:
         scores = f"{row['a']:7.4f} {row['b']:7.4f}  {row['difference']:+10.4f}"
-        interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
         verdict = "real" if row["real"] else "may be chance"
         counts = f"{row['p']:.4f}  {row['prompts']:4d} of {row['of']:4d}"
-        lines.append(f"{row['name']:28} {scores}  {interval}  {counts}  {verdict}")
+        lines.append(f"{row['name']:28} {scores}  {counts}  {verdict}")
     test = f"Holm over {len(rows)} rows at {ALPHA}, {RESAMPLES} sign flips"
     lines.append(
         f"paired by prompt (text and occurrence), n of m that one of them has; real: {test}"
     )
-    compared = {row["name"] for row in rows}
-    left_out = sorted((a["summary"].keys() | b["summary"].keys()) - compared)
-    if left_out:
-        lines.append(f"not compared, since not both have all of it: {', '.join(left_out)}")
-    for part in ("generation", "scoring", "versions"):
+    for part in ("generation", "scoring"):
         for key in {**a[part], **b[part]}:
             value_a = a[part].get(key)
             value_b = b[part].get(key)
             if value_a != value_b:
                 lines.append(f"they differ in {part}: {key} {value_a} and {value_b}")
     return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------------
-# What else a report says
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that numbers depend on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def by_seed(rows: list[dict], name: str) -> list[float]:
-    """The mean of a measure in each run over the prompts; a row's `sample` is then its seed."""
-    values = {}
-    for row in rows:
-        if name in row["measures"]:
-            values.setdefault(row["sample"], []).append(row["measures"][name])
-    return [float(np.mean(some)) for some in values.values()]

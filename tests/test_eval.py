@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -156,9 +157,7 @@ def test_toy_benchmark(tmp_path, capsys, monkeypatch):
     right = np.mean(right)
     line = results["summary"]["spatial: picture right"]
     assert line["score"] == pytest.approx(right) and line["low"] < right < line["high"]
-    assert min(line["seeds"]) <= right <= max(line["seeds"]) and len(line["seeds"]) == 2
     assert f"spatial: picture right       {right:.4f}" in shown
-    assert {"torch", "transformers"} <= results["versions"].keys()
     assert results["generation"]["cfg"] == 1.0
     for sheet in ("color", "complex"):
         assert (tmp_path / "a" / f"sheet_{sheet}.png").is_file()
@@ -217,9 +216,7 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     assert list(summary) == ["single_object", "two_object", "colors", "overall"]
     assert summary["overall"]["score"] == pytest.approx(np.mean(means))
     assert len(results["rows"]) == 6
-    generation = results["generation"]
-    assert generation["size"] == "32 x 32" and generation["chain"] is True
-    assert generation["cfg"] == 1 and generation["max_chain"] == 96  # the toy's
+    assert results["generation"]["cfg"] == 1  # the toy's
     assert "not GenEval's own" in results["notes"][0] and "scoring" in results
     reasons = {row["reason"] for row in results["rows"] if row["group"] == "two_object"}
     assert reasons == {"cat: 0 found, 1 wanted"}
@@ -227,8 +224,6 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     # the same pictures, as if another model had made them
     run(*flags, "--images", images, "--out", folder / "again", "--model", "someone's")
     assert read_results(folder / "again")["summary"] == summary
-    shown = capsys.readouterr().out
-    assert re.search(r"^overall .* of 3 of 6 tags$", shown, re.M)
 
     # a folder with one prompt less: it pairs by prompt, and there is no overall to compare
     shutil.copytree(images, folder / "less")
@@ -238,7 +233,7 @@ def test_geneval_layout_and_report(geneval_run, capsys):
     run("--compare", folder / "run" / "results.json", folder / "of less" / "results.json")
     shown = capsys.readouterr().out
     assert re.search(r"^colors .*   1 of    1  may be chance$", shown, re.M)
-    assert "not both have all of it: overall, single_object" in shown
+    assert not re.search("^(overall|single_object) ", shown, re.M)
 
 
 def test_lost_and_broken_pictures_are_made_again(geneval_run, tmp_path, capsys):
@@ -309,7 +304,7 @@ def test_stamps_of_files(tmp_path):
     assert engine_run.file_stamps([link]) == downloaded
 
 
-def test_pictures_of_other_weights_or_prompts_are_refused(tmp_path, capsys, monkeypatch):
+def test_pictures_of_other_weights_or_prompts_are_refused(weights, tmp_path, capsys, monkeypatch):
     """A model that was trained on in its own folder, then the base of an adapter."""
     from peft import LoraConfig, get_peft_model
 
@@ -320,14 +315,14 @@ def test_pictures_of_other_weights_or_prompts_are_refused(tmp_path, capsys, monk
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(model, lora).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
 
-    prompts = tmp_path / "color_val.txt"
+    prompts = tmp_path / "non_spatial_val.txt"
     prompts.write_text("a red ball and a blue cube")
     for name in ("base", "adapter"):
         out = tmp_path / f"of {name}"
-        draw = ["--bench", "compbench", "--prompts", prompts, "--samples", 1, "--generate_only"]
-        draw += ["--model", tmp_path / name, "--out", out]
+        draw = ["--bench", "compbench", "--prompts", prompts, "--samples", 1]
+        draw += ["--clip_b32", weights / "clip", "--model", tmp_path / name, "--out", out]
         run(*draw)
-        drawn = files(out)
+        drawn = files(out / "images")
         with monkeypatch.context() as patch:  # nothing has changed, so nothing is loaded
             patch.setattr(gotr1, "load_policy", None)
             run(*draw)
@@ -335,7 +330,7 @@ def test_pictures_of_other_weights_or_prompts_are_refused(tmp_path, capsys, monk
         line = refused(capsys, *draw)
         assert f"{out}/images holds pictures of other weights" in line
         assert "base/model.safetensors differ" in line and "give another --out" in line
-        assert files(out) == drawn
+        assert files(out / "images") == drawn
         (out / "images" / "weights.json").unlink()
         assert "does not say which weights" in refused(capsys, *draw)
     prompts.write_text("a blue cup and a red car")  # other prompts in the same file
@@ -352,10 +347,9 @@ def test_guidance_and_chain_length_suit_the_model(tmp_path):
     assert steps.with_model_defaults(evaluation.Config(model="toy")).max_chain == 96
 
 
-def test_pictures_only_and_without_a_chain(geneval_run, tmp_path, capsys):
-    folder, _, draw = geneval_run
-    run("--bench", "geneval", *draw, "--out", tmp_path, "--generate_only", "--no_chain")
-    assert "6 pictures" in capsys.readouterr().out and not (tmp_path / "results.json").exists()
+def test_pictures_without_a_chain(geneval_run, tmp_path):
+    folder, flags, draw = geneval_run
+    run(*flags, *draw, "--out", tmp_path, "--no_chain")
     assert {path.read_text() for path in tmp_path.rglob("chains/*.txt")} == {""}
     assert files(tmp_path / "images") != files(folder / "run" / "images")
 
@@ -368,25 +362,22 @@ COLOR = ["a red ball and a blue cube", "a green cone and a red cube"]
 PLACES = "a dog on the left of a cat"
 
 
-def parse(tagged, *chunks):
-    """A parse from "word/POS word/POS"."""
-    pairs = [pair.split("/") for pair in tagged.split()]
-    return {
-        "chunks": list(chunks),
-        "tokens": [word for word, _ in pairs],
-        "pos": [pos for _, pos in pairs],
-    }
+class Doc(list):
+    """What spaCy would say of a prompt: the words of "word/POS word/POS", and noun phrases."""
+
+    def __init__(self, tagged, *chunks):
+        for pair in tagged.split():
+            text, pos = pair.split("/")
+            self.append(types.SimpleNamespace(text=text, pos_=pos))
+        self.noun_chunks = [types.SimpleNamespace(text=chunk) for chunk in chunks]
 
 
 BOOK_TAGS = "The/DET red/ADJ book/NOUN is/AUX next/ADV to/ADP the/DET kite/NOUN ./PUNCT"
-PHRASES = {
-    "made by": "spaCy test",
-    "prompts": {
-        BOOK: parse(BOOK_TAGS, "The red book", "the kite"),
-        COLOR[0]: parse("ball/NOUN cube/NOUN", "a red ball", "a blue cube"),
-        COLOR[1]: parse("cone/NOUN cube/NOUN", "a green cone", "a red cube"),
-        PLACES: parse("a/DET dog/NOUN left/NOUN a/DET cat/NOUN", "a dog", "the left", "a cat"),
-    },
+DOCS = {
+    BOOK: Doc(BOOK_TAGS, "The red book", "the kite"),
+    COLOR[0]: Doc("ball/NOUN cube/NOUN", "a red ball", "a blue cube"),
+    COLOR[1]: Doc("cone/NOUN cube/NOUN", "a green cone", "a red cube"),
+    PLACES: Doc("a/DET dog/NOUN left/NOUN a/DET cat/NOUN", "a dog", "the left", "a cat"),
 }
 COMPBENCH_FILES = {
     "color_val.txt": COLOR,
@@ -401,11 +392,13 @@ COMPBENCH_FILES = {
 @pytest.fixture(scope="module")
 def compbench_run(weights, tmp_path_factory):
     """(folder, flags) of a finished run: two samples of each prompt, scored by tiny networks."""
+    nlp = types.SimpleNamespace(pipe=lambda prompts: [DOCS[prompt] for prompt in prompts])
+    patch = pytest.MonkeyPatch()
+    patch.setattr(compbench, "load_spacy", lambda: nlp)
     folder = tmp_path_factory.mktemp("compbench")
     for name, prompts in COMPBENCH_FILES.items():
         (folder / name).write_text("\n".join(prompts))
-    (folder / "phrases.json").write_text(json.dumps(PHRASES))
-    flags = ["--bench", "compbench", "--phrases", folder / "phrases.json"]
+    flags = ["--bench", "compbench"]
     for name in ("blip", "gdino", "clip_b32"):
         flags += [f"--{name}", weights / name]
     lists = [folder / "complex_val_spatial.txt", folder / "complex_val_action.txt"]
@@ -413,7 +406,8 @@ def compbench_run(weights, tmp_path_factory):
     categories = ("color", "spatial", "non_spatial", "complex")
     prompts = [folder / f"{category}_val.txt" for category in categories]
     run(*flags, "--prompts", *prompts, "--model", "toy", "--samples", 2, "--out", folder / "run")
-    return folder, flags
+    yield folder, flags
+    patch.undo()
 
 
 def test_compbench_layout_and_report(compbench_run, weights):
@@ -426,7 +420,6 @@ def test_compbench_layout_and_report(compbench_run, weights):
     results = read_results(folder / "run")
     assert list(results["summary"]) == ["color", "spatial-gdino", "non_spatial", "complex-gdino"]
     assert "not the published" in results["notes"][0]
-    assert "spaCy test" in results["scoring"]["phrases"]
 
     blip = compbench.BlipVQA(str(weights / "blip"))
     clip = networks.Clip(str(weights / "clip_b32"), "clip_b32")
@@ -512,40 +505,34 @@ def test_turned_pictures_are_seen_as_the_official_programs_see_them(
         path = tmp_path / "turned" / group / "samples" / f"{prompt}_000000.png"
         path.parent.mkdir(parents=True)
         noise(1, 48, 32)[0].save(path, exif=turned)
+    sizes = []
+
+    def watch(owner, name):
+        look = getattr(owner, name)
+
+        def watched(self, rows):
+            images = [row if isinstance(row, Image.Image) else row[0] for row in rows]
+            sizes.extend(image.size for image in images)
+            return look(self, rows)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(compbench.BlipVQA, "_see")
+    watch(compbench.GroundingDino, "_find")
+    watch(geneval.Mask2Former, "__call__")
     _, flags = compbench_run
-    seen = []
-    see = compbench.BlipVQA._see
-    find = compbench.GroundingDino._find
-
-    def blip_sees(self, images):
-        seen.extend(image.size for image in images)
-        return see(self, images)
-
-    def gdino_sees(self, rows):
-        seen.extend(image.size for image, _ in rows)
-        return find(self, rows)
-
-    monkeypatch.setattr(compbench.BlipVQA, "_see", blip_sees)
-    monkeypatch.setattr(compbench.GroundingDino, "_find", gdino_sees)
     run(*flags, "--images", tmp_path / "turned", "--out", tmp_path / "out")
-    assert seen == [(48, 32), (32, 48)]  # BLIP's, then Grounding DINO's
+    detector = geneval.Mask2Former(str(weights / "detector"))
     image = Image.open(path).convert("RGB")  # as eval.py opens it
-    found = []
-
-    def detector(images):
-        instances = geneval.Mask2Former(str(weights / "detector"))(images)
-        found.extend(instances[0])
-        return instances
-
-    judge = geneval.GenEval(detector, lambda crops, names: [])
-    assert judge([image], [METADATA[0]])[0]["score"] == 1
-    assert {one.mask.shape for one in found} == {(48, 32)}
+    geneval.GenEval(detector, lambda crops, names: [])([image], [METADATA[0]])
+    assert sizes == [(48, 32), (32, 48), (32, 48)]  # BLIP, Grounding DINO, Mask2Former
 
 
 def test_two_processes_draw_and_score_what_one_does(compbench_run, tmp_path):
     """Three of four pictures are missing: they are shared out, and nobody looks too early."""
     folder, flags = compbench_run
-    argv = [*flags, "--prompts", folder / "color_val.txt", "--model", "toy", "--samples", 2]
+    prompts = folder / "non_spatial_val.txt"
+    argv = [*flags, "--prompts", prompts, "--model", "toy", "--samples", 4]
     run(*argv, "--out", tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     drawn = files(tmp_path / "one" / "images")
@@ -563,10 +550,11 @@ def test_two_processes_draw_and_score_what_one_does(compbench_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "of 3 chains were cut" in done.stdout
     assert files(tmp_path / "two" / "images") == drawn
-    one = read_results(tmp_path / "one")
-    two = read_results(tmp_path / "two")
-    assert one["summary"] == two["summary"] and one["rows"] == two["rows"]
-    assert len(two["rows"]) == 4
+    one = read_results(tmp_path / "one")["rows"]
+    two = read_results(tmp_path / "two")["rows"]
+    assert len(two) == 4 and [row["path"] for row in one] == [row["path"] for row in two]
+    scores = [row["score"] for row in one]
+    assert [row["score"] for row in two] == pytest.approx(scores, abs=1e-6)  # other batches
 
 
 # -------------------------------------------------------------------------------------------------
@@ -600,11 +588,9 @@ def test_scoring_never_touches_the_network(geneval_run, compbench_run, tmp_path,
 
 
 def test_a_benchmark_is_loaded_only_when_it_is_asked_for():
-    code = "import sys, eval, evaluation.run; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    loaded = set(done.stdout.split())
-    assert "evaluation.run" in loaded, done.stderr
-    assert not loaded & {"evaluation.geneval", "evaluation.compbench", "evaluation.geneval2"}
+    for path in ("eval.py", "evaluation/run.py", "evaluation/networks.py"):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not re.search("^(import|from) .*(geneval|compbench)", text, re.M), path
 
 
 DRAW = "--bench {} --model toy --out OUT --prompts {}"
@@ -619,9 +605,8 @@ REFUSED = [  # (flags, name and content of a file, what the line says)
     ("--no_chain", "", "", "no --no_chain"),
     ("--compare FILE FILE", "names.txt", "a dog", "no two results.json"),
     ("--compare FILE", "names.txt", "a dog", "give two"),
-    (f"{LOOK} --detector NONE.pth", "", "", "743b7d99.pth from download.openmmlab.com"),
-    (f"{LOOK} --detector NONE.pth", "", "", "NONE.pth: get mask2former"),
-    (f"{LOOK} --clip NONE", "", "", "openai/clip-vit-large-patch14 from huggingface.co, then"),
+    (f"{LOOK} --detector NONE.pth", "", "", "NONE.pth: no weights there; docs/evaluation.md"),
+    (f"{LOOK} --clip NONE", "", "", "NONE: no weights there; docs/evaluation.md"),
     (f"{LOOK} --detector OTHER.pth", "", "", "do not fit"),
     ("--bench geneval --images OUT --out OUT", "", "", "nothing for geneval"),
     (DRAW.format("geneval", "FILE FILE"), "a.jsonl", "", "geneval has one file"),
@@ -630,16 +615,12 @@ REFUSED = [  # (flags, name and content of a file, what the line says)
     (DRAW.format("compbench", "FILE"), "names.txt", "a dog", "color_val.txt"),
     (DRAW.format("compbench", "FILE"), "color_val.txt", "a snake_case dog", "line 1"),
     (DRAW.format("compbench", "FILE"), "complex_val.txt", BOOK, "--complex_lists"),
-    (DRAW.format("compbench", "FILE"), "shape_val.txt", "a dog", "download en_core_web_sm"),
 ]
 
 
 @pytest.mark.parametrize("flags, name, content, words", REFUSED)
-def test_bad_input_is_one_line(
-    flags, name, content, words, geneval_run, weights, tmp_path, capsys, monkeypatch
-):
+def test_bad_input_is_one_line(flags, name, content, words, geneval_run, weights, tmp_path, capsys):
     """What cannot be scored is not drawn either."""
-    monkeypatch.setitem(sys.modules, "spacy", None)
     torch.save({"state_dict": {"backbone.norm0.weight": torch.ones(2)}}, tmp_path / "OTHER.pth")
     places = {
         "OUT": tmp_path / "out",
@@ -655,8 +636,3 @@ def test_bad_input_is_one_line(
         places["FILE"].write_text(content)
     assert words in refused(capsys, *[places.get(flag, flag) for flag in flags.split()])
     assert not list(tmp_path.glob("out/**/*.png"))
-
-
-def test_default_weights_are_those_that_are_named_when_missing():
-    for flag in ("clip", "clip_b32", "blip_tokenizer", "gdino", "judge"):
-        assert getattr(evaluation.Config(), flag) == networks.WEIGHTS[flag].name

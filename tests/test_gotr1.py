@@ -18,20 +18,30 @@ PROMPTS = [
 ]
 
 
-def plain_logps(model, tokenizer, sampled, n):
-    """Log-probabilities of sample n from one ordinary forward pass of the bare sequence, no cache,
-    no padding, no mask."""
-    chain = sampled.chain_ids[n, : sampled.chain_lens[n]].tolist()
-    text = torch.tensor([sampled.prompt_ids[n] + chain])
-    picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens[n : n + 1])
-    embeds = torch.cat([model.get_input_embeddings()(text), picture], dim=1)
+def plain_logits(model, ids, image_tokens):
+    """(L - 1, V) and (N, V): logits of the text after its first token and of the picture, by one
+    ordinary forward pass of the bare sequence: no cache, no padding, no mask."""
+    picture = model.prepare_embeddings_for_image_generation(image_tokens[None])
+    embeds = torch.cat([model.get_input_embeddings()(torch.tensor([ids])), picture], dim=1)
     hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[0]
-    start, stop = len(sampled.prompt_ids[n]), text.shape[1]
-    text_logits = model.lm_head(hidden[start - 1 : stop - 1])
-    image_logits = model.model.generation_head(hidden[stop - 1 : -1])
-    pairs = [(text_logits, torch.tensor(chain)), (image_logits, sampled.image_tokens[n])]
-    temperature = sampled.temperature or 1.0
-    return [(x / temperature).log_softmax(-1).gather(1, t[:, None]).squeeze(1) for x, t in pairs]
+    text = model.lm_head(hidden[: len(ids) - 1])
+    return text, model.model.generation_head(hidden[len(ids) - 1 : -1])
+
+
+def logp_of(logits, tokens):
+    """(N, V) and (N,) -> (N,)"""
+    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+
+
+def text_of(sampled, n):
+    """Token ids of prompt and chain of sample n."""
+    return sampled.prompt_ids[n] + sampled.chain_ids[n, : sampled.chain_lens[n]].tolist()
+
+
+def blank_text(tokenizer, size):
+    """What the unconditional half reads in place of `size` tokens."""
+    bos, pad, boi = gotr1.special_ids(tokenizer)
+    return [bos] + [pad] * (size - 2) + [boi]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
@@ -43,8 +53,11 @@ def test_sampled_logps_equal_a_plain_forward_pass(policy, temperature):
     scored, mask = gotr1.token_logps(model, sampled)
     images = sampled.image_tokens.shape[1]
     for n in range(6):
-        text, image = plain_logps(model, tokenizer, sampled, n)
         size = int(sampled.chain_lens[n])
+        ids = text_of(sampled, n)
+        text, image = plain_logits(model, ids, sampled.image_tokens[n])
+        text = logp_of(text / (temperature or 1.0), torch.tensor(ids[1:]))[-size:]
+        image = logp_of(image / (temperature or 1.0), sampled.image_tokens[n])
         for logp in (sampled.logp, scored):
             assert (logp[n, -images:] - image).abs().max() < 1e-4
             assert ((logp[n, :size] - text) * mask[n, :size]).abs().max() < 1e-4
@@ -58,30 +71,18 @@ def test_guided_distribution_is_the_one_written_down(policy):
     sampled = gotr1.rollout(
         model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=80, logp_mode="guided"
     )
-    bos, pad, boi = gotr1.special_ids(tokenizer)
-    size = len(sampled.prompt_ids[0]) + int(sampled.chain_lens[0])
-    picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens)
-    logits = []
-    chain = sampled.chain_ids[0, : sampled.chain_lens[0]].tolist()
-    for ids in (sampled.prompt_ids[0] + chain, [bos] + [pad] * (size - 2) + [boi]):
-        embeds = torch.cat([model.get_input_embeddings()(torch.tensor([ids])), picture], dim=1)
-        hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[
-            0, size - 1 : -1
-        ]
-        logits.append(model.model.generation_head(hidden))
-    cond, uncond = logits
-    guided = (uncond + 3.0 * (cond - uncond)).log_softmax(-1)
-    want = guided.gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
-    images = len(want)
-    assert (sampled.logp[0, -images:] - want).abs().max() < 1e-4
-    assert (gotr1.token_logps(model, sampled)[0][0, -images:] - want).abs().max() < 1e-4
-    cond_logp = cond.log_softmax(-1).gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
-    assert (
-        gotr1.token_logps(model, sampled, "cond")[0][0, -images:] - cond_logp
-    ).abs().max() < 1e-4
-    assert (cond_logp - want).abs().max() > 0.01, (
-        "guidance changed nothing: this test would prove nothing"
-    )
+    ids = text_of(sampled, 0)
+    (tokens,) = sampled.image_tokens
+    _, cond = plain_logits(model, ids, tokens)
+    _, uncond = plain_logits(model, blank_text(tokenizer, len(ids)), tokens)
+    guided = logp_of(uncond + 3.0 * (cond - uncond), tokens)
+    cond = logp_of(cond, tokens)
+    images = len(tokens)
+    assert (sampled.logp[0, -images:] - guided).abs().max() < 1e-4
+    for mode, want in (("guided", guided), ("cond", cond)):
+        scored, _ = gotr1.token_logps(model, sampled, mode)
+        assert (scored[0, -images:] - want).abs().max() < 1e-4
+    assert (cond - guided).abs().max() > 0.01, "guidance changed nothing: this proves nothing"
 
 
 def test_no_gradient_through_the_unconditional_half(policy):
@@ -94,9 +95,8 @@ def test_no_gradient_through_the_unconditional_half(policy):
     model.get_input_embeddings().weight.requires_grad_(True)
     logp.sum().backward()
     gradient = model.get_input_embeddings().weight.grad
-    assert (
-        gradient[pad].abs().max() == 0 and gradient.abs().max() > 0
-    )  # pads stand only in unconditional rows
+    # pads stand only in unconditional rows
+    assert gradient[pad].abs().max() == 0 and gradient.abs().max() > 0
 
 
 def test_rows_without_condition_are_scored_on_pads_and_their_text_is_masked(policy):
@@ -104,19 +104,17 @@ def test_rows_without_condition_are_scored_on_pads_and_their_text_is_masked(poli
     model, tokenizer = policy
     sampled = gotr1.rollout(model, tokenizer, PROMPTS[:2], 1, max_chain=60, seed=5)
     images = sampled.image_tokens.shape[1]
+    before = copy.deepcopy(sampled)
     with torch.no_grad():
         logp, mask = gotr1.token_logps(model, sampled, blank=torch.tensor([True, False]))
-        bos, pad, boi = gotr1.special_ids(tokenizer)
-        size = len(sampled.prompt_ids[0]) + int(sampled.chain_lens[0])
-        text = torch.tensor([[bos] + [pad] * (size - 2) + [boi]])
-        picture = model.prepare_embeddings_for_image_generation(sampled.image_tokens[:1])
-        embeds = torch.cat([model.get_input_embeddings()(text), picture], dim=1)
-        hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state
-        logits = model.model.generation_head(hidden[0, size - 1 : -1])
-    want = logits.log_softmax(-1).gather(1, sampled.image_tokens[0, :, None]).squeeze(1)
+        text = blank_text(tokenizer, size=len(text_of(sampled, 0)))
+        _, logits = plain_logits(model, text, sampled.image_tokens[0])
+    want = logp_of(logits, sampled.image_tokens[0])
     assert (logp[0, -images:] - want).abs().max() < 1e-4
     assert not mask[0, :-images].any(), "a row without condition learns its text"
     assert not logp[0, :-images].any()
+    for name, value in vars(before).items():  # the rollout itself is not changed
+        assert not torch.is_tensor(value) or torch.equal(value, getattr(sampled, name)), name
     assert torch.equal(mask[1], sampled.mask[1])
     assert ((logp[1] - sampled.logp[1]) * mask[1]).abs().max() < 1e-4
 
@@ -158,22 +156,13 @@ def test_a_batch_equals_single_runs(policy, cfg):
         assert (alone.logp[:, -images:] - rows.logp[:, -images:]).abs().max() < 1e-5
 
 
-def test_group_order_is_prompt_major(policy):
-    model, tokenizer = policy
-    sampled = gotr1.rollout(model, tokenizer, PROMPTS[:2], 3, max_chain=40)
-    want = [gotr1.encode_prompt(tokenizer, prompt) for prompt in PROMPTS[:2] for _ in range(3)]
-    assert sampled.prompt_ids == want
-
-
 def test_same_seed_same_samples_other_seed_others(policy):
     model, tokenizer = policy
-    runs = [
-        gotr1.rollout(model, tokenizer, PROMPTS[:1], 4, max_chain=60, seed=seed)
-        for seed in (1, 1, 2)
-    ]
-    assert (
-        torch.equal(runs[0].image_tokens, runs[1].image_tokens) and runs[0].chains == runs[1].chains
-    )
+    runs = []
+    for seed in (1, 1, 2):
+        runs.append(gotr1.rollout(model, tokenizer, PROMPTS[:1], 4, max_chain=60, seed=seed))
+    assert runs[0].chains == runs[1].chains
+    assert torch.equal(runs[0].image_tokens, runs[1].image_tokens)
     assert not torch.equal(runs[0].image_tokens, runs[2].image_tokens)
     numbers = gotr1.uniforms((0, 5), [3, 9], 4, 50)
     assert torch.equal(gotr1.uniforms((0, 5), [9], 4, 50), numbers[4:])
@@ -219,11 +208,8 @@ def test_a_forced_begin_of_image_is_not_trained(policy):
     endless, _ = chain_without_end(model, tokenizer)
     boi = gotr1.special_ids(tokenizer)[2]
     sampled = gotr1.rollout(endless, tokenizer, PROMPTS[:1], 2, max_chain=7)
-    assert (
-        sampled.forced.all()
-        and (sampled.chain_lens == 8).all()
-        and (sampled.chain_ids[:, 7] == boi).all()
-    )
+    assert sampled.forced.all() and (sampled.chain_lens == 8).all()
+    assert (sampled.chain_ids[:, 7] == boi).all()
     assert sampled.mask[:, :8].tolist() == [[1.0] * 7 + [0.0]] * 2
     logp, mask = gotr1.token_logps(endless, sampled)
     assert (logp[:, 7] == 0).all() and (mask[:, 7] == 0).all()
@@ -237,15 +223,13 @@ def test_the_stop_token_is_trained_and_what_follows_is_not_also_when_pad_is_eos(
     images = sampled.image_tokens.shape[1]
     text_mask = sampled.mask[:, :-images]
     for n, size in enumerate(sampled.chain_lens.tolist()):
-        assert sampled.chain_ids[n, size - 1] == boi and text_mask[n, size - 1] == 1, (
-            "the stop token learns nothing"
-        )
+        assert sampled.chain_ids[n, size - 1] == boi
+        assert text_mask[n, size - 1] == 1, "the stop token learns nothing"
         assert text_mask[n, :size].all() and not text_mask[n, size:].any()
+    scored, _ = gotr1.token_logps(model, sampled)
     for other in (tokenizer.eos_token_id, boi):
         swapped = gotr1.Rollout(**{**vars(sampled), "pad_id": other})
-        assert torch.equal(
-            gotr1.token_logps(model, swapped)[0], gotr1.token_logps(model, sampled)[0]
-        )
+        assert torch.equal(gotr1.token_logps(model, swapped)[0], scored)
 
 
 def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
@@ -258,14 +242,11 @@ def test_given_chains_are_drawn_as_they_are_and_not_trained(policy):
     images = sampled.image_tokens.shape[1]
     assert not sampled.mask[:, :-images].any() and sampled.mask[:, -images:].all()
     bos = gotr1.special_ids(tokenizer)[0]
-    assert all(
-        (sampled.chain_ids[n] == bos).sum() == 0 and sampled.prompt_ids[n].count(bos) == 1
-        for n in range(4)
-    )
+    assert not (sampled.chain_ids == bos).any()
+    assert [ids.count(bos) for ids in sampled.prompt_ids] == [1] * 4
     assert ((gotr1.token_logps(model, sampled)[0] - sampled.logp) * sampled.mask).abs().max() < 1e-4
-    with_end = gotr1.rollout(
-        model, tokenizer, prompts, 2, chains=[c + "<begin_of_image>" for c in chains], cfg=2.0
-    )
+    ended = [chain + "<begin_of_image>" for chain in chains]
+    with_end = gotr1.rollout(model, tokenizer, prompts, 2, chains=ended, cfg=2.0)
     assert torch.equal(with_end.image_tokens, sampled.image_tokens)
     with pytest.raises(ValueError, match="a chain ends with <begin_of_image>, not before"):
         gotr1.encode_chain(tokenizer, "A red ball<begin_of_image> and more")
@@ -278,22 +259,10 @@ def test_a_prompt_that_does_not_fit_is_refused(policy):
 
 def test_the_prompt_is_the_official_turn(policy):
     text = gotr1.format_prompt("a cat")
-    start = (
-        "User: Follow the caption to generate an image through a chain of thought process: a cat"
-    )
-    assert text == start + "\n\nAssistant:"
-    assert (
-        policy[1].decode(gotr1.encode_prompt(policy[1], "a cat"))
-        == "<｜begin▁of▁sentence｜>" + text
-    )
-
-
-def test_inputs_are_not_changed(policy):
-    model, tokenizer = policy
-    sampled = gotr1.rollout(model, tokenizer, PROMPTS, 2, max_chain=40)
-    before = {k: v.clone() for k, v in vars(sampled).items() if torch.is_tensor(v)}
-    gotr1.token_logps(model, sampled, blank=torch.tensor([True, False] * 3))
-    assert all(torch.equal(getattr(sampled, k), v) for k, v in before.items())
+    task = "Follow the caption to generate an image through a chain of thought process"
+    assert text == f"User: {task}: a cat\n\nAssistant:"
+    ids = gotr1.encode_prompt(policy[1], "a cat")
+    assert policy[1].decode(ids) == "<｜begin▁of▁sentence｜>" + text
 
 
 def test_pictures_survive_encoding_and_decoding(policy):

