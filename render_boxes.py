@@ -66,8 +66,8 @@ class Box(NamedTuple):
 
 
 def parse_chain(text: str) -> list[Box]:
-    """The valid boxes of a chain, in order: those with a name and an area, inside the picture. Never
-    raises, whatever the text is."""
+    """The valid boxes of a chain, in order: those with a name and an area, inside the picture.
+    Never raises, whatever the text is."""
     boxes = []
     name = ""
     for segment in SEGMENT.finditer(text):
@@ -243,7 +243,7 @@ def place_labels(boxes: list[Box], size: tuple[int, int]):
 
 
 def label_at_corner(box: Box, font, longest: float, size: tuple[int, int]) -> Box:
-    """The label at the top left corner of a box: its name, cut to `longest` pixels, and a margin."""
+    """A label at the top left corner of a box: its name, cut to `longest` pixels, and a margin."""
     text = " ".join(box.name.split())[:200] or "?"
     while len(text) > 1 and font.getlength(text) > longest:
         text = text[:-2] + "…"

@@ -444,7 +444,9 @@ def drop_too_long(prompts: list[str], model, tokenizer, max_chain: int) -> list[
     room = context - (max_chain + 1) - gotr1.image_token_count(model)
     kept = []
     for prompt in prompts:
-        if len(gotr1.encode_prompt(tokenizer, prompt)) <= room:
+        # of millions of captions most need not be encoded: a token is at least a byte
+        is_short = len(gotr1.format_prompt(prompt).encode()) < room
+        if is_short or len(gotr1.encode_prompt(tokenizer, prompt)) <= room:
             kept.append(prompt)
     if not kept:  # this raises the ValueError
         gotr1.check_room(model, [gotr1.encode_prompt(tokenizer, prompts[0])], max_chain + 1)
