@@ -114,8 +114,8 @@ def image_token_count(model) -> int:
 
 @dataclass
 class Rollout:
-    """N samples, and what was recorded while they were drawn. Chains are padded on the right to T,
-    the length of the longest."""
+    """N samples, and what was recorded while they were drawn. Shorter chains are padded on the
+    right to T, the length of the longest."""
 
     chains: list[str]  # N texts, without the closing <begin_of_image>
     prompt_ids: list[list[int]]  # N, bos included
@@ -637,16 +637,16 @@ def chunked_logps(head, tokens, temperature: float, chunk: int = 1024):
     The logits of a chunk are recomputed in the backward pass: never do all M exist, which would be
     gigabytes."""
 
-    def score(rows: slice):
-        return gather_logps(head(rows), tokens[rows], temperature)
+    def score(part: slice):
+        return gather_logps(head(part), tokens[part], temperature)
 
     pieces = []
     for start in range(0, len(tokens), chunk):
-        rows = slice(start, start + chunk)
+        part = slice(start, start + chunk)
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(score, rows, use_reentrant=False))
+            pieces.append(checkpoint(score, part, use_reentrant=False))
         else:
-            pieces.append(score(rows))
+            pieces.append(score(part))
     return torch.cat(pieces) if pieces else torch.zeros(0, device=tokens.device)
 
 
@@ -673,24 +673,21 @@ def image_logps(model, batch: Rollout, hidden, guided: bool, chunk: int):
     unconditional half takes one more forward pass, without gradient."""
     head = model.model.generation_head
     cond = hidden.flatten(0, 1)  # (N * I, D)
-
-    def conditional_logits(rows: slice):
-        return head(cond[rows])
-
-    logits = conditional_logits
     if guided:
         with torch.no_grad():
-            everywhere = torch.ones(len(batch), dtype=torch.bool, device=cond.device)
-            _, uncond = hidden_states(model, batch, blank=everywhere)
+            all_blank = torch.ones(len(batch), dtype=torch.bool, device=cond.device)
+            _, uncond = hidden_states(model, batch, blank=all_blank)
             uncond = uncond.flatten(0, 1)
 
-        def guided_logits(rows: slice):
-            with torch.no_grad():
-                second_half = at_least_float32(head(uncond[rows]))
-            first_half = at_least_float32(head(cond[rows]))
-            return guide(torch.cat([first_half, second_half]), batch.cfg)[1]
+    def logits(part: slice):
+        if not guided:
+            return head(cond[part])
+        with torch.no_grad():
+            uncond_logits = at_least_float32(head(uncond[part]))
+        cond_logits = at_least_float32(head(cond[part]))
+        _, guided_logits = guide(torch.cat([cond_logits, uncond_logits]), batch.cfg)
+        return guided_logits
 
-        logits = guided_logits
     tokens = batch.image_tokens.flatten()
     return chunked_logps(logits, tokens, batch.temperature, chunk).view_as(batch.image_tokens)
 

@@ -94,7 +94,7 @@ def score(
     sem, spa, …         those of `parts`; no query is made for the others
     sem_completeness, … the marks whose mean is sem, if the judge gives several
     judge_fail          the number of its replies that could not be read
-    total               their product or sum, see total_reward
+    total               the product or sum of the parts, see total_reward
 
     `hps` is a function (prompts, images) -> floats, or None. Raises ValueError for an unknown part,
     and for a score that is not finite or, of the judge, not in [0, 1]. When most replies cannot be
@@ -565,7 +565,7 @@ class VlmJudge:
         self.scoring = scoring
         self.spatial_as = spatial_as
         self.words = {}  # part -> the replies of the last call
-        self.marks = {}  # part -> name of a mark -> per sample that mark / 10, None if unreadable
+        self.marks = {}  # part -> name -> per sample a mark in [0, 1], or None: see `_score`
 
     # For subclasses: run the model
 
@@ -649,7 +649,7 @@ class VlmJudge:
         return questions
 
     def _score(self, part, intros, images=None):
-        """The score of each sample, the mean of its marks; None where a mark is missing."""
+        """Per sample the score, the mean of its marks; None where a mark is missing."""
         if self.scoring == "yes":
             marks = self._marks_by_yes(part, intros, images)
         else:

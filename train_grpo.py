@@ -13,7 +13,7 @@ Where this code departs from the paper (sections 3 and 4.1), or fills in what it
    of each sample first (--loss_mean sequence).
 2. Groups whose rewards are all equal are left out of that mean, and counted.
 3. One optimizer step per rollout, so ratio is 1 and nothing is clipped; --updates takes more.
-4. The judge's questions are our wording of the paper's; R_sem is the mean of four marks.
+4. The judge's queries are our wording of the paper's; R_sem is the mean of four marks.
 5. The toy trains all language parameters, not LoRA; samples without guidance; and its advantages
    are not divided by a standard deviation.
 
@@ -129,7 +129,7 @@ def group_advantages(
 
 
 def step_advantages(rewards: torch.Tensor, group: int, kind: str) -> torch.Tensor:
-    """Rewards (N,) -> advantages (N,): minus the mean of the group, and by `kind` divided by
+    """Rewards (N,) -> advantages (N,): minus the mean of the group, then divided by
 
     "mean"       nothing (Dr. GRPO)
     "group_std"  the standard deviation of the group (the paper)
@@ -208,9 +208,9 @@ def main(argv: list[str] | None = None) -> None:
         disable=rank > 0,
     )
     for step in bar:
-        clock = [time.time()]
+        clock = [time.time()]  # when each phase began
 
-        # 1) Prompts: every rank takes its share of those of the step
+        # 1) Prompts: the step has `batch_size` of them, in an order; each rank takes some places
         order = trainer.order_of_step(len(training.prompts), step, config.batch_size, config.seed)
         places = list(range(rank * share, (rank + 1) * share))
         prompts = [training.prompts[order[place]] for place in places]
@@ -256,16 +256,16 @@ def main(argv: list[str] | None = None) -> None:
         has_signal = advantages.view(-1, config.group).any(dim=1)  # (prompts,)
         kept = has_signal.repeat_interleave(config.group).nonzero().flatten().tolist()
         weights = token_weights(rollouts.mask, kept, config.loss_mean)
-        micro_batches = split_evenly(kept, weights, config.micro_batch)
+        micro_batches = split_micro_batches(kept, weights, config.micro_batch)
 
         # 5) Loss and gradient: one pass over complete sequences. The losses of micro-batches and
         # ranks add up to one mean over all tokens, so neither changes the gradient
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
-        drift = Drift(config.dtype, config.cfg, config.logp, device)
+        drift = Drift(config.dtype, config.cfg, config.logp, device)  # of training from the sampler
         ref_logps = reference_logps(training, rollouts, micro_batches)
         old_logps = {}  # micro-batch -> (n, S), under the policy that sampled
         for _ in range(config.updates):
-            loss_sums = torch.zeros(4, device=device)  # over tokens: ratio, clip, kl, 1
+            loss_sums = torch.zeros(4, device=device)  # for the log, see `grpo_loss`
             for k, (samples, mb_weight) in enumerate(micro_batches):
                 mb = rollouts.select(samples)
                 mb_logp, _ = engine.score(mb)
@@ -359,8 +359,8 @@ class Training:
 
 
 def load_training(config: Config, rank: int, world: int, device: torch.device) -> Training:
-    """Everything that the flags name. Bad input ends the program here, in one line, and leaves
-    nothing behind."""
+    """Loads everything that the flags name. Bad input ends the program here with a message, before
+    anything is written."""
     check_config(config, world)
     prompts = join_prompts(config.prompts)
     eval_prompts = read_prompts(config.eval_file, held_out=True, count=config.eval_prompts)
@@ -398,7 +398,7 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
 
 
 def check_config(config: Config, world: int) -> None:
-    """Bad settings end the program here, in one line, before anything is loaded or written."""
+    """Bad settings end the program here with a message, before anything is loaded or written."""
     run.check_ranges(
         config,
         at_least_one="steps batch_size updates eval_prompts save_every rollout_batch micro_batch",
@@ -485,7 +485,7 @@ class EarlyJudging:
         self.images += images
 
 
-def split_evenly(kept: list[int], weights: torch.Tensor, micro_batch: int):
+def split_micro_batches(kept: list[int], weights: torch.Tensor, micro_batch: int):
     """The micro-batches of this rank, a list of (samples, their weights (n, S)).
 
     Every rank gets as many as the rank with the most samples, because with weights in shards all
