@@ -45,9 +45,7 @@ class Config:
     chain: bool = True  # write a chain first; --no_chain draws from the prompt alone
     cfg: float | None = None  # guidance; default: 5 for Janus-Pro, 1 (none) for the toy
     temperature: float = 1.0  # of chain and image tokens
-    max_chain: int | None = (
-        None  # most tokens of a chain; default: 600 for Janus-Pro, 96 for the toy
-    )
+    max_chain: int | None = None  # most tokens of a chain; default: 600 for Janus-Pro, toy 96
     seed: int = 0  # fixes all samples
     draw_batch: int = 32  # pictures drawn at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights; auto: bfloat16 on a GPU
@@ -58,9 +56,7 @@ class Config:
     blip: str = "Salesforce/blip-vqa-capfilt-large"  # CompBench color, shape, texture, complex
     blip_tokenizer: str = "google-bert/bert-base-uncased"  # needed if --blip is a .pth
     gdino: str = "IDEA-Research/grounding-dino-base"  # CompBench spatial-gdino, complex-gdino
-    phrases: str = (
-        ""  # noun phrases for CompBench; spaCy writes this file, without spaCy it is read
-    )
+    phrases: str = ""  # file of noun phrases (CompBench): written if spaCy is installed, else read
     complex_lists: tuple[str, ...] = ()  # complex_val_spatial.txt and complex_val_action.txt
     judge: str = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2: folder, hub id, http://…/v1, or toy
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there

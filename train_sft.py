@@ -9,10 +9,10 @@ prompt is not trained. Log-probabilities come from the function that GRPO uses, 
 <begin_of_image> stand pads, as guidance has them when it samples.
 
 The paper states 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released).
-AdamW with betas 0.9 and 0.95, a cosine with warm-up, and equal weights of both means are our
-choice, where possible after GoT, by the same authors.
+It does not state the optimizer. AdamW with betas 0.9 and 0.95, a cosine with warm-up, and equal
+weights of both means are our choice; "GoT" below is an earlier paper of the same authors.
 
-    python train_sft.py --model toy --from_scratch      # how toy/weights/ was made
+    python train_sft.py --model toy --from_scratch      # makes a new toy checkpoint
     python train_sft.py --data pictures.jsonl --box_format pixels \\
         --model deepseek-community/Janus-Pro-1B --dry_run
 """
@@ -85,7 +85,9 @@ def sft_loss(logp, mask, image_len: int, n_chain, n_image):
 def records_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.ndarray]:
     """Which of `count` records a step takes, and which of these are trained without prompt and
     chain, (batch_size,) bool. Depends on seed and step alone."""
-    rng = np.random.default_rng([config.seed, 3, step])  # 3: random numbers of no other use
+    rng = np.random.default_rng(
+        [config.seed, 3, step]
+    )  # 3: not the numbers that other uses of the seed draw
     if config.data == "toy":  # with replacement
         chosen = rng.integers(0, count, config.batch_size).tolist()
     else:
@@ -205,7 +207,7 @@ class Training:
 
 
 def check_config(config: Config, world: int) -> None:
-    """Bad settings end the program here, in one line, before anything is loaded or written."""
+    """Bad settings end the program here with a message, before anything is loaded or written."""
     run.check_ranges(
         config,
         at_least_one="steps batch_size micro_batch examples vq_steps look_every eval_prompts "
@@ -253,7 +255,7 @@ def show_data(config: Config, device) -> None:
 
 
 def load_training(config: Config, rank: int, world: int, device) -> Training:
-    """Everything that the flags name. Bad input ends the program here, in one line."""
+    """Loads everything that the flags name. Bad input ends the program here with a message."""
     folder = Path(config.out)
     saved = run.checkpoint_to_resume(folder)
     try:
