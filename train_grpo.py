@@ -269,15 +269,8 @@ def main(argv: list[str] | None = None) -> None:
             for k, (samples, mb_weight) in enumerate(micro_batches):
                 mb = rollouts.select(samples)
                 mb_logp, _ = engine.score(mb)
-                # kept from the first update, in which the policy is still the one that sampled
-                old_logp = old_logps.setdefault(k, mb_logp.detach())
-                drift.add(
-                    logp=old_logp,
-                    recorded=mb.logp,
-                    logp_ref=ref_logps[k],
-                    is_trained=mb_weight > 0,
-                    n_images=mb.image_tokens.shape[1],
-                )
+                old_logp = old_logps.setdefault(k, mb_logp.detach())  # set by the first update
+                drift.add(old_logp, mb.logp, ref_logps[k], mb_weight > 0, mb.image_tokens.shape[1])
                 loss, sums = grpo_loss(
                     mb_logp,
                     old_logp,
