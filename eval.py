@@ -1,20 +1,20 @@
-"""From a checkpoint to pictures to a table: GenEval, GenEval 2, T2I-CompBench, the toy.
+"""Evaluates a checkpoint on a benchmark: GenEval, GenEval 2, T2I-CompBench, or the toy.
 
-1) Pictures: the model draws each prompt a few times, in the folders that the official programs
-   expect. What is there already is kept, so an interrupted run continues, but never pictures of
-   other weights; the same seed, prompt and sample give the same picture on any number of
-   processes. `--images FOLDER` starts from pictures that any model made.
-2) Scores: one per picture, with the reason in words.
-3) Report: the official arithmetic, each number with a 95 % interval over prompts (the samples of a
-   prompt are not independent); `results.json` with everything that changes a score; sheets of
-   right and wrong pictures.
+1) Pictures: the model draws each prompt a few times, into the folders that the official programs
+   expect. An interrupted run continues: it keeps pictures of the same weights. The same seed,
+   prompt and sample give the same picture on any number of processes. `--images
+   FOLDER` scores pictures that any model has made.
+2) Scores: one per picture, with a reason in words.
+3) Report: a table, computed as the official programs do, with 95 % intervals over prompts (the
+   samples of a prompt are not independent); `results.json`, with all settings that change a score;
+   sheets of right and wrong pictures.
 
     python eval.py --bench toy --model out/grpo/step_000110
     python eval.py --bench geneval --prompts evaluation_metadata.jsonl --model PATH \\
         --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
     python eval.py --bench geneval2 --prompts geneval2_data.jsonl --model PATH
     torchrun --nproc_per_node 8 eval.py --bench compbench --prompts color_val.txt --model PATH
-    python eval.py --compare out/before/results.json out/after/results.json    # what is real?
+    python eval.py --compare out/before/results.json out/after/results.json
 """
 
 import functools
@@ -30,38 +30,38 @@ from evaluation import sheets, stats
 
 @dataclass
 class Config:
-    # What is done
+    # What to do
     bench: Literal["toy", "geneval", "geneval2", "compbench"] = "toy"  # which prompts and scores
     model: str = ""  # `toy`, or a folder or hub id; with --images only a name in the report
     prompts: tuple[str, ...] = ()  # file of the benchmark: evaluation_metadata.jsonl, color_val.txt
     out: str = "out/eval"  # for pictures, scores, report, sheets; the same command continues there
-    images: str = ""  # score the pictures in this folder, in the official layout; draw none
-    compare: tuple[str, ...] = ()  # two files results.json: which differences between them are real
-    # How pictures are made
-    samples: int = 0  # pictures per prompt; 0: as officially, GenEval 4, GenEval 2 1, CompBench 10
+    images: str = ""  # folder of pictures to score, in the official layout, instead of drawing
+    compare: tuple[str, ...] = ()  # two files results.json: which differences are significant
+    # How to draw
+    samples: int = 0  # pictures per prompt; 0: the official 4 (GenEval), 1 (GenEval 2) or 10
     chain: bool = True  # write a chain first; --no_chain draws from the prompt alone
-    cfg: float | None = None  # guidance; left out: 5 (paper) for Janus-Pro, 1 (none) for the toy
+    cfg: float | None = None  # guidance; default: 5 for Janus-Pro, 1 (none) for the toy
     temperature: float = 1.0  # of chain and image tokens
-    max_chain: int | None = None  # most chain tokens; left out: 600 for Janus-Pro, 96 for the toy
-    seed: int = 0  # of all samples
+    max_chain: int | None = None  # most tokens of a chain; default: 600 for Janus-Pro, toy 96
+    seed: int = 0  # fixes all samples
     draw_batch: int = 32  # pictures drawn at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights; auto: bfloat16 on a GPU
-    # What scores them: folders or hub ids
+    # How to score: folders or hub ids
     detector: str = "facebook/mask2former-swin-small-coco-instance"  # or GenEval's official .pth
-    clip: str = "openai/clip-vit-large-patch14"  # ViT-L/14: GenEval's colours
-    clip_b32: str = "openai/clip-vit-base-patch32"  # ViT-B/32: non_spatial and complex
-    blip: str = "Salesforce/blip-vqa-capfilt-large"  # color, shape, texture, complex
-    gdino: str = "IDEA-Research/grounding-dino-base"  # spatial-gdino and complex-gdino
+    clip: str = "openai/clip-vit-large-patch14"  # GenEval's colours (ViT-L/14)
+    clip_b32: str = "openai/clip-vit-base-patch32"  # CompBench non_spatial, complex (ViT-B/32)
+    blip: str = "Salesforce/blip-vqa-capfilt-large"  # CompBench color, shape, texture, complex
+    gdino: str = "IDEA-Research/grounding-dino-base"  # CompBench spatial-gdino, complex-gdino
     complex_lists: tuple[str, ...] = ()  # complex_val_spatial.txt and complex_val_action.txt
     judge: str = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2: folder, hub id, http://…/v1, or toy
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     score_batch: int = 16  # pictures that a network takes at a time
     # The toy
     toy_prompts: int = 240  # held-out prompts
-    toy_seeds: int = 3  # runs over them
+    toy_seeds: int = 3  # samples per prompt, each with another seed; their spread is reported
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
     at_least_one = "draw_batch score_batch toy_prompts toy_seeds"
     not_negative = "samples temperature seed"
@@ -88,7 +88,7 @@ def check(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
-    check(config)
+    check_config(config)
     try:
         if config.compare:
             compare(config)
@@ -100,12 +100,13 @@ def main(argv: list[str] | None = None) -> None:
         if config.bench == "toy":
             run_toy(config, dtype, rank, world, device)
         else:
-            run_board(config, dtype, rank, world, device)
+            run_benchmark(config, dtype, rank, world, device)
     except (OSError, ValueError) as problem:
         run.fail(" ".join(str(problem).split()))
 
 
 def compare(config: Config) -> None:
+    """Prints the differences between two results.json, and which of them are significant."""
     from evaluation.geneval import TAGS
 
     if len(config.compare) != 2:
@@ -117,11 +118,12 @@ def compare(config: Config) -> None:
 # GenEval, GenEval 2 and T2I-CompBench
 
 
-def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None:
+def run_benchmark(config: Config, dtype: str, rank: int, world: int, device) -> None:
+    """Draws, scores and reports, with what evaluation/BENCH.py knows of its benchmark."""
     from evaluation import run as steps
 
-    benchmark = importlib.import_module(f"evaluation.{config.bench}")  # loads no other benchmark
-    board = benchmark.Board(config, device)
+    module = importlib.import_module(f"evaluation.{config.bench}")  # loads no other benchmark
+    board = module.Board(config, device)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if config.images:
@@ -133,7 +135,7 @@ def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None
     if not pictures:
         source = config.images or config.prompts[0]
         raise ValueError(f"{source} holds nothing for {config.bench} to look at")
-    board.prepare(pictures)  # what cannot be scored is not drawn either
+    board.prepare(pictures)  # before drawing: fails if the pictures could not be scored
 
     # 1) Pictures
     if not config.images:
@@ -153,10 +155,11 @@ def run_board(config: Config, dtype: str, rank: int, world: int, device) -> None
 
 
 # -------------------------------------------------------------------------------------------------
-# The toy: pictures and scores in one step, several seeds
+# The toy
 
 
 def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
+    """Draws, scores and reports, with several seeds and the toy's exact judge."""
     import gotr1
     import rewards
     from engine.checkpoints import DTYPES, policy_files
@@ -168,7 +171,7 @@ def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
     model, tokenizer = gotr1.load_policy(name, device, DTYPES[dtype])
     config = gotr1.with_defaults(config, model)
     prompts = toy_prompts(config.toy_prompts, seed=7, held_out=True)
-    given_plans = held_out.read_plans("toy")
+    given_plans = held_out.read_plans("toy")  # drawn as they are: does the model follow a plan?
     score = functools.partial(rewards.score_with_boxes, ToyJudge(), crispness)
 
     # 1) and 2) Pictures and scores
@@ -189,14 +192,15 @@ def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
         own = held_out.evaluate(drawing, score, prompts, label=label, exact=True)
         rest = held_out.evaluate_rest(drawing, score, prompts, given_plans, label)
         for sample in rest:
-            sample["measures"].pop("variety: place entropy", None)  # one number: no interval
+            # a single number of all prompts, so there is no interval over prompts
+            sample["measures"].pop("variety: place entropy", None)
             rows.append(toy_row(sample, seed))
         for sample in own:
             prompt = sample["prompt"]
-            boxes = detect(sample["image"])  # all objects, not only the planned ones
+            boxes = detect(sample["image"])  # of all objects, not only the planned ones
             reason = held_out.toy_faults(prompt, boxes)
             rows.append({**toy_row(sample, seed), "reason": reason, "chain": sample["chain"]})
-            group = held_out.categories(prompt)[-1]  # of a spatial prompt the place itself
+            group = held_out.categories(prompt)[-1]  # the most specific one
             cell = {
                 "prompt": prompt,
                 "group": group,
@@ -227,21 +231,22 @@ def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
 
 
 def toy_row(sample: dict, seed: int) -> dict:
-    """A row of held_out.py as statistics take it: the samples of a prompt are the seeds."""
+    """A row of held_out.py in the form that stats.py takes; each seed is a sample of the prompt."""
     row = {name: sample[name] for name in ("index", "prompt", "measures")}
     row["sample"] = seed
     return row
 
 
 # -------------------------------------------------------------------------------------------------
-# 3) Report
+# The report
 
 
 def report(config: Config, about: dict, summary: dict, rows: list[dict], cells: list[dict]) -> None:
     """Writes results.json and sheets of right and wrong pictures, and prints the table.
 
-    `about` says what the numbers were made with: "generation" and "scoring" (dicts) and "notes"
-    (sentences). `cells`: rows of sheets.py; there is a sheet for each of their groups."""
+    about: settings that change a score, in two dicts, "generation" and "scoring"; and "notes", a
+        list of sentences.
+    cells: what sheets.py draws; each "group" of them gets a sheet."""
     out = Path(config.out)
     names = sorted(summary, key=stats.place)
     summary = {name: summary[name] for name in names}

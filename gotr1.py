@@ -1,25 +1,25 @@
 """The policy: Janus-Pro as it is used by GoT-R1. One network writes a chain of objects and boxes,
 then draws it token by token.
 
-One sequence per sample, two heads, one cache:
+A sample is one sequence. Two heads of the same network sample it, from one key-value cache:
 
     [bos] User: … {prompt}\n\nAssistant: | chain … <begin_of_image> | z_1 … z_I
-    given                                | sampled by lm_head         | by generation_head
+    given                                | sampled by lm_head       | sampled by generation_head
 
 Letters, here and in every other file:
     B prompts, G samples per prompt, N = B*G samples (sample n belongs to prompt n // G), P prompt
     tokens, T text positions (chain and <begin_of_image>), I image tokens (576; toy 64), S = T + I,
     V text vocabulary, K image codes, D width of the language model.
 
-Classifier-free guidance runs two rows per sample: the conditional half first, the unconditional
-half second. In an unconditional row every prompt and chain token between bos and <begin_of_image>
-is replaced by the pad token, which is still attended to: the released checkpoints were trained that
-way. Guided logits are u + cfg * (c - u).
+Classifier-free guidance needs two rows of the batch per sample. The first N rows are conditional,
+the last N unconditional: all tokens between bos and <begin_of_image> are pads, which are attended
+to like any token. The released checkpoints were trained that way. Guided logits are
+uncond + cfg * (cond - uncond).
 
     python gotr1.py "a red ball left of a blue cube" --n 4    # the toy model, in seconds
 
-Read `plain_rollout` first: the recipe as it is, slowly. `rollout` samples the same tokens for many
-prompts at once; what makes it fast stands in engine/decode.py.
+Read `plain_rollout` first: it is short and slow. `rollout` samples the same tokens for many prompts
+at once; what makes it fast stands in engine/decode.py.
 """
 
 import math
@@ -48,14 +48,13 @@ SPECIAL_TOKENS = {  # looked up by name: the ids differ between the 1B and the 7
 
 def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = None):
     """(model, tokenizer) from `toy`, a folder, or a hub id: see engine.checkpoints.load_policy."""
-    from engine import checkpoints  # here: sampling and scoring can be lifted without it
+    from engine import checkpoints  # not at the top: who copies this file can do without it
 
     return checkpoints.load_policy(name_or_path, device, dtype)
 
 
 def convert_deepseek(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DeepSeek's names of tensors -> transformers' names: see
-    engine.checkpoints.convert_deepseek."""
+    """DeepSeek's names of tensors -> transformers': see engine.checkpoints.convert_deepseek."""
     from engine import checkpoints
 
     return checkpoints.convert_deepseek(state_dict)
@@ -66,12 +65,13 @@ def convert_deepseek(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def special_ids(tokenizer) -> tuple[int, int, int]:
-    """(bos, pad, begin_of_image) by name. `tokenizer.pad_token_id` is no help: some checkpoints set
-    it to another token. Raises ValueError when one is missing."""
+    """Ids of (bos, pad, begin_of_image), looked up by name: in some checkpoints
+    `tokenizer.pad_token_id` is another token. Raises ValueError when one is missing."""
     names = [SPECIAL_TOKENS[key] for key in ("bos_token", "pad_token", "boi_token")]
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
     missing = []
     for name, token_id in zip(names, ids, strict=True):
+        # of an unknown name the id is None or that of another token
         if tokenizer.convert_ids_to_tokens(token_id or 0) != name:
             missing.append(name)
     if missing:
@@ -82,20 +82,19 @@ def special_ids(tokenizer) -> tuple[int, int, int]:
 
 
 def format_prompt(prompt: str) -> str:
-    """The one user turn that the GoT-R1 checkpoints know (official infer.py); bos is added by
-    `encode_prompt`."""
+    """The text that the GoT-R1 checkpoints were trained on (official infer.py), without bos."""
     return f"User: {INSTRUCTION}{prompt}\n\nAssistant:"
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of the whole turn, bos exactly once."""
+    """Token ids of `format_prompt`, with one bos."""
     bos, _, _ = special_ids(tokenizer)
     return [bos, *tokenizer.encode(format_prompt(prompt), add_special_tokens=False)]
 
 
 def encode_chain(tokenizer, chain: str) -> list[int]:
-    """Token ids of a chain and the <begin_of_image> that ends it; no bos (`tokenizer.encode` would
-    put a second one here). Raises ValueError when one stands inside the chain."""
+    """Token ids of a chain and of the <begin_of_image> that ends it, without bos. Raises ValueError
+    when a <begin_of_image> stands inside the chain."""
     _, _, boi = special_ids(tokenizer)
     text = chain.removesuffix(SPECIAL_TOKENS["boi_token"])
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -105,41 +104,8 @@ def encode_chain(tokenizer, chain: str) -> list[int]:
 
 
 def image_token_count(model) -> int:
+    """I: the image tokens of a picture."""
     return model.config.vq_config.num_patches**2
-
-
-def default_sampling(model) -> dict:
-    """Guidance and most chain tokens that suit a model, for flags that were left out.
-
-    Janus-Pro: those of the official inference code. The toy: no guidance, since its unconditional
-    half is weak, and room for three objects."""
-    if image_token_count(model) == JANUS_IMAGE_TOKENS:
-        return {"cfg": 5.0, "max_chain": 600}
-    return {"cfg": 1.0, "max_chain": 96}
-
-
-def with_defaults(config, model):
-    """A configuration whose `cfg` and `max_chain` are set where they were None; prints them."""
-    from engine import run
-
-    chosen = {}
-    for name, value in default_sampling(model).items():
-        if getattr(config, name) is None:
-            chosen[name] = value
-    if chosen:
-        flags = " ".join(f"--{name} {value:g}" for name, value in chosen.items())
-        run.say(f"{flags}: as suits this model")
-    return replace(config, **chosen)
-
-
-def check_sampling(config) -> None:
-    """Ends the program in one line when `cfg` or `max_chain` is given and out of range."""
-    from engine import run
-
-    if config.cfg is not None and not config.cfg >= 0:  # nan is not
-        run.fail(f"--cfg is {config.cfg}: expected 0 or more")
-    if config.max_chain is not None and config.max_chain < 1:
-        run.fail(f"--max_chain is {config.max_chain}: expected 1 or more")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,8 +114,8 @@ def check_sampling(config) -> None:
 
 @dataclass
 class Rollout:
-    """N samples and what was recorded while they were drawn. Text is padded on the right to T, the
-    longest chain."""
+    """N samples, and what was recorded while they were drawn. Shorter chains are padded on the
+    right to T, the length of the longest."""
 
     chains: list[str]  # N texts, without the closing <begin_of_image>
     prompt_ids: list[list[int]]  # N, bos included
@@ -159,18 +125,18 @@ class Rollout:
     mask: torch.Tensor  # (N, S) float32: 1 if sampled; 0 if given, forced or padding
     logp: torch.Tensor  # (N, S) float32: log-probability of each sampled token, see `logp_mode`
     entropy: torch.Tensor  # (N, S) float32: of the distribution it was sampled from, in nats
-    forced: torch.Tensor  # (N,) bool: the chain hit the cap, its <begin_of_image> was not sampled
+    forced: torch.Tensor  # (N,) bool: the chain reached max_chain, <begin_of_image> was forced
     pad_id: int
     cfg: float
     temperature: float
-    logp_mode: str  # "cond" or "guided"
+    logp_mode: str  # "cond" or "guided", see `rollout`
 
     @classmethod
     def from_data(
         cls, tokenizer, prompt_ids: list[list[int]], chain_ids: list[list[int]], image_tokens
     ) -> "Rollout":
-        """Samples that were not drawn but given, for SFT: ids as `encode_prompt` and `encode_chain`
-        make them, all of chain and image to be trained."""
+        """Samples for SFT, from data: ids as `encode_prompt` and `encode_chain` make them. The mask
+        covers all tokens of chain and image."""
         _, pad, _ = special_ids(tokenizer)
         device = image_tokens.device
         lens = torch.tensor([len(ids) for ids in chain_ids], device=device)
@@ -201,14 +167,14 @@ class Rollout:
         longest = max(part.chain_ids.shape[1] for part in parts)
 
         def joined(name: str, text_fill=0):
-            """A field that is text, (N, T), or text and image, (N, S); padding goes after the
-            text."""
+            """The field `name` of all parts, (N, T) or (N, S); its text is padded with
+            `text_fill`."""
             values = []
             for part in parts:
                 value = getattr(part, name)
-                short = part.chain_ids.shape[1]
-                text = F.pad(value[:, :short], (0, longest - short), value=text_fill)
-                values.append(torch.cat([text, value[:, short:]], dim=1))
+                length = part.chain_ids.shape[1]
+                text = F.pad(value[:, :length], (0, longest - length), value=text_fill)
+                values.append(torch.cat([text, value[:, length:]], dim=1))
             return torch.cat(values)
 
         chains = []
@@ -232,26 +198,27 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def select(self, rows: list[int]) -> "Rollout":
-        """The samples `rows`, as a Rollout of its own."""
+    def select(self, samples: list[int]) -> "Rollout":
+        """Some of the samples, by index, as a Rollout."""
         return replace(
             self,
-            chains=[self.chains[row] for row in rows] if self.chains else [],
-            prompt_ids=[self.prompt_ids[row] for row in rows],
-            chain_ids=self.chain_ids[rows],
-            chain_lens=self.chain_lens[rows],
-            image_tokens=self.image_tokens[rows],
-            mask=self.mask[rows],
-            logp=self.logp[rows],
-            entropy=self.entropy[rows],
-            forced=self.forced[rows],
+            chains=[self.chains[n] for n in samples] if self.chains else [],
+            prompt_ids=[self.prompt_ids[n] for n in samples],
+            chain_ids=self.chain_ids[samples],
+            chain_lens=self.chain_lens[samples],
+            image_tokens=self.image_tokens[samples],
+            mask=self.mask[samples],
+            logp=self.logp[samples],
+            entropy=self.entropy[samples],
+            forced=self.forced[samples],
         )
 
 
-def right_pad(rows: list[list[int]], pad: int, device) -> torch.Tensor:
-    """R lists of ids -> (R, longest) int64."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+def right_pad(sequences: list[list[int]], pad: int, device) -> torch.Tensor:
+    """N lists of ids -> (N, length of the longest) int64."""
+    width = max(map(len, sequences))
+    padded = [ids + [pad] * (width - len(ids)) for ids in sequences]
+    return torch.tensor(padded, device=device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,11 +226,11 @@ def right_pad(rows: list[list[int]], pad: int, device) -> torch.Tensor:
 
 
 def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
-    """(B*G, length) float32 in [0, 1): one number for each token that may be sampled, fixed by
-    (seed, prompt index, sample).
+    """(B*G, length) float32 in [0, 1): a random number for each token that may be sampled.
 
-    The samples of a prompt are therefore the same in any batch, on any number of ranks and after a
-    resume. `seed` is an int or a tuple of ints, for instance (run, step)."""
+    They depend on seed, prompt index and sample alone, so the samples of a prompt are the same in
+    any batch, on any number of ranks and after a resume. `seed` is an int or a tuple of ints, for
+    instance (seed, step)."""
     seed = seed if isinstance(seed, tuple) else (seed,)
     rows = []
     for index in indices:
@@ -274,15 +241,15 @@ def uniforms(seed, indices: list[int], group: int, length: int) -> torch.Tensor:
 
 
 def at_least_float32(values):
-    """bfloat16 becomes float32, in which tokens are sampled and scored; float64 stays (tests use
-    it)."""
+    """bfloat16 becomes float32; float64 stays, for tests."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def sample_token(logits, u, temperature: float):
-    """Inverse-CDF sampling: logits (N, V), u (N,) -> token (N,), its logp (N,), entropy (N,), all
-    at this temperature, in float32. Temperature 0 takes the most likely token and reports its
-    log-probability at temperature 1."""
+    """Inverse-CDF sampling: logits (N, V), random numbers u (N,) -> token, its log-probability, and
+    the entropy of the distribution, (N,) each.
+
+    Temperature 0 takes the most likely token; the other two are then those of temperature 1."""
     logps = torch.log_softmax(at_least_float32(logits) / (temperature or 1.0), dim=-1)
     probs = logps.exp()
     if temperature == 0:
@@ -290,15 +257,15 @@ def sample_token(logits, u, temperature: float):
     else:
         cdf = probs.cumsum(-1)
         token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-        last_possible = (cdf < cdf[:, -1:]).sum(-1)  # rounding must not step past it
+        last_possible = (cdf < cdf[:, -1:]).sum(-1)  # tokens after it have probability 0
         token = torch.minimum(token, last_possible)
-    entropy = -(probs * logps.clamp(min=-1e4)).sum(-1)
+    entropy = -(probs * logps.clamp(min=-1e4)).sum(-1)  # clamp: 0 * -inf would be nan
     return token, logps.gather(-1, token[:, None]).squeeze(-1), entropy
 
 
 def guide(logits, cfg: float):
-    """(2N, K) logits, conditional half first -> (conditional, guided), both (N, K). With N rows (no
-    guidance) they are the same."""
+    """Logits (2N, K), conditional half first -> (conditional, guided), both (N, K). Without
+    guidance (cfg 1) logits are (N, K), and returned twice."""
     if cfg == 1.0:
         return logits, logits
     cond, uncond = logits.chunk(2)
@@ -306,8 +273,8 @@ def guide(logits, cfg: float):
 
 
 def gather_logps(logits, tokens, temperature: float = 1.0):
-    """logits (..., V), tokens (...) -> log-probability of each token (...), float32. Temperature 0
-    counts as 1."""
+    """Logits (..., V), tokens (...) -> log-probability of each token (...). Temperature 0 counts as
+    1."""
     logits = at_least_float32(logits) / (temperature or 1.0)
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
@@ -317,22 +284,22 @@ def gather_logps(logits, tokens, temperature: float = 1.0):
 
 
 def unconditional_ids(length: int, bos: int, pad: int, boi: int) -> list[int]:
-    """An unconditional row in place of prompt and chain, `length` tokens."""
+    """What stands in an unconditional row in place of prompt and chain: `length` tokens."""
     return [bos] + [pad] * (length - 2) + [boi]
 
 
 @torch.no_grad()
 def plain_rollout(model, tokenizer, prompt: str, cfg: float, u, max_chain: int) -> dict:
-    """Read this first. The official recipe written plainly, at temperature 1, and slow: N chains
-    one after the other on a growing cache; then the whole prefix again, for all chains and their
-    unconditional rows together, and from there the image.
+    """N chains and images of one prompt, at temperature 1, as the official code samples them: first
+    each chain on a cache of its own; then prompt and chain once more, all samples and their
+    unconditional rows in a batch, and after them the image.
 
-    u (N, I + max_chain), as `uniforms` makes it: the image's random numbers, then the chain's.
-    Returns `chain_ids` (N, T), for which all chains must be equally long (N = 1 always is), and
-    `image_tokens` (N, I): the same tokens as those of `rollout`."""
+    u: (N, I + max_chain) from `uniforms`: random numbers of the image, then of the chain.
+    Returns `chain_ids` (N, T) and `image_tokens` (N, I), the same tokens as `rollout`. All chains
+    must come out equally long; with N = 1 they do."""
     lm = model.model.language_model
     embed = model.get_input_embeddings()
-    images = image_token_count(model)
+    image_len = image_token_count(model)
     bos, pad, boi = special_ids(tokenizer)
     prompt_ids = encode_prompt(tokenizer, prompt)
 
@@ -346,28 +313,29 @@ def plain_rollout(model, tokenizer, prompt: str, cfg: float, u, max_chain: int) 
             embeds = embed(torch.tensor([new_ids], device=u.device))
             out = lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             logits = model.lm_head(out.last_hidden_state[:, -1])
-            token, _, _ = sample_token(logits, numbers[None, images + len(chain)], temperature=1.0)
+            number = numbers[None, image_len + len(chain)]
+            token, _, _ = sample_token(logits, number, temperature=1.0)
             chain.append(token.item())
             new_ids = chain[-1:]
         chains.append(chain if boi in chain else [*chain, boi])
 
-    # Guidance: a second row per sample, as long as the first
+    # Guidance: an unconditional row per sample, as long as the conditional one
     rows = [prompt_ids + chain for chain in chains]
     if cfg != 1.0:
         rows += [unconditional_ids(len(row), bos, pad, boi) for row in rows]
 
-    # Image: the same code for both rows of a sample
+    # Image: both rows of a sample are continued with the same code
     cache = DynamicCache(config=lm.config)
     embeds = embed(torch.tensor(rows, device=u.device))
     codes = []
-    for i in range(images):
+    for i in range(image_len):
         out = lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         logits = at_least_float32(model.model.generation_head(out.last_hidden_state[:, -1]))
         _, guided = guide(logits, cfg)
         code, _, _ = sample_token(guided, u[:, i], temperature=1.0)
         codes.append(code)
-        both = code.repeat(len(rows) // len(u))
-        embeds = model.prepare_embeddings_for_image_generation(both[:, None])
+        code_of_row = code.repeat(len(rows) // len(u))
+        embeds = model.prepare_embeddings_for_image_generation(code_of_row[:, None])
     return {"chain_ids": torch.tensor(chains), "image_tokens": torch.stack(codes, dim=1).cpu()}
 
 
@@ -377,7 +345,7 @@ def plain_rollout(model, tokenizer, prompt: str, cfg: float, u, max_chain: int) 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the steps below read: the same for a whole rollout."""
+    """Settings of a rollout that the step functions below read from its buffers."""
 
     cfg: float
     temperature: float
@@ -387,14 +355,14 @@ class Sampling:
 
 
 def text_step(model, buffers: decode.Decoder, width: int) -> None:
-    """Samples one chain token per row; finished rows get pad tokens, which are masked, and keep
-    their last hidden state. At the cap <begin_of_image> is forced, and not trained."""
+    """Samples one chain token per sample. A finished chain gets masked pads, and its last hidden
+    state is kept for the image. After `cap` tokens <begin_of_image> is forced."""
     sampling = buffers.settings
     done = buffers.done
     hidden = buffers.hidden[: buffers.samples]  # text has no unconditional rows
     logits = model.lm_head(hidden)
     token, logp, entropy = sample_token(logits, buffers.text.number(), sampling.temperature)
-    at_cap = buffers.text.place == buffers.cap  # (1,)
+    at_cap = buffers.text.place == buffers.cap  # (1,): all chains are equally far
     token = token.masked_fill(at_cap, sampling.boi).masked_fill(done, sampling.pad)
     buffers.text.record(token=token, logp=logp, entropy=entropy, sampled=~(done | at_cap))
     buffers.forced |= at_cap & ~done
@@ -406,8 +374,7 @@ def text_step(model, buffers: decode.Decoder, width: int) -> None:
 
 
 def sample_code(model, buffers: decode.Decoder):
-    """Samples one image token per sample (N,), under guidance, from the rows' last hidden
-    states."""
+    """Samples one image token per sample, (N,), with guidance."""
     sampling = buffers.settings
     logits = at_least_float32(model.model.generation_head(buffers.hidden))
     cond, guided = guide(logits, sampling.cfg)
@@ -420,18 +387,18 @@ def sample_code(model, buffers: decode.Decoder):
 
 
 def image_step(model, buffers: decode.Decoder, width: int) -> None:
-    """Samples one image token per sample; with guidance its unconditional row gets the same one."""
+    """Samples one image token per sample and feeds it to all rows of the sample."""
     code = sample_code(model, buffers)
-    rows_per_sample = len(buffers.hidden) // buffers.samples
-    cond_and_uncond = code.repeat(rows_per_sample)
-    embeds = model.prepare_embeddings_for_image_generation(cond_and_uncond[:, None])[:, 0]
-    visible = torch.ones_like(cond_and_uncond, dtype=torch.bool)
+    rows_per_sample = len(buffers.hidden) // buffers.samples  # 2 with guidance, else 1
+    code_of_row = code.repeat(rows_per_sample)
+    embeds = model.prepare_embeddings_for_image_generation(code_of_row[:, None])[:, 0]
+    visible = torch.ones_like(code_of_row, dtype=torch.bool)
     buffers.hidden.copy_(buffers.feed(model, embeds, visible=visible, width=width))
 
 
 def check_room(model, given: list[list[int]], chain: int) -> int:
-    """Most tokens of a sequence: the longest of `given`, `chain` sampled ones, the image. Raises
-    ValueError when the model's context is smaller."""
+    """Tokens of the longest possible sequence: the longest of `given`, then `chain` sampled tokens,
+    then the image. Raises ValueError when the model's context is shorter."""
     longest = max(map(len, given)) + chain + image_token_count(model)
     limit = model.config.text_config.max_position_embeddings
     if longest > limit:
@@ -459,37 +426,36 @@ def rollout(
     at_once: int = 0,
     each=None,
 ) -> Rollout:
-    """Samples `group` chains and pictures for each of B prompts: text, then image, from one cache.
+    """Samples `group` chains and images for each of B prompts.
 
     temperature: 0 is greedy.
     seed, indices: fix the random numbers, see `uniforms`; `indices` are B ints, by default 0..B-1.
-    max_chain: a chain ends with the first <begin_of_image>; after so many tokens it is forced.
-    chains: B texts that are drawn as they are, instead of sampling any.
-    logp_mode: which distribution of an image token is recorded: "cond", the conditional one, or
-        "guided", the one it was sampled from.
+    max_chain: a chain ends with <begin_of_image>, which is forced after so many tokens.
+    chains: B chains to draw; none is sampled then.
+    logp_mode: the log-probabilities to record for image tokens: "cond" under the conditional
+        distribution, "guided" under the one they were sampled from.
     draw: False stops after the chains; I is then 0.
-    progress: called as progress(1) after each token, at most `max_chain` + 1 + I times per part.
     at_once: prompts per part; 0: all. Memory grows with it, samples do not depend on it.
-    each: called as each(first, part) with every finished part: the place of its first prompt among
-        `prompts`, and its Rollout.
+    each: called as each(first, part) after each part: index of its first prompt, and its Rollout.
+    progress: called as progress(1) after each token, at most max_chain + 1 + I times per part.
 
     Raises ValueError when the sequence would not fit the model's context."""
     indices = indices or list(range(len(prompts)))
     at_once = at_once or len(prompts)
     parts = []
     for first in range(0, len(prompts), at_once):
-        places = slice(first, first + at_once)
-        part = sample_together(
+        chosen = slice(first, first + at_once)
+        part = rollout_part(
             model,
             tokenizer,
-            prompts[places],
+            prompts[chosen],
             group=group,
             cfg=cfg,
             temperature=temperature,
             seed=seed,
             max_chain=max_chain,
-            chains=chains[places] if chains is not None else None,
-            indices=indices[places],
+            chains=chains[chosen] if chains is not None else None,
+            indices=indices[chosen],
             logp_mode=logp_mode,
             draw=draw,
             progress=progress,
@@ -501,7 +467,7 @@ def rollout(
 
 
 @torch.no_grad()
-def sample_together(
+def rollout_part(
     model,
     tokenizer,
     prompts: list[str],
@@ -516,12 +482,12 @@ def sample_together(
     draw: bool,
     progress,
 ) -> Rollout:
-    """One part of `rollout`: all samples of its prompts in step."""
-    images = image_token_count(model)
+    """`rollout` of prompts that are sampled together, one token of all samples at a time."""
+    image_len = image_token_count(model)
     bos, pad, boi = special_ids(tokenizer)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prefixes = prompt_ids
-    most_text_steps = max_chain + 1  # the last one only ends chains that are at the cap
+    most_text_steps = max_chain + 1  # one more, to force <begin_of_image>
     if chains is not None:
         given = [encode_chain(tokenizer, chain) for chain in chains]
         prefixes = [ids + chain for ids, chain in zip(prompt_ids, given, strict=True)]
@@ -529,30 +495,32 @@ def sample_together(
         most_text_steps = 0
     columns = check_room(model, prefixes, most_text_steps)
 
-    # 1) Buffers, and the random numbers: the image's first, then the chain's
-    n = len(prompts) * group
+    # 1) Buffers, and the random numbers: of the image first, then of the chain
+    n_samples = len(prompts) * group
     buffers = decode.decoder_for(
         model,
-        samples=n,
-        rows=n if cfg == 1.0 else 2 * n,
+        samples=n_samples,
+        rows=n_samples if cfg == 1.0 else 2 * n_samples,
         columns=columns,
-        images=images,
+        images=image_len,
         settings=Sampling(cfg=cfg, temperature=temperature, logp_mode=logp_mode, pad=pad, boi=boi),
     )
     device = buffers.hidden.device
-    numbers = uniforms(seed, indices, group, images + max_chain)
-    buffers.image.u[:] = numbers[:, :images]
-    buffers.text.u[:, :max_chain] = numbers[:, images:]
+    numbers = uniforms(seed, indices, group, image_len + max_chain)
+    buffers.image.u[:] = numbers[:, :image_len]
+    buffers.text.u[:, :max_chain] = numbers[:, image_len:]
     buffers.cap.fill_(max_chain)
 
-    # 2) Prompts, and given chains: once per prompt, then copied to its G samples
+    # 2) Prompts and given chains: one forward pass per prompt, copied to its G samples
     prompt_width = max(map(len, prefixes))
     buffers.rewind(prompt_width)
-    buffers.load(0, torch.arange(n, device=device) // group, *decode.prefill(model, prefixes, pad))
+    prompt_of_sample = torch.arange(n_samples, device=device) // group
+    hidden, cache, seen = decode.prefill(model, prefixes, pad)
+    buffers.load(0, prompt_of_sample, hidden, cache, seen)
 
-    # 3) Chains: all rows in step, until the last one has ended
+    # 3) Chains: one token of each at a time, until the last chain has ended
     for t in range(most_text_steps):
-        # a GPU has to finish before the host can know, so it looks only now and then
+        # to look, the host must wait for the GPU: only every `patience` steps
         if t % buffers.patience == 0 and bool(buffers.done.all()):
             break
         buffers.step(text_step, model)
@@ -562,30 +530,31 @@ def sample_together(
     if chains is None:
         chain_lens = buffers.text.sampled.sum(-1) + buffers.forced
         chain_ids = buffers.text.token[:, : int(chain_lens.max())].clone()
-        # columns that were filled after the last chain had ended are used again
+        # steps after the end of the last chain have written pads: the image overwrites them
         buffers.rewind(prompt_width + chain_ids.shape[1])
     else:
         chain_lens = torch.tensor([len(ids) for ids in given], device=device)
         chain_lens = chain_lens.repeat_interleave(group)
         chain_ids = right_pad(given, pad, device).repeat_interleave(group, 0)
 
-    # 4) Unconditional rows, each as long as its sample; equal lengths are computed once
+    # 4) Unconditional rows: one forward pass per length, copied to the samples of that length
     if cfg != 1.0 and draw:
-        lengths, which = buffers.position[:n].unique(return_inverse=True)
+        lengths, length_of_sample = buffers.position[:n_samples].unique(return_inverse=True)
         rows = [unconditional_ids(length, bos, pad, boi) for length in lengths.tolist()]
-        buffers.load(n, which, *decode.prefill(model, rows, pad))
+        hidden, cache, seen = decode.prefill(model, rows, pad)
+        buffers.load(n_samples, length_of_sample, hidden, cache, seen)
 
-    # 5) Image: the last token is sampled but no longer fed
-    drawn = images if draw else 0
+    # 5) Image: no token comes after the last one, so it is sampled but not fed
+    drawn = image_len if draw else 0
     for i in range(drawn):
-        if i < images - 1:
+        if i < image_len - 1:
             buffers.step(image_step, model)
         else:
             sample_code(model, buffers)
         if progress:
             progress(1)
 
-    # 6) What was recorded, copied: the next rollout writes to the same buffers
+    # 6) Copies of what was recorded: the next rollout may write to the same buffers
     def recorded(name: str):
         """(N, S), text first."""
         text = getattr(buffers.text, name)[:, : chain_ids.shape[1]]
@@ -618,22 +587,22 @@ def sample_together(
 
 
 def hidden_states(model, batch: Rollout, blank: torch.Tensor | None = None):
-    """One causal pass over whole sequences -> the hidden states that predict the text (N, T, D) and
-    the image (N, I, D).
+    """One causal forward pass over N sequences -> the hidden states that predict the text (N, T, D)
+    and the image (N, I, D).
 
-    A row is laid out without gaps, [prompt | chain | image | padding], so positions are the plain
-    ones and no mask is needed. Rows where `blank` (N,) bool is set are unconditional: pads between
-    bos and <begin_of_image>."""
+    A sequence is [prompt | chain | image | padding]. Padding stands only at its end, so positions
+    count from 0 and causal attention needs no further mask.
+    blank: (N,) bool, the sequences to make unconditional: pads between bos and <begin_of_image>."""
     device = batch.image_tokens.device
-    images = batch.image_tokens.shape[1]
+    image_len = batch.image_tokens.shape[1]
 
-    # Ids of prompt and chain, then columns for the image; its last token predicts nothing, so it
-    # needs no column
+    # Ids of prompt and chain, then columns for the image, all but its last token, after which
+    # nothing is predicted
     texts = []
     chains = zip(batch.chain_ids.tolist(), batch.chain_lens.tolist(), strict=True)
     for prompt_ids, (chain_ids, length) in zip(batch.prompt_ids, chains, strict=True):
         texts.append(prompt_ids + chain_ids[:length])
-    text = F.pad(right_pad(texts, batch.pad_id, device), (0, images - 1), value=batch.pad_id)
+    text = F.pad(right_pad(texts, batch.pad_id, device), (0, image_len - 1), value=batch.pad_id)
     prompt_lens = torch.tensor([len(ids) for ids in batch.prompt_ids], device=device)[:, None]
     text_lens = prompt_lens + batch.chain_lens[:, None]  # (N, 1)
     column = torch.arange(text.shape[1], device=device)  # (W,)
@@ -641,110 +610,104 @@ def hidden_states(model, batch: Rollout, blank: torch.Tensor | None = None):
         kept = ~blank[:, None] | (column == 0) | (column == text_lens - 1)
         text = text.where(kept, batch.pad_id)
 
-    # Embeddings: of the image where text has ended, of the text before
-    place = (column - text_lens)[..., None]  # (N, W, 1): which image token stands in a column
+    # Embeddings: of the image where the text has ended, of the text before
+    index = (column - text_lens)[..., None]  # (N, W, 1): of a column's image token; < 0 in the text
     picture = model.prepare_embeddings_for_image_generation(batch.image_tokens)  # (N, I, D)
-    picture = picture.gather(1, place.clamp(0, images - 1).expand(-1, -1, picture.shape[-1]))
-    embeds = torch.where(place >= 0, picture, model.get_input_embeddings()(text))
+    picture = picture.gather(1, index.clamp(0, image_len - 1).expand(-1, -1, picture.shape[-1]))
+    embeds = torch.where(index >= 0, picture, model.get_input_embeddings()(text))
     out = model.model.language_model(inputs_embeds=embeds, use_cache=False)
     hidden = out.last_hidden_state  # (N, W, D)
 
     def states_before(first, count: int):
-        """(N, count, D): a token is predicted one column before its own; `first` (N, 1) are
-        columns."""
+        """(N, count, D): the states that predict the `count` tokens from column `first` (N, 1) on,
+        each from the column before its own."""
         columns = first - 1 + torch.arange(count, device=device)
         columns = columns.clamp(max=hidden.shape[1] - 1)
         return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
     text_hidden = states_before(prompt_lens, batch.chain_ids.shape[1])
-    image_hidden = states_before(text_lens, images)
+    image_hidden = states_before(text_lens, image_len)
     return text_hidden, image_hidden
 
 
 def chunked_logps(head, tokens, temperature: float, chunk: int = 1024):
-    """Log-probabilities (M,) of `tokens` (M,) under `head(rows)`, a function from a slice of the M
-    rows to logits (m, V).
+    """Log-probabilities (M,) of `tokens` (M,), `chunk` of them at a time. `head` is a function from
+    a slice of the M tokens to their logits (m, V).
 
-    The logits of a chunk are recomputed in the backward pass, so that no (N, S, V) tensor ever
-    exists."""
+    The logits of a chunk are recomputed in the backward pass: never do all M exist, which would be
+    gigabytes."""
 
-    def score(rows: slice):
-        return gather_logps(head(rows), tokens[rows], temperature)
+    def score(part: slice):
+        return gather_logps(head(part), tokens[part], temperature)
 
     pieces = []
     for start in range(0, len(tokens), chunk):
-        rows = slice(start, start + chunk)
+        part = slice(start, start + chunk)
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(score, rows, use_reentrant=False))
+            pieces.append(checkpoint(score, part, use_reentrant=False))
         else:
-            pieces.append(score(rows))
+            pieces.append(score(part))
     return torch.cat(pieces) if pieces else torch.zeros(0, device=tokens.device)
 
 
-def with_one_row(trained):
-    """`trained` (N, T) bool, with its first place set if none is. In shards (FSDP) the head has to
-    take part in each pass of each process, also in one without a token to train, or the others wait
-    forever."""
-    rows = trained.clone()
-    rows[0, 0] |= ~trained.any()
-    return rows
+def at_least_one(trained):
+    """`trained` (N, T) bool, with [0, 0] set if nothing is. With weights in shards (FSDP) all
+    processes run the head in each pass; one that left it out would make the others wait forever."""
+    scored = trained.clone()
+    scored[0, 0] |= ~trained.any()
+    return scored
 
 
 def text_logps(model, batch: Rollout, hidden, trained, chunk: int):
-    """(N, T): log-probabilities of the chain's tokens where `trained` (N, T) bool is set, else
-    0."""
-    scored = with_one_row(trained)
-    rows = hidden[scored]  # (M, D)
+    """(N, T): log-probabilities of the chain tokens where `trained` (N, T) bool is set, else 0."""
+    scored = at_least_one(trained)
+    states = hidden[scored]  # (M, D)
     tokens = batch.chain_ids[scored]
-    logp = chunked_logps(lambda part: model.lm_head(rows[part]), tokens, batch.temperature, chunk)
+    logp = chunked_logps(lambda part: model.lm_head(states[part]), tokens, batch.temperature, chunk)
     padded = logp.new_zeros(scored.shape).masked_scatter(scored, logp)
     return padded.where(trained, 0.0)
 
 
 def image_logps(model, batch: Rollout, hidden, guided: bool, chunk: int):
-    """(N, I): log-probabilities of the image tokens; `guided`: under the distribution with
-    guidance, its unconditional half without gradient (one more forward pass)."""
+    """(N, I): log-probabilities of the image tokens. `guided`: under the guided distribution. Its
+    unconditional half takes one more forward pass, without gradient."""
     head = model.model.generation_head
     cond = hidden.flatten(0, 1)  # (N * I, D)
-
-    def conditional_logits(rows: slice):
-        return head(cond[rows])
-
-    logits = conditional_logits
     if guided:
         with torch.no_grad():
-            everywhere = torch.ones(len(batch), dtype=torch.bool, device=cond.device)
-            _, uncond = hidden_states(model, batch, blank=everywhere)
+            all_blank = torch.ones(len(batch), dtype=torch.bool, device=cond.device)
+            _, uncond = hidden_states(model, batch, blank=all_blank)
             uncond = uncond.flatten(0, 1)
 
-        def guided_logits(rows: slice):
-            with torch.no_grad():
-                second_half = at_least_float32(head(uncond[rows]))
-            first_half = at_least_float32(head(cond[rows]))
-            return guide(torch.cat([first_half, second_half]), batch.cfg)[1]
+    def logits(part: slice):
+        if not guided:
+            return head(cond[part])
+        with torch.no_grad():
+            uncond_logits = at_least_float32(head(uncond[part]))
+        cond_logits = at_least_float32(head(cond[part]))
+        _, guided_logits = guide(torch.cat([cond_logits, uncond_logits]), batch.cfg)
+        return guided_logits
 
-        logits = guided_logits
     tokens = batch.image_tokens.flatten()
     return chunked_logps(logits, tokens, batch.temperature, chunk).view_as(batch.image_tokens)
 
 
 def token_logps(model, batch: Rollout, logp_mode: str | None = None, blank=None, chunk: int = 1024):
-    """(logp, mask), both (N, S) float32, the image's I last: the log-probabilities of a rollout's
-    tokens under `model`, with gradient. Where the mask is 0 (given, forced, padding) logp is 0.
+    """(logp, mask), both (N, S) float32, text first: log-probabilities of the tokens of a rollout
+    under `model`, with gradient, at the temperature of the rollout. Where the mask is 0 (given,
+    forced, padding), logp is 0.
 
     logp_mode: "cond" or "guided", see `rollout`; by default as the rollout was recorded.
-    blank: (N,) bool, rows that are scored as unconditional ones, their text masked: condition
+    blank: (N,) bool, samples to score without prompt and chain, their text masked: condition
         dropout in SFT.
-    chunk: rows of logits that exist at a time.
-
-    The temperature is the rollout's."""
-    images = batch.image_tokens.shape[1]
+    chunk: tokens whose logits exist at a time."""
+    image_len = batch.image_tokens.shape[1]
     mask = batch.mask.clone()
     if blank is not None:
-        mask[blank, :-images] = 0
+        mask[blank, :-image_len] = 0
     mode = logp_mode or batch.logp_mode
     text_hidden, image_hidden = hidden_states(model, batch, blank)
-    text = text_logps(model, batch, text_hidden, mask[:, :-images].bool(), chunk)
+    text = text_logps(model, batch, text_hidden, mask[:, :-image_len].bool(), chunk)
     guided = mode == "guided" and batch.cfg != 1.0
     image = image_logps(model, batch, image_hidden, guided, chunk)
     return torch.cat([text, image], dim=1), mask
@@ -756,15 +719,14 @@ def token_logps(model, batch: Rollout, logp_mode: str | None = None, blank=None,
 
 @torch.no_grad()
 def encode_images(model, images) -> torch.Tensor:
-    """PIL images, or (N, 3, H, W) in [-1, 1] -> image tokens (N, I), row by row. PIL images are
-    resized to the model's size.
+    """PIL images, resized to the model's size, or (N, 3, H, W) in [-1, 1] -> image tokens (N, I).
 
-    The nearest code on the unit sphere, as DeepSeek's own encoder; transformers' quantizer compares
-    lengths as well."""
+    A token is the nearest code after both are scaled to length 1, as in DeepSeek's encoder;
+    transformers' own quantizer does not scale them."""
     vq = model.model.vqmodel
     config = model.config.vq_config
     if not torch.is_tensor(images):
-        from PIL import Image  # here: sampling and scoring do without it
+        from PIL import Image  # not at the top: who copies this file may do without it
 
         side = config.num_patches * 2 ** (len(config.channel_multiplier) - 1)  # pixels
         arrays = []
@@ -784,12 +746,11 @@ def encode_images(model, images) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_images(model, image_tokens, tokens_at_once: int = 8 * 576) -> list:
-    """Image tokens (N, I) -> N PIL images. Pixels are cut off to whole numbers, not rounded, as in
-    the official code. Few at a time, at most 32: one of 576 tokens, 384 x 384, takes a quarter of a
-    gigabyte."""
+    """Image tokens (N, I) -> N PIL images. Pixels are rounded down, as in the official code. 32 are
+    decoded at a time, of Janus-Pro 8: each of them takes a quarter of a gigabyte."""
     from PIL import Image
 
-    # the picture tokenizer is not always where the language model is
+    # the picture tokenizer may be on another device than the language model
     device = model.model.vqmodel.quantize.embedding.weight.device
     batch_size = min(32, max(1, tokens_at_once // image_tokens.shape[1]))
     pictures = []
@@ -798,6 +759,42 @@ def decode_images(model, image_tokens, tokens_at_once: int = 8 * 576) -> list:
         pixels = ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
         pictures += [Image.fromarray(array) for array in pixels]
     return pictures
+
+
+# ------------------------------------------------------------------------------------------------
+# Guidance and chain length that suit a model
+
+
+def default_sampling(model) -> dict:
+    """Defaults of `cfg` and `max_chain`. Janus-Pro: those of the official inference code. The toy:
+    no guidance, since its unconditional predictions are poor, and room for three objects."""
+    if image_token_count(model) == JANUS_IMAGE_TOKENS:
+        return {"cfg": 5.0, "max_chain": 600}
+    return {"cfg": 1.0, "max_chain": 96}
+
+
+def with_defaults(config, model):
+    """A copy of `config` with defaults where `cfg` or `max_chain` is None; prints them."""
+    from engine import run
+
+    chosen = {}
+    for name, value in default_sampling(model).items():
+        if getattr(config, name) is None:
+            chosen[name] = value
+    if chosen:
+        flags = " ".join(f"--{name} {value:g}" for name, value in chosen.items())
+        run.say(f"{flags}: as suits this model")
+    return replace(config, **chosen)
+
+
+def check_sampling(config) -> None:
+    """Ends the program with a message when `cfg` or `max_chain` is given and out of range."""
+    from engine import run
+
+    if config.cfg is not None and not config.cfg >= 0:  # nan fails, too
+        run.fail(f"--cfg is {config.cfg}: expected 0 or more")
+    if config.max_chain is not None and config.max_chain < 1:
+        run.fail(f"--max_chain is {config.max_chain}: expected 1 or more")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -811,12 +808,12 @@ class Config:
     n: int = 4  # pictures per prompt
     cfg: float | None = None  # guidance; default: 5 for Janus-Pro, 1 (none) for the toy
     temperature: float = 1.0  # 0 takes the most likely token every time
-    seed: int = 0  # the same seed, prompt and place give the same picture in any batch
+    seed: int = 0  # the same seed, prompts and n give the same pictures, whatever --batch_size is
     max_chain: int | None = None  # most chain tokens; default: 600 for Janus-Pro, 96 for the toy
-    chain: str = ""  # a text file with a chain that is drawn: edit a plan, then draw it
+    chain: str = ""  # a text file with a chain to draw, for instance one that you have edited
     judge: str = ""  # scores what was drawn: `toy`, folder or hub id of a VLM, or http://…/v1
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
-    batch_size: int = 64  # sequences at a time
+    batch_size: int = 64  # pictures that are drawn at a time
     out: str = "out/draw"  # folder for pictures, plans, chains and a contact sheet
 
 
@@ -847,8 +844,7 @@ def read_prompt_argument(prompt: str) -> list[str]:
 
 
 def read_chain(path: str) -> str:
-    """A chain that a person wrote or edited. Raises OSError, or ValueError with all that is
-    wrong."""
+    """A chain that a person wrote or edited. Raises OSError, or ValueError with all its faults."""
     from render_boxes import chain_problems
 
     text = Path(path).read_text(encoding="utf-8").strip()
@@ -860,9 +856,8 @@ def read_chain(path: str) -> str:
 
 
 def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) -> None:
-    """Draws `config.n` pictures of each prompt and writes them to `config.out`.
-
-    `chain`: the plan of all."""
+    """Draws `config.n` pictures per prompt and writes them to `config.out`. `chain`: draw this one,
+    in all of them, instead of sampling chains."""
     from tqdm import tqdm
 
     import rewards
@@ -880,14 +875,9 @@ def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) 
     out.mkdir(parents=True, exist_ok=True)
 
     prompts = [prompt for prompt in prompts for _ in range(config.n)]  # one per picture
-    most_tokens = config.max_chain + 1 + image_token_count(model)  # per part
+    most_tokens = config.max_chain + 1 + image_token_count(model)
     parts = math.ceil(len(prompts) / config.batch_size)
-    with tqdm(total=most_tokens * parts, desc="tokens") as bar:
-
-        def finished(first: int, part: Rollout) -> None:
-            """Chains end before their cap: the bar goes on to the next part."""
-            bar.update((first // config.batch_size + 1) * most_tokens - bar.n)
-
+    with tqdm(total=most_tokens * parts, desc="tokens, at most") as bar:
         sampled = rollout(
             model,
             tokenizer,
@@ -897,9 +887,8 @@ def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) 
             seed=config.seed,
             max_chain=config.max_chain,
             chains=[chain] * len(prompts) if chain else None,
-            progress=bar.update,
             at_once=config.batch_size,
-            each=finished,
+            progress=bar.update,
         )
     forced = sampled.forced.float().mean().item()
     print(f"{forced:.0%} of the chains were cut at --max_chain {config.max_chain}")
@@ -907,7 +896,7 @@ def draw_prompts(config: Config, prompts: list[str], chain: str | None, device) 
 
 
 def warn_of_unknown_words(model, prompts: list[str]) -> None:
-    """The toy has a small vocabulary, and draws nonsense where a word is not in it."""
+    """Prints the words that the toy has not learned: of them it draws nonsense."""
     from toy.world import unknown_words
 
     if image_token_count(model) == JANUS_IMAGE_TOKENS:
@@ -920,7 +909,7 @@ def warn_of_unknown_words(model, prompts: list[str]) -> None:
 
 def save_drawings(prompts: list[str], sampled: Rollout, pictures: list, judge, config) -> None:
     """Writes pictures, plans and chains, and a sheet of the first 24; scores them if there is a
-    judge. `config.n` per prompt."""
+    judge. Picture k is number k % config.n of prompt k // config.n."""
     from PIL import Image
 
     import rewards
@@ -940,7 +929,7 @@ def save_drawings(prompts: list[str], sampled: Rollout, pictures: list, judge, c
         draw_boxes(boxes).save(f"{path}_plan.png")
         draw_boxes(boxes, image=large).save(f"{path}_boxes.png")
         Path(f"{path}.txt").write_text(chain, encoding="utf-8")
-        parts = [part for part in scores[k] if not part.startswith("sem_")]  # what has room
+        parts = [part for part in scores[k] if not part.startswith("sem_")]  # more has no room
         note = "  ".join(f"{part} {scores[k][part]:.2f}" for part in parts) or path.name
         cell = {"prompt": prompts[k], "note": note, "chain": chain, "image": pictures[k]}
         sheet.append(cell)

@@ -1,12 +1,13 @@
-"""Chain text to boxes to picture, and back. The functions need PIL only: copy this file anywhere.
+"""From the text of a chain to its boxes and a drawing of them, and back. Only the command line
+needs more than PIL: copy this file anywhere.
 
 A chain names each object and gives the top left and the bottom right corner of its box, in whole
 numbers 0..999 of the picture's width and height, origin top left:
 
     A <|obj_start|>red ball<|obj_end|> <|box_start|>(125,250),(375,500)<|box_end|> on grass.
 
-What a model wrote is read leniently (`parse_chain` keeps what is sound), what a person wrote is
-read strictly (`chain_problems`). In this repository a command draws a chain:
+A model's chain is read leniently: `parse_chain` leaves out what is not valid. A person's chain is
+read strictly: `chain_problems` lists what is not valid. To draw a chain:
 
     python render_boxes.py chain.txt --out boxes.png
 """
@@ -22,14 +23,13 @@ OBJ_END = "<|obj_end|>"
 BOX_START = "<|box_start|>"
 BOX_END = "<|box_end|>"
 # In the order in which the official processor adds them to a tokenizer that lacks them
-# (gogoduan/GoT-R1, src/processor/processor.py): in another order they would have other ids, and the
-# chains of released weights could not be read
+# (gogoduan/GoT-R1, src/processor/processor.py), so that they get the ids that released weights have
 MARKERS = (BOX_START, BOX_END, OBJ_START, OBJ_END)
 EXAMPLE = f"{OBJ_START}name{OBJ_END} {BOX_START}(x1,y1),(x2,y2){BOX_END}"
 
 # A chain is a sequence of segments: names of objects, boxes, markers without their partner, and the
-# text between. The expressions take linear time on any input: no quantifier repeats another one, or
-# stands beside one for the same characters.
+# text between. The expressions take linear time on any input: no quantifier stands inside another
+# one, or beside one that takes the same characters.
 MARKER = r"<\|(?:obj|box)_(?:start|end)\|>"
 TEXT = rf"(?:(?!{MARKER})[\s\S])"  # one character that does not begin a marker
 SEGMENT = re.compile(
@@ -40,7 +40,7 @@ SEGMENT = re.compile(
 )
 NUMBER = r"\s*([0-9]{1,4})\s*"
 POINTS = re.compile(rf"\s*\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)\s*")
-REMAINS = re.compile(
+REMAINS = re.compile(  # what is left of a box that was torn
     r"<\|box_start\|>[\s0-9(),.-]*"  # coordinates after a lone start marker
     r"|[\s0-9(),.-]{0,24}<\|box_end\|>"  # coordinates before a lone end marker
     r"|\([\s0-9.-]*,[\s0-9(),.-]*"  # "(12," anywhere
@@ -66,8 +66,7 @@ class Box(NamedTuple):
 
 
 def parse_chain(text: str) -> list[Box]:
-    """The sound boxes of a chain, in order: torn, empty and outlying ones are left out.
-
+    """The valid boxes of a chain, in order: those with a name and an area, inside the picture.
     Never raises, whatever the text is."""
     boxes = []
     name = ""
@@ -85,7 +84,7 @@ def parse_chain(text: str) -> list[Box]:
 
 
 def chain_problems(text: str) -> list[str]:
-    """What is wrong with a chain that a person wrote, one sentence per fault; [] if it is sound."""
+    """What is wrong with a chain, one sentence per fault; [] if it is valid."""
     segments = list(SEGMENT.finditer(text))
     kinds = [segment.lastgroup for segment in segments]
     problems = []
@@ -119,6 +118,7 @@ def segment_faults(kind: str, content: str, before: str, after: str) -> list[str
 
 
 def coordinate_faults(content: str) -> list[str]:
+    """What is wrong between the markers of a box."""
     points = POINTS.fullmatch(content)
     if not points:
         return ["cannot be read: write (x1,y1),(x2,y2) in whole numbers from 0 to 999"]
@@ -132,10 +132,10 @@ def coordinate_faults(content: str) -> list[str]:
 
 
 def strip_boxes(text: str) -> str:
-    """The words of a chain: no boxes, no markers, whole or torn. A language judge reads this."""
+    """The text of a chain without boxes and markers, and without what is left of torn ones."""
 
     def without_box(segment: re.Match) -> str:
-        # A lone marker stays for REMAINS, which also removes the coordinates beside it.
+        # REMAINS removes lone markers later, together with the coordinates beside them
         return (segment["object"] or segment["marker"] or segment["text"] or "") + " "
 
     words = REMAINS.sub(" ", SEGMENT.sub(without_box, text)).split()
@@ -170,7 +170,7 @@ def iou(a: Box, b: Box) -> float:
     width = max(0, min(a.x2, b.x2) - max(a.x1, b.x1))
     height = max(0, min(a.y2, b.y2) - max(a.y1, b.y1))
     shared = width * height
-    if not shared:  # boxes without area have no joint area to divide by
+    if not shared:  # also for boxes without area, where the division would be 0 / 0
         return 0.0
     area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
     area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
@@ -178,24 +178,24 @@ def iou(a: Box, b: Box) -> float:
 
 
 # -------------------------------------------------------------------------------------------------
-# Drawing: from here on, boxes are in pixels of a canvas, and `size` is its (width, height)
+# Drawing
 
 LABEL_SCALES = (1.0, 0.8, 0.6, 0.4)  # of the letters and of the longest name; tried in this order
 
 
 def draw_boxes(boxes, size=448, image=None, colours=COLOURS) -> Image.Image:
-    """The boxes with their names on a white square of `size` pixels, or on a copy of `image` in its
-    own size. These boxes are still on the 0..1000 grid. They take turns with the colours."""
+    """Draws boxes (on the 0..1000 grid) with their names on a white square of `size` pixels, or on
+    a copy of `image` in its own size. Box k has colour k, and the colours repeat."""
     canvas = Image.new("RGB", (size, size), "white") if image is None else image.convert("RGB")
     boxes = in_pixels(boxes, canvas.size)
     pen = ImageDraw.Draw(canvas)
     line_width = canvas.width // 150 + 1
     for k, box in enumerate(boxes):
-        outline = (box.x1, box.y1, box.x2 - 1, box.y2 - 1)  # PIL counts the last pixel in
+        outline = (box.x1, box.y1, box.x2 - 1, box.y2 - 1)  # PIL includes the last pixel
         pen.rectangle(outline, outline=colours[k % len(colours)], width=line_width)
     labels, font = place_labels(boxes, canvas.size)
     for k, label in enumerate(labels):
-        # Drawn on a tile of its own, so that no letter sticks out of its label.
+        # drawn on a tile first, so that no letter sticks out of its label
         tile_size = (label.x2 - label.x1, label.y2 - label.y1)
         tile = Image.new("RGB", tile_size, colours[k % len(colours)])
         ImageDraw.Draw(tile).text((3, 1), label.name, "white", font)
@@ -204,7 +204,8 @@ def draw_boxes(boxes, size=448, image=None, colours=COLOURS) -> Image.Image:
 
 
 def in_pixels(boxes, size: tuple[int, int]) -> list[Box]:
-    """Boxes on the 0..1000 grid -> on the canvas, 3 pixels at least, so that one can see them."""
+    """Boxes on the 0..1000 grid -> boxes in pixels of a canvas of this (width, height), at least 3
+    pixels wide and high, so that one can see them."""
     width, height = size
     placed = []
     for box in boxes:
@@ -217,11 +218,12 @@ def in_pixels(boxes, size: tuple[int, int]) -> list[Box]:
 
 
 def place_labels(boxes: list[Box], size: tuple[int, int]):
-    """Where the names go: (labels, font). A label is a Box with the text to write, one per box.
+    """Where to write the names: (labels, font), all in pixels from here on. A label is a Box; its
+    name is the text to write.
 
-    No label covers another label or a small object. On a crowded canvas the letters shrink and the
-    names are cut shorter; at the last scale objects may be covered and, where nothing is free,
-    labels too."""
+    A label covers no other label and no small box. If there is no room for that, letters shrink and
+    names are cut shorter. At the last scale labels may cover small boxes and, if there is no room
+    at all, each other."""
     for scale in LABEL_SCALES:
         font = ImageFont.load_default(max(6, scale * max(11, min(size) / 28)))
         last_resort = scale == LABEL_SCALES[-1]
@@ -234,14 +236,14 @@ def place_labels(boxes: list[Box], size: tuple[int, int]):
             spots = candidate_spots(label, box, taken, size)
             spot = first_free(spots, taken)
             if spot is None and not last_resort:
-                break
+                break  # try the next scale
             labels.append(spot or spots[0])
         if len(labels) == len(boxes):
             return labels, font
 
 
 def label_at_corner(box: Box, font, longest: float, size: tuple[int, int]) -> Box:
-    """The label at its box's top left corner: the name, cut to `longest` pixels, and a margin."""
+    """A label at the top left corner of a box: its name, cut to `longest` pixels, and a margin."""
     text = " ".join(box.name.split())[:200] or "?"
     while len(text) > 1 and font.getlength(text) > longest:
         text = text[:-2] + "…"
@@ -251,16 +253,16 @@ def label_at_corner(box: Box, font, longest: float, size: tuple[int, int]) -> Bo
 
 
 def small_boxes(boxes: list[Box], label: Box) -> list[Box]:
-    """The boxes that the label could hide: those of less than twice its area."""
+    """The boxes that the label could hide: those with less than twice its area."""
     label_area = (label.x2 - label.x1) * (label.y2 - label.y1)
     return [box for box in boxes if (box.x2 - box.x1) * (box.y2 - box.y1) < 2 * label_area]
 
 
 def candidate_spots(label: Box, box: Box, taken: list[Box], size: tuple[int, int]) -> list[Box]:
-    """The label in all places worth a try, nearest to the top left corner of its box first.
+    """The places to try for a label, nearest to the top left corner of its box first.
 
-    A place between others is never nearer than one where the label touches something: the canvas's
-    edge, its box, or what is in the way. So these edges give the x and the y to try."""
+    The nearest free place is one where the label touches something: an edge of the canvas, its box,
+    or another label or box in the way. So only their edges need to be tried."""
 
     def distance(x: float, y: float) -> float:
         return abs(x - box.x1) + abs(y - box.y1)
@@ -272,7 +274,7 @@ def candidate_spots(label: Box, box: Box, taken: list[Box], size: tuple[int, int
     in_the_way = sorted(taken, key=lambda other: distance(other.x1, other.y1))
     xs = {0, most_x, box.x1}
     ys = {0, most_y, box.y1}
-    for other in [box, *in_the_way[:20]]:  # the 20 nearest: enough, and bounds the time
+    for other in [box, *in_the_way[:20]]:  # the 20 nearest are enough, and bound the time
         xs |= {other.x1 - width, other.x2}  # the label to the left of it, to the right of it
         ys |= {other.y1 - height, other.y2}  # above it, below it
     places = []
@@ -284,6 +286,7 @@ def candidate_spots(label: Box, box: Box, taken: list[Box], size: tuple[int, int
 
 
 def first_free(spots: list[Box], taken: list[Box]) -> Box | None:
+    """The first spot that overlaps nothing in `taken`."""
     for spot in spots:
         if not any(iou(spot, other) for other in taken):
             return spot
@@ -296,14 +299,14 @@ def first_free(spots: list[Box], taken: list[Box]) -> Box | None:
 
 @dataclass
 class Config:
-    chain: str  # text file that holds a chain; - reads standard input
+    chain: str  # text file with a chain; - is standard input
     out: str = "boxes.png"  # picture to write
     size: int = 448  # side of the blank canvas, 64 to 4096 pixels
-    image: str = ""  # draw over this picture, in its own size, instead of on a blank canvas
+    image: str = ""  # picture to draw on, in its own size, instead of a blank canvas
 
 
 def main(argv: list[str] | None = None) -> None:
-    from engine import run  # here, so that this file can be copied alone
+    from engine import run  # not at the top: this file can be copied alone
 
     config = run.parse_args(Config, __doc__, argv)
     try:

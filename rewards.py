@@ -2,10 +2,10 @@
 
     R_total = R_PI * (R_sem + R_spa) / 2 * R_RI * R_HPS
 
-    R_sem   prompt -> chain     does the plan, without its boxes, say what the prompt asks for?
+    R_sem   prompt -> chain     does the chain, without its boxes, say what the prompt says?
     R_spa   prompt -> layout    are the objects in the right places? the judge sees the boxes drawn
-    R_PI    prompt -> picture   does the picture show what was asked for, in the right places?
-    R_RI    chain -> picture    is each planned object where the plan has it?
+    R_PI    prompt -> picture   does the picture show what the prompt says, in the right places?
+    R_RI    chain -> picture    is each planned object where the chain has it?
     R_HPS   prompt -> picture   would people like it? (HPS v2.1)
 
 The judge is a vision-language model. R_sem, R_spa and R_PI are its marks out of ten, divided by 10;
@@ -13,10 +13,10 @@ R_sem is the mean of four marks, for completeness, faithfulness, consistency and
 the judge looks for each planned name in the picture; the reward is the mean IoU of planned and
 found boxes. R_HPS is a cosine, near 0.3.
 
-Not stated in the paper, decided here:
+Open in the paper, chosen here:
 - Without a valid box in the chain R_spa = R_RI = 0. An object that is not found has IoU 0.
-- A reply that cannot be read is worth 0 and is counted. When most replies of a batch cannot be
-  read, the run stops: a judge that fails silently looks like a policy that learns nothing.
+- A judge's reply that cannot be read scores 0; their number is logged. When most replies of a batch
+  cannot be read, the run stops: else a broken judge would look like a policy that learns nothing.
 - The judge's instructions are our wording of the paper's (appendix, figures 8 to 11).
 
     python rewards.py --prompt "a red ball above a blue cube" --chain chain.txt --image picture.png
@@ -40,22 +40,22 @@ from render_boxes import Box, draw_boxes, iou, parse_chain, strip_boxes
 
 PARTS = ("sem", "spa", "ri", "pi", "hps")
 
-# A judge is any object with these four methods. Each takes a batch as two lists of equal length,
-# and returns a list of that length.
+# The judge's contract: any object with these four methods. Each takes a batch as two lists of equal
+# length, and returns a list of that length.
 #   semantic(prompts, chains)    -> scores        the chain without its boxes, against the prompt
 #   spatial(prompts, layouts)    -> scores        a list of Box, never empty, against the prompt
 #   alignment(prompts, images)   -> scores        a PIL picture against the prompt
 #   ground(images, names)        -> lists of Box  where that name is in that picture; [] if nowhere
 # Scores are in [0, 1], boxes on the 0..1000 grid. None stands for a reply that cannot be read.
-# Optional: `words`, a dict: part -> the judge's literal replies to its last call, in their order.
-# Optional: `marks`, a dict: "sem" -> name -> one mark per sample, where R_sem is a mean of marks.
-# Optional: `forget_early()`, called at the end of `score`: see ServedJudge.ask_early.
+# Optional attributes:
+#   words            part -> the judge's literal replies to its last call, in order
+#   marks            "sem" -> name -> one mark per sample, if R_sem is a mean of marks
+#   forget_early()   called at the end of `score`, see ServedJudge.ask_early
 
 
 def total_reward(parts: dict[str, float], combine: str = "product") -> float:
-    """The product or sum of those of PARTS that are in the dict; other keys are ignored.
-
-    `sem` and `spa` are one factor together, their mean.
+    """The product or sum of those of PARTS that are in the dict, where `sem` and `spa` are replaced
+    by their mean. Other keys are ignored.
 
     >>> parts = {"sem": 0.9, "spa": 0.7, "ri": 0.5, "pi": 0.8, "hps": 0.25}
     >>> round(total_reward(parts), 6)                   # 0.8 * (0.9 + 0.7) / 2 * 0.5 * 0.25
@@ -89,15 +89,16 @@ def score(
     combine: str = "product",
     strict: bool = True,
 ) -> list[dict[str, float]]:
-    """All rewards of a batch: one dict per sample with the parts, `judge_fail` and `total`.
+    """All rewards of a batch, per sample a dict:
 
-    Where the judge gives four marks for R_sem they are there too: `sem_completeness`, …
-    `judge_fail` counts the sample's replies that could not be read. `hps` is a callable
-    (prompts, images) -> floats, or None. A part that is left out costs no question, and is neither
-    in the dict nor in the total.
-    Raises ValueError for an unknown part, and for a score that is not finite or outside [0, 1];
-    RuntimeError when most replies cannot be read (see check_readable), unless `strict` is False:
-    then a message is printed, once.
+    sem, spa, …         those of `parts`; no query is made for the others
+    sem_completeness, … the marks whose mean is sem, if the judge gives several
+    judge_fail          the number of its replies that could not be read
+    total               the product or sum of the parts, see total_reward
+
+    `hps` is a function (prompts, images) -> floats, or None. Raises ValueError for an unknown part,
+    and for a score that is not finite or, of the judge, not in [0, 1]. When most replies cannot be
+    read (see check_readable), raises RuntimeError or, without `strict`, prints a message, once.
     """
     scores, _ = score_with_boxes(judge, hps, prompts, chains, images, parts, combine, strict)
     return scores
@@ -106,8 +107,8 @@ def score(
 def score_with_boxes(
     judge, hps, prompts, chains, images, parts=PARTS, combine="product", strict=True
 ) -> tuple[list[dict[str, float]], list[dict[str, list[Box] | None]]]:
-    """(scores, found): what `score` returns, and where the judge found each planned object: per
-    sample a dict name -> boxes as in ground_plans; [] when R_RI is not among the parts."""
+    """(scores, found): what `score` returns, and where the judge found the planned objects, see
+    ground_plans; [] when R_RI is not among the parts."""
     if not set(parts) <= set(PARTS):
         expected = f"expected some of {' '.join(PARTS)}"
         raise ValueError(f"unknown rewards in {' '.join(parts)}: {expected}")
@@ -117,10 +118,10 @@ def score_with_boxes(
         if hasattr(judge, "forget_early"):
             judge.forget_early()
 
-    parts = [part for part in PARTS if part in parts and (part != "hps" or hps)]
+    present = [part for part in PARTS if part in parts and (part != "hps" or hps)]
     scores = []
     for _ in prompts:
-        sample = dict.fromkeys(parts, 0.0)
+        sample = dict.fromkeys(present, 0.0)
         sample["judge_fail"] = 0
         scores.append(sample)
     for part in ("sem", "spa", "pi"):
@@ -134,11 +135,11 @@ def score_with_boxes(
                     f"the judge's {part} for {prompts[i]!r} is {answer}: scores are in [0, 1], "
                     "or None where a reply cannot be read"
                 )
-    if "sem" in parts:
+    if "sem" in present:
         for name, marks in getattr(judge, "marks", {}).get("sem", {}).items():
             for sample, mark in zip(scores, marks, strict=True):
-                sample[f"sem_{name}"] = mark or 0.0  # None: the reply could not be read
-    if "ri" in parts:
+                sample[f"sem_{name}"] = mark or 0.0  # None: the reply cannot be read
+    if "ri" in present:
         for sample, plan, boxes in zip(scores, plans, found, strict=True):
             if plan:
                 overlaps = [overlap for overlap, _ in match_boxes(plan, boxes)]
@@ -146,11 +147,11 @@ def score_with_boxes(
                 sample["judge_fail"] += list(boxes.values()).count(None)
     check_readable(answers, getattr(judge, "words", {}), strict)
 
-    if "hps" in parts:
+    if "hps" in present:
         for sample, cosine in zip(scores, hps(prompts, images), strict=True):
             sample["hps"] = float(cosine)
     for prompt, sample in zip(prompts, scores, strict=True):
-        for part in parts:
+        for part in present:
             if not math.isfinite(sample[part]):
                 raise ValueError(f"{part} for {prompt!r} is {sample[part]}: not a finite number")
         sample["total"] = total_reward(sample, combine)
@@ -158,11 +159,11 @@ def score_with_boxes(
 
 
 def ask_judge(judge, prompts, chains, images, parts):
-    """Everything that `score` asks a judge: (plans, answers, found).
+    """Sends all queries of `score` to the judge: (plans, answers, found).
 
     plans    per sample the boxes of its chain
-    answers  part -> what the judge answered, by sample; samples without a box have no "spa".
-             Under "ri": by question, see ground_plans
+    answers  part -> index of the sample -> its score, or None; without "spa" for samples that have
+             no box. "ri" has the boxes instead, by index of the query, see ground_plans
     found    see ground_plans; [] without "ri" in parts
     """
     samples = range(len(prompts))
@@ -170,13 +171,13 @@ def ask_judge(judge, prompts, chains, images, parts):
     answers = {}
     found = []
     if "sem" in parts:
-        in_words = [strip_boxes(chain) for chain in chains]
-        answers["sem"] = dict(zip(samples, judge.semantic(prompts, in_words), strict=True))
-    planned = [i for i in samples if plans[i]]
-    if "spa" in parts and planned:
-        layouts = [plans[i] for i in planned]
-        marks = judge.spatial([prompts[i] for i in planned], layouts)
-        answers["spa"] = dict(zip(planned, marks, strict=True))
+        texts = [strip_boxes(chain) for chain in chains]
+        answers["sem"] = dict(zip(samples, judge.semantic(prompts, texts), strict=True))
+    with_boxes = [i for i in samples if plans[i]]
+    if "spa" in parts and with_boxes:
+        layouts = [plans[i] for i in with_boxes]
+        marks = judge.spatial([prompts[i] for i in with_boxes], layouts)
+        answers["spa"] = dict(zip(with_boxes, marks, strict=True))
     if "pi" in parts:
         answers["pi"] = dict(zip(samples, judge.alignment(prompts, images), strict=True))
     if "ri" in parts:
@@ -188,35 +189,36 @@ def ask_judge(judge, prompts, chains, images, parts):
 def ground_plans(
     judge, plans: list[list[Box]], images: list[Image.Image]
 ) -> tuple[list[dict[str, list[Box] | None]], list[list[Box] | None]]:
-    """Where each planned object is: per sample a dict name -> boxes; and the judge's answers.
+    """Where the judge finds the planned objects: (found, answers).
 
-    One question per picture and name, all in one call. Samples of a group often share both: equal
-    questions are asked once.
+    found    per sample a dict name -> boxes, or None where the reply cannot be read
+    answers  the same per query. There is one per picture and name, all in one call; samples with
+             equal pictures share theirs
     """
     pixels = [(image.mode, image.size, image.tobytes()) for image in images]
-    questions = {}  # (pixels, name) -> picture
+    queries = {}  # (pixels, name) -> picture
     for key, image, plan in zip(pixels, images, plans, strict=True):
         for box in plan:
-            questions[key, box.name] = image
+            queries[key, box.name] = image
     answers = []
-    if questions:
-        names = [name for _, name in questions]
-        answers = judge.ground(list(questions.values()), names)
-    answer_to = dict(zip(questions, answers, strict=True))
+    if queries:
+        names = [name for _, name in queries]
+        answers = judge.ground(list(queries.values()), names)
+    boxes_of = dict(zip(queries, answers, strict=True))
     found = []
     for key, plan in zip(pixels, plans, strict=True):
-        found.append({box.name: answer_to[key, box.name] for box in plan})
+        found.append({box.name: boxes_of[key, box.name] for box in plan})
     return found, answers
 
 
 def match_boxes(
     planned: list[Box], found: dict[str, list[Box] | None]
 ) -> list[tuple[float, Box | None]]:
-    """(IoU, found box) per planned box, (0.0, None) if it has none; R_RI is the mean of the IoUs.
+    """Per planned box (IoU, its found box), or (0.0, None). R_RI is the mean of the IoUs.
 
-    Boxes of one name are matched one to one: one dog in the picture cannot stand for three in the
-    plan. The pair with the highest IoU goes first. That needs no solver and is exact unless a name
-    repeats; then it may miss the highest possible sum, and never exceeds it.
+    Boxes of one name are matched one to one, so that one dog in the picture cannot stand for three
+    in the plan: first the pair with the highest IoU, then the best of the remaining ones, and so
+    on. Where a name repeats, another matching may have a higher sum.
     """
     pairs = []  # (IoU, index of the planned box, index of the found box under that name)
     for i, box in enumerate(planned):
@@ -224,7 +226,7 @@ def match_boxes(
             pairs.append((iou(box, candidate), i, k))
     pairs.sort(key=operator.itemgetter(0), reverse=True)
     matched = [(0.0, None)] * len(planned)
-    taken = set()  # found boxes that have a partner, as (name, index)
+    taken = set()  # found boxes that are matched, as (name, index)
     for overlap, i, k in pairs:
         name = planned[i].name
         is_free = matched[i][1] is None and (name, k) not in taken
@@ -234,15 +236,13 @@ def match_boxes(
     return matched
 
 
-has_warned = False  # whether check_readable has printed its message
+has_warned = False  # set when check_readable has printed its message
 
 
 def check_readable(answers: dict[str, dict], words: dict[str, list[str]], strict: bool) -> None:
-    """Raises RuntimeError, with three quotes, when more than half of the answers are None.
-
-    That is of all answers; or of the answers for one part, if there are at least 8 of them: one
-    broken part is enough to make every product 0. Without `strict` the message is printed instead,
-    the first time only.
+    """Raises RuntimeError, with three quotes from `words`, when more than half of all answers are
+    None. Also when more than half of a part's are, if it has at least 8: one broken part is enough
+    to make every product 0. Without `strict` prints the message instead, the first time only.
     """
     global has_warned
     total = 0
@@ -250,14 +250,14 @@ def check_readable(answers: dict[str, dict], words: dict[str, list[str]], strict
     too_many = False
     counts = []
     quotes = []
-    for part, by_sample in answers.items():
-        replies = list(by_sample.values())
-        unread = [k for k, reply in enumerate(replies) if reply is None]
-        total += len(replies)
+    for part, answers_of_part in answers.items():
+        count = len(answers_of_part)
+        unread = [k for k, answer in enumerate(answers_of_part.values()) if answer is None]
+        total += count
         total_unread += len(unread)
-        if len(replies) >= 8 and 2 * len(unread) > len(replies):
+        if count >= 8 and 2 * len(unread) > count:
             too_many = True
-        counts.append(f"{part} {len(unread)} of {len(replies)}")
+        counts.append(f"{part} {len(unread)} of {count}")
         if part in words:
             quotes += [f"\n  {part}: {words[part][k][:300]!r}" for k in unread]
     if not too_many and 2 * total_unread <= total:
@@ -272,27 +272,29 @@ def check_readable(answers: dict[str, dict], words: dict[str, list[str]], strict
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading what a judge wrote. Any text goes in; None comes out unless it holds one clear answer:
-# never a guess, never an exception.
+# Reading a judge's reply. Any text goes in; None comes out unless it holds one clear answer: never
+# a guess, never an exception.
 
-# what a mark is written behind, with %s for its name: "score": or **Score:** or score =
+# Where a reply names a mark (%s): "score": or **Score:** or score = ; then what follows, up to a
+# comma, quote, star or bracket
 NAMED = (
     r"""%s["'*\\]{0,3}\s{0,9}[:=][\s"'*\\]{0,9}"""
-    r"""((?:[^,}\]\n"'*\\]|,(?=[0-9])){0,40})"""  # then all up to a comma, quote, star or bracket
+    r"""((?:[^,}\]\n"'*\\]|,(?=[0-9])){0,40})"""
 )
-# 8, 8.5, 8/10, 8 out of 10, with or without a sentence behind it
+# 8, 8.5, 8/10, 8 out of 10; a sentence may follow
 MARK = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,2})?)(?: ?(?:/|out of) ?10)?(?:\.(?: [^0-9].*)?)?")
-# numbers stay text, as they were written; an object becomes a tuple of (key, value), a list a list
+# Numbers stay text. An object becomes a tuple of (key, value), so that no key gets lost when it
+# stands there twice
 JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=str, parse_float=str)
 
 
 def parse_score(reply: str, name: str = "score") -> float | None:
-    """A mark out of ten, as mark / 10; None unless the reply holds exactly one of that name.
+    """The mark `name` of a reply, out of ten, divided by 10. None unless there is exactly one.
 
-    Where the reply holds JSON, the outermost object that has the key decides, whatever is written
-    in its sentences. Also reads fences, single quotes, trailing commas, prose around it, "8/10",
-    8.5, Score: 8. Not readable: marks that differ, 7-8, 80/100, 11, -3, 0.8 (of ten, or of one?),
-    and a number where the JSON was cut off (1, or the beginning of 10?).
+    Read: JSON, of which the outermost object with the key counts and its sentences do not; also in
+    fences, with single quotes or trailing commas, or amid prose; "8/10", 8.5, Score: 8.
+    Not read: two marks that differ, 7-8, 80/100, 11, -3, 0.8 (out of ten, or of one?), and a number
+    at which the JSON was cut off (is 1 the beginning of 10?).
 
     >>> fenced = '```json {"reasoning": "both are there", "score": "8/10",} ```'
     >>> parse_score(fenced), parse_score('{"score": 1')
@@ -313,7 +315,7 @@ def parse_score(reply: str, name: str = "score") -> float | None:
 
 
 def _marks_behind(name: str, text: str, is_cut_off: bool = False) -> list[float | None]:
-    """What stands wherever a mark of this name is given, None where that is no mark."""
+    """All marks of this name in a text; None for what stands in place of one but is no mark."""
     marks = []
     for found in re.finditer(NAMED % name, text, re.IGNORECASE):
         mark = MARK.fullmatch(found[1].strip())
@@ -339,13 +341,13 @@ def _split_json(text: str, key: str) -> tuple[list, str]:
             end = start + 1
             found = []
         values += found
-        rest += "]" if found else text[start:end]  # a bracket ends what NAMED reads
+        rest += "]" if found else text[start:end]  # "]": NAMED must not read on behind the object
         start = text.find("{", end)
     return values, rest + text[end:]
 
 
 def _values_under(key: str, decoded) -> list:
-    """The values under a key in the outermost objects that have it."""
+    """The values under a key in the outermost objects that have it, level by level."""
     level = [decoded]
     while level:
         values = []
@@ -375,7 +377,7 @@ NO_BBOX = re.compile(
     rf"|\bnot (?:be )?(?:visible|found|there|present|shown|seen|{IN_PICTURE})\b"
     r"|\b(?:do|does|did)(?: not|n['’]t) (?:contain|show|include|have|depict|appear|see|find)\b"
     r"|\b(?:cannot|can['’]t|could(?: not|n['’]t)|unable to) (?:find|locate|see|detect|identify)\b"
-    # "No red ball is visible", "no such thing in this picture"; and a whole reply like "No ball."
+    # "No red ball is visible", "no such thing in this picture"; and the reply "No ball."
     rf"|\bno\b[^.,:\n]{{1,60}}\b(?:visible|found|present|{IN_PICTURE})\b"
     r"|\A\W{0,9}no\b[^.,:\n]{0,40}\W{0,9}\Z",
     re.IGNORECASE,
@@ -383,17 +385,17 @@ NO_BBOX = re.compile(
 
 
 def parse_bboxes(reply: str, width: float, height: float) -> list[Box] | None:
-    """The boxes of a grounding reply on the 0..1000 grid, named ""; [] when it says there is none,
-    in words or by [0, 0, 0, 0].
+    """The boxes of a grounding reply, on the 0..1000 grid, with the name "". [] when the reply says
+    that there is none, in words or by [0, 0, 0, 0].
 
-    `width` and `height` are the frame in which the reply counts. For Qwen2.5-VL that is the picture
-    as its processor *resized* it, in pixels, 384 to 392 for example (QwenLM/Qwen3-VL issues 676 and
-    866); for Qwen3-VL it is 1000 by 1000.
-    Reads one box or a list, in all the ways of writing that parse_score reads; of a reply that was
-    cut off, the complete boxes. Labels are not compared: one name was asked for. What reaches out
-    of the frame is clipped, a box without area is left out.
-    None when it cannot be read: no box is left, or one is more than 10 % outside the frame, hence
-    not meant in this frame, nor are the others.
+    `width` and `height`: the size of the picture in the units of the reply. For Qwen2.5-VL these
+    are pixels of the picture *after* its processor resized it, for example from 384 to 392
+    (QwenLM/Qwen3-VL issues 676 and 866); for Qwen3-VL the size is 1000 by 1000.
+    Reads a box or a list, written in any way that parse_score reads; of a reply that was cut off
+    the complete boxes. Labels are ignored: the query has one name. Boxes are clipped to the
+    picture, those without area left out.
+    None when the reply cannot be read: no box is left; or a box reaches out of the picture by more
+    than 10 %, so that its units, and those of all boxes, must be others.
 
     >>> cut_off = '[{"bbox_2d": [98, 49, 196, 98], "label": "ball"}, {"bbox_2d": [0, 0, 39'
     >>> parse_bboxes(cut_off, width=392, height=392)
@@ -420,19 +422,21 @@ def parse_bboxes(reply: str, width: float, height: float) -> list[Box] | None:
 
 
 # -------------------------------------------------------------------------------------------------
-# What the judge is asked
+# The judge's queries
 
 
 class Task(NamedTuple):
-    intro: str  # what is to be checked
+    """The query of a part: intro, then question and answer, or one of yes_or_no."""
+
+    intro: str  # what to check
     max_tokens: int  # most tokens of a reply
-    question: str = ""  # for scoring="reply": how to mark it
-    answer: str = ""  # inside the braces of the JSON to reply with: reasons before the mark
+    question: str = ""  # with scoring="reply": how to mark it
+    answer: str = ""  # the JSON to reply with, without its braces: reasons before the mark
     marks: tuple[str, ...] = ("score",)  # the keys of the marks in it; the score is their mean
-    yes_or_no: tuple[str, ...] = ()  # for scoring="yes": one question per mark
+    yes_or_no: tuple[str, ...] = ()  # with scoring="yes": one question per mark
 
 
-# What a plan is marked for, one mark each (paper, appendix, figure 8)
+# The four marks of R_sem (paper, appendix, figure 8)
 CRITERIA = ("completeness", "faithfulness", "consistency", "clarity")
 
 SEMANTIC_INTRO = """\
@@ -471,7 +475,7 @@ strictly? (Left of: further left, side by side. On top of: right above and touch
 from 0 to 10. 8-10: all objects, all relations. 5-7: all objects, a relation is slightly off. 0-4: a
 relation is wrong or an important object is missing."""
 
-# The paper's figure 11, which asks for JSON, with an example: a list, and what to say of nothing
+# The paper's figure 11, to which we add an example, and the reply when there is nothing to report
 GROUND = """\
 Locate every "{name}" in the picture, report the bbox coordinates in JSON format: a list like this
 and nothing else: [{{"bbox_2d": [x1, y1, x2, y2], "label": "{name}"}}, ...]
@@ -510,30 +514,30 @@ TASKS = {
             "Is each requested object there, as it was requested, and where the request places it?",
         ),
     ),
-    "ri": Task(GROUND, max_tokens=300),  # a box is 30 to 45
+    "ri": Task(GROUND, max_tokens=300),  # a box takes 30 to 45
 }
 ANSWER = "\nAnswer with JSON like this and nothing else: {%s}"
 YES_OR_NO = "\nAnswer with Yes or No."
 
-# How a reply to YES_OR_NO may begin. Each is one token of Qwen's
+# How a reply to YES_OR_NO may begin. Each is one token of Qwen's tokenizer
 YES = ("Yes", "yes", "YES")
 NO = ("No", "no", "NO")
-LEAST_YES_OR_NO = 0.5  # probability of these six: below it the reply was going to be something else
+LEAST_YES_OR_NO = 0.5  # least probability of these six together, else the reply is unreadable
 
 
 # -------------------------------------------------------------------------------------------------
-# A vision-language model as the judge: what is asked and how replies are read, wherever it runs
+# A vision-language model as the judge, in this process or on a server
 
 
 class Question(NamedTuple):
-    text: str  # all that the judge reads, after the picture
+    text: str  # stands after the picture
     image: Image.Image | None
-    max_tokens: int  # most tokens of its reply
+    max_tokens: int  # most tokens of the reply
 
 
 class Reply(NamedTuple):
-    text: str  # ends in "…" if it was cut off: half a number must not pass for a number
-    frame: tuple[float, float] = (1000, 1000)  # (width, height) that the boxes in it count in
+    text: str  # ends in "…" if it was cut off, so that half a number is not read as a number
+    frame: tuple[float, float] = (1000, 1000)  # width and height of the picture in units of a box
 
 
 # What separates the turns of a chat, in Qwen's notation
@@ -541,15 +545,14 @@ CHAT_MARKERS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?(?:tool_call|tool_response|t
 
 
 class VlmJudge:
-    """The judge's contract, met by a vision-language model; a class that inherits runs the model.
+    """The judge's contract for a vision-language model. Subclasses run the model.
 
-    scoring="reply"     (the paper's) The judge writes its reasons, then a mark: up to 200 tokens.
-    scoring="yes"       Nothing is written. Each criterion is a question to be answered by Yes or
-                        No, and its mark is P(Yes) / (P(Yes) + P(No)) of the reply's first token
-                        (VQAScore, arXiv 2404.01291). The judge does not reason before it marks.
-                        In return rewards are smooth: fewer groups have equal rewards only, which
-                        teach nothing.
-    spatial_as="boxes"  (the paper's) R_spa sees the boxes drawn.
+    scoring="reply"     (the paper) The judge writes reasons and a mark, up to 200 tokens.
+    scoring="yes"       The judge writes nothing. Each criterion is a yes-no question; its mark is
+                        P(Yes) / (P(Yes) + P(No)) of the first token of the reply (VQAScore, arXiv
+                        2404.01291). There is no reasoning, but marks are smooth: fewer groups have
+                        equal rewards, from which nothing is learned.
+    spatial_as="boxes"  (the paper) For R_spa the judge sees the boxes drawn.
     spatial_as="text"   It reads their coordinates (the paper's table 6).
     """
 
@@ -562,19 +565,17 @@ class VlmJudge:
         self.scoring = scoring
         self.spatial_as = spatial_as
         self.words = {}  # part -> the replies of the last call
-        self.marks = {}  # part -> name of a mark -> per sample that mark / 10, None if unreadable
+        self.marks = {}  # part -> name -> per sample a mark in [0, 1], or None: see `_score`
 
-    # What runs the model. All questions of a call are handed over at once, in order.
+    # For subclasses: run the model
 
     def write(self, questions: list[Question]) -> list[Reply]:
-        """What the judge replies to each question, decoded greedily."""
+        """The reply to each question, decoded greedily."""
         raise NotImplementedError
 
     def probabilities(self, questions: list[Question], words: list[str]) -> list[list[float]]:
-        """Per question and word: the probability that the reply begins with this word.
-
-        A word should be one token of the judge's tokenizer. What becomes of one that is several
-        tokens is said where this is implemented."""
+        """Per question and word: the probability that the reply begins with this word, which should
+        be one token."""
         raise NotImplementedError
 
     # The four methods of the contract
@@ -588,15 +589,15 @@ class VlmJudge:
     def spatial(self, prompts, layouts):
         intros = []
         for prompt, layout in zip(prompts, layouts, strict=True):
-            given = LAYOUT_DRAWN
+            layout_text = LAYOUT_DRAWN
             if self.spatial_as == "text":
-                given = LAYOUT_AS_TEXT
+                layout_text = LAYOUT_AS_TEXT
                 for name, x1, y1, x2, y2 in layout:
-                    given += f"\n{name}: {x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}"
-            intros.append(self._intro("spa", prompt=prompt, layout=given))
+                    layout_text += f"\n{name}: {x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}"
+            intros.append(self._intro("spa", prompt=prompt, layout=layout_text))
         if self.spatial_as == "text":
             return self._score("spa", intros)
-        # in black: a colour could contradict the names ("blue ball" in a red rectangle)
+        # in black: another colour could contradict a name ("blue ball" in a red rectangle)
         sketches = [draw_boxes(layout, size=448, colours=("black",)) for layout in layouts]
         return self._score("spa", intros, sketches)
 
@@ -617,43 +618,38 @@ class VlmJudge:
         return answers
 
     def try_out(self):
-        """Asks a made-up question, without and with a picture, with room for a few tokens of reply.
-
-        Raises ValueError, in one line, when the judge cannot be asked: most likely its chat
-        template does not take what we hand over."""
+        """Sends a query without and one with a picture. Raises ValueError when that fails, most
+        likely because of the judge's chat template."""
         for image in (None, Image.new("RGB", (112, 112), "white")):
             question = Question("Is this a red ball?" + YES_OR_NO, image, max_tokens=4)
             try:
                 self.write([question])
                 if self.scoring == "yes":
                     self.probabilities([question], [*YES, *NO])
-            except Exception as error:  # templates raise whatever they like
+            except Exception as error:  # a template may raise anything
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 kind = "a question with a picture" if image else "a question"
                 raise ValueError(f"this judge cannot be asked: {kind} ended in {reason}") from error
 
-    # From questions to answers
+    # From queries to scores
 
     def _intro(self, part, **fields):
-        """The beginning of a question.
-
-        The policy wrote some of the fields. With chat markers of its own it could end the question
-        there and answer in the judge's name, so markers are taken out.
-        """
+        """The beginning of a query. Chat markers are removed from its fields: the policy, which
+        wrote some of them, could end the query there and go on in the judge's name."""
         clean = {}
         for name, text in fields.items():
             clean[name] = self.markers.sub(" ", text)
         return TASKS[part].intro.format(**clean)
 
     def _questions(self, texts, images, max_tokens):
-        """One per text; `images` is None for questions without pictures."""
+        """A Question per text; `images` may be None."""
         questions = []
         for text, image in zip(texts, images or [None] * len(texts), strict=True):
             questions.append(Question(text, image, max_tokens))
         return questions
 
     def _score(self, part, intros, images=None):
-        """Scores in [0, 1], the mean of the marks / 10; None where one of them is missing."""
+        """Per sample the score, the mean of its marks; None where a mark is missing."""
         if self.scoring == "yes":
             marks = self._marks_by_yes(part, intros, images)
         else:
@@ -664,12 +660,13 @@ class VlmJudge:
         self.marks[part] = {}
         if len(marks) > 1:
             for name, column in marks.items():
-                kept = zip(column, scores, strict=True)
-                self.marks[part][name] = [None if score is None else mark for mark, score in kept]
+                pairs = zip(column, scores, strict=True)
+                # without a score the sample has no marks, either: their mean is that of the scores
+                self.marks[part][name] = [None if score is None else mark for mark, score in pairs]
         return scores
 
     def _written_marks(self, part, intros, images):
-        """scoring="reply": {name of a mark: per sample the mark / 10, or None}."""
+        """scoring="reply": name of a mark -> per sample that mark in [0, 1], or None."""
         task = TASKS[part]
         texts = [intro + task.question + ANSWER % task.answer for intro in intros]
         replies = self.write(self._questions(texts, images, task.max_tokens))
@@ -680,21 +677,21 @@ class VlmJudge:
         return marks
 
     def _marks_by_yes(self, part, intros, images):
-        """scoring="yes": the same, with one question per mark."""
+        """scoring="yes": the same, by one question per mark."""
         task = TASKS[part]
         questions = []
         for criterion in task.yes_or_no:
             texts = [intro + criterion + YES_OR_NO for intro in intros]
             questions += self._questions(texts, images, max_tokens=1)
-        chances = iter(self.probabilities(questions, [*YES, *NO]))
+        probabilities = self.probabilities(questions, [*YES, *NO])
         words = [[] for _ in intros]
         marks = {}
-        for name in task.marks:
+        for k, name in enumerate(task.marks):
             marks[name] = []
             for i in range(len(intros)):
-                chance = next(chances)
-                yes = sum(chance[: len(YES)])
-                yes_or_no = sum(chance)
+                of_words = probabilities[k * len(intros) + i]
+                yes = sum(of_words[: len(YES)])
+                yes_or_no = sum(of_words)
                 mark = yes / yes_or_no if yes_or_no >= LEAST_YES_OR_NO else None
                 marks[name].append(mark)
                 words[i].append(f"{name}: yes {yes:.3f}, no {yes_or_no - yes:.3f}")
@@ -708,36 +705,36 @@ class VlmJudge:
 
 @dataclass
 class JudgeConfig:
-    """The flags of everything that asks for rewards: the configurations inherit them."""
+    """The flags of judge and rewards, which other configurations inherit."""
 
-    judge: str = "toy"  # `toy`, toy:0.2 (errs), folder or hub id of a Qwen2.5-VL or 3-VL, http://…
+    judge: str = "toy"  # `toy`, toy:0.2 (errs), http://…, folder or hub id of a Qwen2.5-VL or 3-VL
     judge_model: str = ""  # its name on the server of http://…/v1; default: the only one there
     judge_device: str = ""  # where judge and HPS are; default: on the GPU of each rank
-    scoring: Literal["reply", "yes"] = "reply"  # marks are written; or P(Yes) of yes-no questions
-    spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa sees the boxes drawn; or reads numbers
-    judge_batch: int = 0  # questions that the judge takes at a time; 0: 16, or 64 on a server
+    scoring: Literal["reply", "yes"] = "reply"  # the judge writes marks; or P(Yes) is the mark
+    spatial_as: Literal["boxes", "text"] = "boxes"  # R_spa: boxes are drawn; or given as numbers
+    judge_batch: int = 0  # queries that the judge takes at a time; 0: 16, or 64 on a server
     hps: str = "toy"  # `toy` (stand-in), or file or hub id of HPS v2.1
-    rewards: tuple[str, ...] = PARTS  # the parts that take part
-    combine: Literal["product", "sum"] = "product"  # how they become one number (paper: product)
+    rewards: tuple[str, ...] = PARTS  # the parts of the total reward
+    combine: Literal["product", "sum"] = "product"  # how the total comes from them (paper: product)
 
 
 LAZY = {"QwenJudge": "judges.qwen", "ServedJudge": "judges.served", "HPS": "judges.hps"}
 
 
 def __getattr__(name: str):
-    """`rewards.QwenJudge`, `rewards.ServedJudge` and `rewards.HPS`: loaded when they are named."""
+    """Loads QwenJudge, ServedJudge or HPS when it is first used: their packages are large."""
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(LAZY[name]), name)
 
 
 def load_judge(config: JudgeConfig, device):
-    """(judge, hps) that the flags name. hps is there for evaluations even when it has no part in
-    the reward; None without a --hps, or when the stand-in cannot judge these pictures.
+    """(judge, hps) that the flags name. hps is loaded for evaluations even when --rewards lacks it;
+    None with an empty --hps, or where the toy's stand-in would be of no use.
 
-    Raises OSError or ValueError when there is no such judge, or when it cannot be asked."""
+    Raises OSError or ValueError when there is no such judge, or it does not work."""
     device = config.judge_device or device
-    is_toy = config.judge.split(":")[0] == "toy"  # toy:0.2 is one, too
+    is_toy = config.judge.split(":")[0] == "toy"  # also toy:0.2, which errs
     if is_toy:
         from toy.world import ToyJudge
 
@@ -779,7 +776,7 @@ def load_judge(config: JudgeConfig, device):
 @dataclass
 class Config(JudgeConfig):
     judge_device: str = "cpu"  # where judge and HPS are: cpu or cuda
-    hps: str = ""  # file or hub id of HPS v2.1, or `toy` (stand-in); without one, it is left out
+    hps: str = ""  # file or hub id of HPS v2.1, or `toy` (stand-in); empty: no R_HPS
     prompt: str = ""  # what the picture should show
     chain: Path = Path("chain.txt")  # text file with the plan
     image: Path = Path("picture.png")  # the picture that was drawn from it
@@ -789,8 +786,7 @@ class Config(JudgeConfig):
 def draw_matches(
     plan: list[Box], found: dict[str, list[Box] | None], image: Image.Image
 ) -> Image.Image:
-    """The picture with the planned boxes, each with its IoU, and their partners among those that
-    the judge found (see score_with_boxes)."""
+    """The picture with planned boxes, each with its IoU, and the found boxes that match them."""
     planned_boxes = []
     found_boxes = []
     for box, (overlap, partner) in zip(plan, match_boxes(plan, found), strict=True):
@@ -822,12 +818,12 @@ def main(argv: list[str] | None = None) -> None:
             combine=config.combine,
         )
         plan = parse_chain(chain)
-        words = dict(getattr(judge, "words", {}))
         if not found:  # --rewards without ri
             found, _ = ground_plans(judge, [plan], [image])
         draw_matches(plan, found[0], image).save(config.out)
     except (OSError, ValueError, RuntimeError) as error:
         run.fail(" ".join(str(error).split()))  # in one line
+    words = getattr(judge, "words", {})
     width = max(10, *map(len, scores[0]))
     for part, value in scores[0].items():
         replies = " ".join(words.get(part, [])).split()

@@ -1,20 +1,21 @@
-"""GRPO for GoT-R1: reinforcement learning that teaches an image model to reason before it draws
-(paper section 3).
+"""GRPO for GoT-R1: reinforcement learning that teaches an image model to reason before it draws.
 
 The model reads a prompt, writes a chain that names each object and its box, then samples the image
-tokens: `group` times for each prompt. Rewards compare prompt, chain and picture. Samples that did
-better than their group's mean become more likely:
+tokens. It does so `group` times per prompt. Rewards compare prompt, chain and picture. Samples
+with a reward above the mean of their group become more likely:
 
-    advantage = reward - mean of the group          (the paper divides it by the group's std + 1e-4)
+    advantage = reward - mean of the group      (the paper also divides by the group's std + 1e-4)
     loss      = mean over all sampled tokens of
                 -min(ratio * advantage, clip(ratio) * advantage) + kl * k3(policy, reference)
 
-What differs from the paper, or is open there (equation 2, section 4.1):
-1. One mean over all sampled tokens of the step; equation 2 is written per sample.
+Where this code departs from the paper (sections 3 and 4.1), or fills in what it leaves open:
+1. The loss is one mean over all sampled tokens of the step. The paper's equation 2 takes the mean
+   of each sample first (--loss_mean sequence).
 2. Groups whose rewards are all equal are left out of that mean, and counted.
 3. One optimizer step per rollout, so ratio is 1 and nothing is clipped; --updates takes more.
-4. The judge's questions are our wording of the paper's; R_sem is the mean of four marks.
-5. The toy trains all language parameters, without guidance, and divides by no standard deviation.
+4. The judge's queries are our wording of the paper's; R_sem is the mean of four marks.
+5. The toy trains all language parameters, not LoRA; samples without guidance; and its advantages
+   are not divided by a standard deviation.
 
     torchrun train_grpo.py                          # the toy: two CPU cores, a few minutes
     python train_grpo.py --out out/again --seed 1   # the same without torchrun, another seed
@@ -48,30 +49,29 @@ from toy.world import follow_plans, read_text
 
 @dataclass
 class Config(rewards.JudgeConfig, trainer.TrainerConfig):
-    """The flags: these, those of both trainers (TrainerConfig) and those of the judge
-    (JudgeConfig)."""
+    """The flags: these, and what is inherited, those of the judge and those of both trainers."""
 
-    preset: Literal["toy", "paper"] = "toy"  # defaults of all flags: the toy's, or the paper's
+    preset: Literal["toy", "paper"] = "toy"  # which defaults the other flags have, see PRESETS
     # Model and data
     model: str = "toy"  # `toy`, or a folder or hub id of a checkpoint
     prompts: tuple[str, ...] = ("toy",)  # `toy`; text files, one prompt per line; x.parquet:column
     eval_file: str = "toy"  # held-out prompts: `toy`, or a text file with one prompt per line
-    eval_prompts: int = 240  # held-out prompts that are drawn before and after
+    eval_prompts: int = 240  # held-out prompts to draw before and after training
     out: str = "out/grpo"  # folder of this run; the same flags again continue where it stopped
     # Rollout
     steps: int = 110  # rollouts in all (paper: 1000)
     batch_size: int = 8  # prompts per step, over all ranks (paper: 8)
     group: int = 16  # samples per prompt (paper: 16)
     cfg: float | None = None  # guidance; default: 5 for Janus-Pro, 1 (none) for the toy
-    max_chain: int | None = None  # most sampled chain tokens; default: 600 for Janus-Pro, toy 96
+    max_chain: int | None = None  # most tokens of a chain; default: 600 for Janus-Pro, toy 96
     rollout_batch: int = 8  # prompts that a rank draws at a time; changes memory, not the samples
     # Loss
     updates: int = 1  # optimizer steps per rollout, each over all of it
-    clip: float = 0.2  # the ratio policy / policy that sampled counts from 1 - clip to 1 + clip
-    kl: float = 0.02  # weight of the KL to the reference; 0: no reference model
-    loss_mean: Literal["token", "sequence"] = "token"  # over tokens; or per sample, then samples
-    advantage: Literal["mean", "group_std", "batch_std"] = "mean"  # scale: `step_advantages`
-    logp: Literal["cond", "guided"] = "cond"  # distribution of image tokens that is scored with cfg
+    clip: float = 0.2  # the loss clips the ratio to 1 - clip .. 1 + clip
+    kl: float = 0.02  # weight of the KL to the reference; 0: no reference model is loaded
+    loss_mean: Literal["token", "sequence"] = "token"  # what counts equally, see `token_weights`
+    advantage: Literal["mean", "group_std", "batch_std"] = "mean"  # see `step_advantages`
+    logp: Literal["cond", "guided"] = "cond"  # image tokens are scored without or with guidance
     # Optimisation
     lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)
     lr_floor: float = 0.1  # share of the peak at which the cosine ends
@@ -81,10 +81,10 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
     evaluate_looks: bool = False  # each look draws and scores all held-out prompts as well
 
 
-# Only what differs from the defaults above. Stated in section 4.1: batch, group and steps, learning
-# rate and its cosine, LoRA 32, equation 1. Open there, and chosen as T2I-R1 did for the same model:
-# guidance 5 in the rollout, scored on the conditional branch, KL 0.01, no warm-up. Sizes are those
-# for 7B on 80 GB, see docs/gpu.md.
+# Only what differs from the defaults above. From the paper (section 4.1): batch_size, group, steps,
+# lr and its cosine, lora, advantage. Not in the paper, taken from T2I-R1, which trains the same
+# model: cfg 5, logp cond, kl 0.01, no warm-up. dtype, rollout_batch and so on suit a 7B on 80 GB,
+# see docs/gpu.md.
 PRESETS = {
     "toy": {},
     "paper": {
@@ -112,27 +112,29 @@ PRESETS = {
 def group_advantages(
     rewards: torch.Tensor, group: int, eps: float = 1e-4, std: bool = True
 ) -> torch.Tensor:
-    """Rewards (N,), the `group` samples of a prompt next to each other -> advantages (N,) (paper
-    equation 1).
+    """Rewards (N,) -> advantages (N,), paper equation 1. The `group` samples of a prompt stand next
+    to each other.
 
-    The standard deviation is the unbiased one, as torch's default; without `std` there is no
-    division (Dr. GRPO). A group of equal rewards gets exactly 0.
+    The standard deviation is the unbiased one, torch's default. std=False divides by nothing, as
+    Dr. GRPO does. A group of equal rewards gets exactly 0.
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.5, 0.5]), group=2)
     tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
     rewards = rewards.view(-1, group)
     centered = rewards - rewards.mean(dim=1, keepdim=True)
     scale = rewards.std(dim=1, keepdim=True) + eps if std else 1.0
-    # Equal rewards may have a rounded mean that differs from them: compare the rewards themselves
+    # The mean of equal rewards may be rounded, and centered then is not 0: compare the rewards
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     return torch.where(equal, 0.0, centered / scale).flatten()
 
 
 def step_advantages(rewards: torch.Tensor, group: int, kind: str) -> torch.Tensor:
-    """Rewards (N,) -> advantages (N,): minus the mean of their group, and divided by
-    nothing ("mean", Dr. GRPO);
-    the standard deviation of the group ("group_std", the paper);
-    the standard deviation of all advantages of the step, on all ranks ("batch_std")."""
+    """Rewards (N,) -> advantages (N,): minus the mean of the group, then divided by
+
+    "mean"       nothing (Dr. GRPO)
+    "group_std"  the standard deviation of the group (the paper)
+    "batch_std"  the standard deviation of all advantages of the step, on all ranks
+    """
     advantages = group_advantages(rewards, group, std=kind == "group_std")
     if kind == "batch_std":
         of_all_ranks = torch.tensor(run.gather_list(advantages.tolist()))
@@ -145,11 +147,11 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, weight, clip: float = 0.2, k
     equation 2).
 
     logp, logp_old, logp_ref: (N, S); advantages: (N,). `logp_ref` may be None when kl is 0.
-    weight: (N, S), how much each token counts: 1 / (sampled tokens of the whole step) for a mean
-        over tokens, 0 for what was not sampled. Gradients of micro-batches and ranks then add up.
+    weight: (N, S), see `token_weights`. Weights of all micro-batches and ranks add up to 1, so the
+        sum of their losses is the loss of the step.
 
-    Returns (loss, sums): a scalar, and (4,) sums over the tokens with weight, for the log: of
-    ratio, clipped share, KL, and 1."""
+    Returns the loss, a scalar, and for the log (4,): the sum of ratio, of is_clipped and of k3 over
+    the tokens with a weight, and the number of these tokens."""
     advantages = advantages[:, None]
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -162,15 +164,17 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, weight, clip: float = 0.2, k
 
     counts = (weight > 0).float()
     is_clipped = (clipped * advantages < ratio * advantages).float()
-    sums = [(value.detach() * counts).sum() for value in (ratio, is_clipped, k3)]
+    sums = [(value.detach() * counts).sum() for value in (ratio, is_clipped, k3)]  # for the log
     return loss, torch.stack([*sums, counts.sum()])
 
 
 def token_weights(mask: torch.Tensor, kept: list[int], loss_mean: str) -> torch.Tensor:
-    """Mask (N, S) -> the weight of each token in the loss; all ranks' weights add up to 1.
+    """Mask (N, S) -> the weight of each token in the loss; the weights of all ranks add up to 1.
+    Samples that are not in `kept` have weight 0.
 
-    kept: the samples that are trained. "token": one mean over all their tokens. "sequence": over
-    the tokens of each, then over samples (paper equation 2)."""
+    "token"     every sampled token of the step counts the same
+    "sequence"  every sample counts the same, and every token within it (paper equation 2)
+    """
     weights = torch.zeros_like(mask)
     weights[kept] = mask[kept]
     if loss_mean == "sequence":
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     share = config.batch_size // world  # prompts per rank and step
     log = run.Log(training.folder, engine.first_step, config.wandb)
     run.explain_crashes(training.folder)
-    stopped = run.watch_signals(device)
+    stop_requested = run.watch_signals(device)  # a function: has SIGTERM or Ctrl-C come?
     if engine.first_step == 0:
         evaluate(training, "before", step=0)
 
@@ -204,16 +208,16 @@ def main(argv: list[str] | None = None) -> None:
         disable=rank > 0,
     )
     for step in bar:
-        clock = [time.time()]
+        clock = [time.time()]  # when each phase began
 
-        # 1) Prompts: every rank takes its share of the step's
+        # 1) Prompts: the step has `batch_size` of them, in an order; each rank takes some places
         order = trainer.order_of_step(len(training.prompts), step, config.batch_size, config.seed)
         places = list(range(rank * share, (rank + 1) * share))
         prompts = [training.prompts[order[place]] for place in places]
 
-        # 2) Rollout: `group` chains and pictures for each prompt. Sample n belongs to prompt
-        # n // group. Random numbers hang on seed, step and place: the same on any number of ranks
-        early = EarlyQuestions(training, prompts)
+        # 2) Rollout: `group` chains and pictures per prompt. Sample n belongs to prompt n // group.
+        # Seed, step and place fix the random numbers: they are the same on any number of ranks
+        early = EarlyJudging(training, prompts)
         with engine.gathered() as model:
             rollouts = gotr1.rollout(
                 model,
@@ -226,11 +230,12 @@ def main(argv: list[str] | None = None) -> None:
                 indices=places,
                 logp_mode=config.logp,
                 at_once=config.rollout_batch,
-                each=early.ask,
+                each=early.start,
             )
         clock.append(time.time())
 
-        # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics
+        # 3) Rewards: prompt to chain, chain to image, prompt to image, aesthetics. A judge on a
+        # server has seen the images during the rollout: they are decoded already
         images = early.images or gotr1.decode_images(engine.model, rollouts.image_tokens)
         clock.append(time.time())
         scores = rewards.score(
@@ -251,20 +256,20 @@ def main(argv: list[str] | None = None) -> None:
         has_signal = advantages.view(-1, config.group).any(dim=1)  # (prompts,)
         kept = has_signal.repeat_interleave(config.group).nonzero().flatten().tolist()
         weights = token_weights(rollouts.mask, kept, config.loss_mean)
-        micro_batches = split_evenly(kept, weights, config.micro_batch)
+        micro_batches = split_micro_batches(kept, weights, config.micro_batch)
 
-        # 5) Loss and gradient: one pass over whole sequences. Micro-batches and ranks add up to
-        # one mean over all tokens, so neither changes the gradient
+        # 5) Loss and gradient: one pass over complete sequences. The losses of micro-batches and
+        # ranks add up to one mean over all tokens, so neither changes the gradient
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup, config.lr_floor)
-        drift = Drift(config.dtype, config.cfg, config.logp, device)
+        drift = Drift(config.dtype, config.cfg, config.logp, device)  # of training from the sampler
         ref_logps = reference_logps(training, rollouts, micro_batches)
-        old_logps = {}  # micro-batch -> (n, S), of the policy that sampled
+        old_logps = {}  # micro-batch -> (n, S), under the policy that sampled
         for _ in range(config.updates):
-            loss_sums = torch.zeros(4, device=device)  # over tokens: ratio, clip, kl, 1
+            loss_sums = torch.zeros(4, device=device)  # for the log, see `grpo_loss`
             for k, (samples, mb_weight) in enumerate(micro_batches):
                 mb = rollouts.select(samples)
                 mb_logp, _ = engine.score(mb)
-                old_logp = old_logps.setdefault(k, mb_logp.detach())  # from the first update
+                old_logp = old_logps.setdefault(k, mb_logp.detach())  # set by the first update
                 drift.add(old_logp, mb.logp, ref_logps[k], mb_weight > 0, mb.image_tokens.shape[1])
                 loss, sums = grpo_loss(
                     mb_logp,
@@ -278,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
                 engine.backward(loss)
                 loss_sums += sums
 
-            # 6) Step: the gradient is summed over ranks, then clipped; none if it is not finite
+            # 6) Step: the gradient is summed over ranks, then clipped; not finite: no step
             grad_norm = engine.step(lr)
             skipped = count_skipped(grad_norm, skipped)
         drift.check(is_first_step=step == 0)
@@ -303,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         done = step + 1
         if is_due(done, config.look_every):
             look(training, done, row["reward"])
-        stopping = stopped()
+        stopping = stop_requested()
         if stopping or is_due(done, config.save_every) or done == config.steps:
             engine.save(training.folder, done, config.keep)
             log.plot(CURVES)
@@ -331,24 +336,24 @@ class Training:
     config: Config
     engine: trainer.Engine
     judge: object  # the contract at the top of rewards.py
-    hps: object  # a function of prompts and images, or None
-    prompts: list[str]
-    held_out: list[str]  # prompts
-    given_plans: list[tuple[str, str]]  # (prompt, chain), held out as well
+    hps: object  # a function (prompts, images) -> scores, or None
+    prompts: list[str]  # to train on
+    held_out: list[str]  # prompts to evaluate on
+    given_plans: list[tuple[str, str]]  # (prompt, chain) to draw and evaluate, see held_out.py
     folder: Path
     rank: int
-    world: int  # processes
+    world: int  # number of ranks
 
     @property
     def rehearsal(self) -> bool:
-        """A run of one step shows that everything runs, and how fast. Random weights will do: what
-        else would stop the run, unreadable replies and chains without boxes, is only reported."""
+        """Whether this is a run of one step, to see that everything works, and how fast. Random
+        weights will do: unreadable replies and chains without boxes do not stop it."""
         return self.config.steps == 1
 
 
 def load_training(config: Config, rank: int, world: int, device: torch.device) -> Training:
-    """Everything that the flags name. Bad input ends the program here, in one line, and leaves
-    nothing behind."""
+    """Loads everything that the flags name. Bad input ends the program here with a message, before
+    anything is written."""
     check_config(config, world)
     prompts = join_prompts(config.prompts)
     eval_prompts = read_prompts(config.eval_file, held_out=True, count=config.eval_prompts)
@@ -357,18 +362,18 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
     if saved:
         run.open_run(config.out, config)  # with other flags the program ends here
     try:
-        judge, hps = rewards.load_judge(config, device)  # first: a judge that fails, fails here
+        judge, hps = rewards.load_judge(config, device)  # first: it fails sooner than a large model
         engine = trainer.load_engine(config, device, gotr1.token_logps, config.model, saved)
         if config.kl and not config.lora:
             trainer.load_reference(engine, config.model)
         chosen = gotr1.with_defaults(config, engine.model)
-        tokenized = [gotr1.encode_prompt(engine.tokenizer, prompt) for prompt in eval_prompts]
-        gotr1.check_room(engine.model, tokenized, chosen.max_chain + 1)
+        eval_ids = [gotr1.encode_prompt(engine.tokenizer, prompt) for prompt in eval_prompts]
+        gotr1.check_room(engine.model, eval_ids, chosen.max_chain + 1)
         prompts = drop_too_long(prompts, engine.model, engine.tokenizer, chosen.max_chain)
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
     given_plans = []
-    if config.eval_file == "toy":  # all 180 beside 240 prompts, fewer beside fewer
+    if config.eval_file == "toy":  # of each of three kinds a fourth of --eval_prompts, at most 60
         given_plans = follow_plans(math.ceil(config.eval_prompts / 4))
     folder = run.open_run(config.out, config)
     return Training(
@@ -386,7 +391,7 @@ def load_training(config: Config, rank: int, world: int, device: torch.device) -
 
 
 def check_config(config: Config, world: int) -> None:
-    """Bad settings end the program here, in one line, before anything is loaded or written."""
+    """Bad settings end the program here with a message, before anything is loaded or written."""
     run.check_ranges(
         config,
         at_least_one="steps batch_size updates eval_prompts save_every rollout_batch micro_batch",
@@ -414,7 +419,7 @@ def check_config(config: Config, world: int) -> None:
 
 def check_toy_judge(config: Config, prompts: list[str]) -> None:
     """The toy's judge and stand-in for HPS understand the toy's sentences only."""
-    is_toy = config.judge.split(":")[0] == "toy"  # toy:0.2 is one, too
+    is_toy = config.judge.split(":")[0] == "toy"  # also toy:0.2, which errs
     if not is_toy and not (config.hps == "toy" and "hps" in config.rewards):
         return
     for prompt in prompts:
@@ -426,17 +431,17 @@ def check_toy_judge(config: Config, prompts: list[str]) -> None:
 
 
 def drop_too_long(prompts: list[str], model, tokenizer, max_chain: int) -> list[str]:
-    """The prompts that leave room for a chain and the image; says how many do not. Raises
-    ValueError when none does."""
+    """The prompts that leave room in the context for a chain and the image; prints how many do not.
+    Raises ValueError when none does."""
     context = model.config.text_config.max_position_embeddings
     room = context - (max_chain + 1) - gotr1.image_token_count(model)
     kept = []
     for prompt in prompts:
-        # a token is a byte or more: most prompts need not be encoded to see that they fit
-        surely = len(gotr1.format_prompt(prompt).encode()) < room
-        if surely or len(gotr1.encode_prompt(tokenizer, prompt)) <= room:
+        # of millions of captions most need not be encoded: a token is at least a byte
+        is_short = len(gotr1.format_prompt(prompt).encode()) < room
+        if is_short or len(gotr1.encode_prompt(tokenizer, prompt)) <= room:
             kept.append(prompt)
-    if not kept:
+    if not kept:  # this raises the ValueError
         gotr1.check_room(model, [gotr1.encode_prompt(tokenizer, prompts[0])], max_chain + 1)
     if len(kept) < len(prompts):
         run.say(f"{len(prompts) - len(kept)} prompts of more than {room} tokens are left out")
@@ -452,17 +457,17 @@ def repeat(prompts: list[str], group: int) -> list[str]:
     return [prompt for prompt in prompts for _ in range(group)]
 
 
-class EarlyQuestions:
-    """Lets a judge on a server look at every finished part of a rollout while the next is drawn.
-    For a judge in this process it does nothing."""
+class EarlyJudging:
+    """Sends every finished part of a rollout to a judge on a server while the next part is drawn.
+    Does nothing for a judge in this process."""
 
     def __init__(self, training: Training, prompts: list[str]):
         self.training = training
         self.prompts = prompts
-        self.images = []  # of all parts, where there is such a judge
+        self.images = []  # of all parts; stays empty for a judge in this process
 
-    def ask(self, first: int, part: gotr1.Rollout) -> None:
-        """`first`: the place of the part's first prompt among the prompts of this rank."""
+    def start(self, first: int, part: gotr1.Rollout) -> None:
+        """`first`: index of the part's first prompt among the prompts of this rank."""
         judge = self.training.judge
         if not hasattr(judge, "ask_early"):
             return
@@ -473,10 +478,11 @@ class EarlyQuestions:
         self.images += images
 
 
-def split_evenly(kept: list[int], weights: torch.Tensor, micro_batch: int):
-    """This rank's micro-batches, as many as the rank with the most samples has: with shards each
-    pass is collective. [(samples, their weights (n, S))]; a rank that has none left scores sample 0
-    with weights of zero."""
+def split_micro_batches(kept: list[int], weights: torch.Tensor, micro_batch: int):
+    """The micro-batches of this rank, a list of (samples, their weights (n, S)).
+
+    Every rank gets as many as the rank with the most samples, because with weights in shards all
+    ranks take part in each pass. A rank without samples left scores sample 0 with weights of 0."""
     passes = max(run.gather_list([math.ceil(len(kept) / micro_batch)]))
     batches = []
     for k in range(passes):
@@ -489,7 +495,7 @@ def split_evenly(kept: list[int], weights: torch.Tensor, micro_batch: int):
 
 
 def reference_logps(training: Training, rollouts: gotr1.Rollout, micro_batches) -> list:
-    """Log-probabilities under the reference, (n, S) per micro-batch; None without a KL."""
+    """Per micro-batch the log-probabilities under the reference, (n, S); None when --kl is 0."""
     logps = []
     for samples, _ in micro_batches:
         logp = None
@@ -511,7 +517,7 @@ def count_skipped(grad_norm: float, skipped: int) -> int:
 
 
 def check_gradient(grad_norm: float, step: int, kept: list[int]) -> None:
-    """Raises RuntimeError when rewards differ in the first step and yet nothing would change."""
+    """Raises RuntimeError when the first step has differing rewards but no gradient."""
     if step == 0 and kept and not grad_norm > 0:
         raise RuntimeError(f"self-test: the gradient norm is {grad_norm} although rewards differ")
 
@@ -527,7 +533,7 @@ def check_boxes(training: Training, row: dict) -> None:
 
 
 def is_due(done: int, every: int) -> bool:
-    """Whether something that happens `every` so many steps (0: never) happens after step `done`."""
+    """Whether what happens every `every` steps (0: never) happens after `done` steps."""
     return every > 0 and done % every == 0
 
 
@@ -536,11 +542,11 @@ def is_due(done: int, every: int) -> bool:
 
 
 def score_all(training: Training, prompts, chains, images) -> tuple[list[dict], list[dict]]:
-    """All parts and the product of them, whatever is trained on, and the boxes that the judge
-    found; `trained` is what is trained on, where that is something else. `--judge toy:0.2` errs in
-    training only."""
+    """The rewards of held-out samples, always all parts and their product as `total`, and the boxes
+    that the judge found. Where --rewards or --combine train on something else, that is `trained`.
+    """
     config = training.config
-    judge = getattr(training.judge, "exact", training.judge)
+    judge = getattr(training.judge, "exact", training.judge)  # toy:0.2 errs in training only
     rows, found = rewards.score_with_boxes(
         judge, training.hps, prompts, chains, images, strict=not training.rehearsal
     )
@@ -563,18 +569,21 @@ def drawing(training: Training) -> held_out.Drawing:
         rank=training.rank,
         world=training.world,
         at_once=config.rollout_batch * config.group,
-        gathered=training.engine.gathered,  # judging needs the room that gathered weights take
+        gathered=training.engine.gathered,
     )
 
 
 def evaluate(training: Training, label: str, step: int) -> None:
-    """Draws and scores the held-out prompts, one sample each: eval_<label>.json, rows_<label>.json
-    and samples_<label>.png, which shows the first 12."""
-    how = drawing(training)
+    """Draws and scores the held-out prompts, one sample each, then the given plans; then measures
+    how different the plans of one prompt are.
+
+    Writes eval_<label>.json (means), rows_<label>.json (each sample) and samples_<label>.png (the
+    first 12)."""
+    policy = drawing(training)
     score = functools.partial(score_all, training)
     is_exact = training.config.judge.split(":")[0] == "toy"
-    rows = held_out.evaluate(how, score, training.held_out, label=label, exact=is_exact)
-    rest = held_out.evaluate_rest(how, score, training.held_out, training.given_plans, label)
+    rows = held_out.evaluate(policy, score, training.held_out, label=label, exact=is_exact)
+    rest = held_out.evaluate_rest(policy, score, training.held_out, training.given_plans, label)
     if training.rank == 0:
         folder = training.folder
         held_out.write_evaluation(folder, label, step, training.config.seed, rows + rest)
@@ -582,8 +591,8 @@ def evaluate(training: Training, label: str, step: int) -> None:
 
 
 def look(training: Training, step: int, reward: float) -> None:
-    """A frame of learning.gif: the first 4 held-out prompts after `step` steps. With
-    --evaluate_looks all of them are drawn and scored, too."""
+    """Draws a frame of learning.gif: the first 4 held-out prompts after `step` steps. With
+    --evaluate_looks also draws and scores all held-out prompts."""
     if training.config.evaluate_looks and step < training.config.steps:
         evaluate(training, f"step_{step:06d}", step)
 
@@ -598,21 +607,21 @@ def look(training: Training, step: int, reward: float) -> None:
         cells = []
         for row in rows:
             cell = {"prompt": row["prompt"], "chain": row["chain"], "image": row["image"]}
-            cell["boxes"] = []  # the picture as it is
+            cell["boxes"] = []  # none over the picture
             cells.append(cell)
         path = frames / f"{step:06d}.png"
         sheets.draw_sheet(cells, path, columns=2, side=160, title=title)
 
 
 def join_frames(training: Training) -> None:
-    """learning.gif, of the frames so far."""
+    """Writes learning.gif from the frames so far."""
     frames = sorted((training.folder / "frames").glob("*.png"))
     if training.rank == 0 and frames:
         sheets.join_frames(frames, training.folder / "learning.gif")
 
 
 def summarise_run(training: Training) -> None:
-    """Prints the table of before and after, and where everything is."""
+    """Prints the table of before and after, and the files that were written."""
     folder = training.folder
     before = json.loads((folder / "eval_before.json").read_text())
     after = json.loads((folder / "eval_after.json").read_text())
@@ -625,7 +634,7 @@ def summarise_run(training: Training) -> None:
         "curves.png",
         "log.jsonl",
     ):
-        if (folder / name).exists():  # a film needs --look_every
+        if (folder / name).exists():  # no learning.gif with --look_every 0
             print(f"  {folder / name}")
     print(f"  {folder / f'step_{training.config.steps:06d}'}")
 
@@ -634,7 +643,7 @@ def summarise_run(training: Training) -> None:
 # The log
 
 
-CURVES = {  # title of a panel of curves.png -> keys of the log
+CURVES = {  # title of a panel of curves.png -> keys of the log that it shows
     "total reward": ["reward"],
     "its parts": ["sem", "spa", "ri", "pi", "hps"],
     "entropy (nats per token)": ["entropy_text", "entropy_image"],
@@ -648,8 +657,8 @@ PHASES = ("rollout_s", "decode_s", "judge_wait_s", "update_s")
 def mean_of_samples(
     rollouts: gotr1.Rollout, scores: list[dict], images: list, group: int
 ) -> dict[str, float]:
-    """Means over the samples of all ranks; standard deviations of their rewards: `reward_std`,
-    `sem_std`, …; and how different the plans of a prompt are."""
+    """Over the samples of all ranks: means, standard deviations of the rewards (`reward_std`,
+    `sem_std`, …), and how different the plans of one prompt are."""
     rows = run.gather_list(describe_samples(rollouts, scores, images, group))
     means = {}
     for key in rows[0]:
@@ -665,12 +674,12 @@ def mean_of_samples(
 def describe_samples(
     rollouts: gotr1.Rollout, scores: list[dict], images: list, group: int
 ) -> list[dict]:
-    """What the log needs of each sample; `group_std` and `zero_var` of a sample are those of its
-    group."""
-    n_images = rollouts.image_tokens.shape[1]
-    text_tokens = rollouts.mask[:, :-n_images].sum(dim=1).clamp(min=1)
-    entropy_text = rollouts.entropy[:, :-n_images].sum(dim=1) / text_tokens
-    entropy_image = rollouts.entropy[:, -n_images:].mean(dim=1)
+    """What the log needs of each sample of this rank. `group_std` and `zero_var` belong to a group:
+    each of its samples carries them."""
+    image_len = rollouts.image_tokens.shape[1]
+    text_tokens = rollouts.mask[:, :-image_len].sum(dim=1).clamp(min=1)
+    entropy_text = rollouts.entropy[:, :-image_len].sum(dim=1) / text_tokens
+    entropy_image = rollouts.entropy[:, -image_len:].mean(dim=1)
     looks = variety.looks(images)
     totals = np.array([row["total"] for row in scores])
     rows = []
@@ -693,8 +702,8 @@ def describe_samples(
 
 
 def mean_of_tokens(loss_sums: torch.Tensor) -> dict[str, float]:
-    """From a rank's sums of `grpo_loss` to means over the trained tokens of all ranks; nothing
-    where no token was trained."""
+    """This rank's sums from `grpo_loss` -> means over the trained tokens of all ranks; {} when no
+    token was trained."""
     *sums, tokens = run.all_sum(loss_sums).tolist()
     if tokens == 0:
         return {}
@@ -702,16 +711,16 @@ def mean_of_tokens(loss_sums: torch.Tensor) -> dict[str, float]:
 
 
 def seconds_of_phases(clock: list[float], world: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each phase and of the step, means over the ranks. `clock`: when each phase began,
-    and the end."""
-    mine = torch.tensor(np.diff(clock), device=device)
-    row = dict(zip(PHASES, (run.all_sum(mine) / world).tolist(), strict=True))
+    """Seconds of each phase and of the step, means over the ranks. `clock`: the times at which the
+    phases began, and the end of the last one."""
+    seconds = torch.tensor(np.diff(clock), device=device)
+    row = dict(zip(PHASES, (run.all_sum(seconds) / world).tolist(), strict=True))
     row["seconds"] = sum(row.values())
     return row
 
 
 def log_line(row: dict, steps: int) -> str:
-    """One line for the terminal."""
+    """A line for the terminal."""
     parts = " ".join(f"{part} {row[part]:.2f}" for part in rewards.PARTS if part in row)
     shares = " ".join(
         f"{phase.split('_')[0]} {row[phase] / row['seconds']:.0%}" for phase in PHASES

@@ -1,17 +1,18 @@
 """The paper's first stage: teach Janus-Pro to write a chain of objects and boxes, then to draw it
 (supervised fine-tuning).
 
-The loss is the negative log-probability, by the same `token_logps` that GRPO uses, of the chain's
-tokens (with the <begin_of_image> that ends it) and of the image tokens; the prompt is given and not
-trained. One mean is over all chain tokens of the step on all ranks, one over all its image tokens;
-their weighted sum is the loss.
+The loss is the mean negative log-probability of the chain's tokens, with the <begin_of_image> that
+ends it, plus that of the image tokens; each mean is over the whole step, all ranks included. The
+prompt is not trained. Log-probabilities come from the function that GRPO uses, gotr1.token_logps.
 
-The paper says 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released), and
-no more. Chosen here, after the same authors' GoT where it says something: AdamW (0.9, 0.95), cosine
-with warm-up, weights 1 : 1. 10 % of the samples are trained without their condition, in the form
-that guidance uses when sampling (pads between bos and <begin_of_image>).
+10 % of the samples are trained on the image without prompt and chain: between bos and
+<begin_of_image> stand pads, as guidance has them when it samples.
 
-    python train_sft.py --model toy --from_scratch      # the toy checkpoint from nothing
+The paper states 70,000 steps on LAHR-GoT, JourneyDB-GoT and FLUX-GoT (the last is not released).
+It does not state the optimizer. AdamW with betas 0.9 and 0.95, a cosine with warm-up, and equal
+weights of both means are our choice; "GoT" below is an earlier paper of the same authors.
+
+    python train_sft.py --model toy --from_scratch      # makes a new toy checkpoint
     python train_sft.py --data pictures.jsonl --box_format pixels \\
         --model deepseek-community/Janus-Pro-1B --dry_run
 """
@@ -39,31 +40,31 @@ from toy.world import toy_prompts
 
 @dataclass
 class Config(got.Source, trainer.TrainerConfig):
-    """The flags: these, those of both trainers (TrainerConfig) and those of the data (Source)."""
+    """The flags: these, and what is inherited, those of the data and those of both trainers."""
 
     # Data
     data: str = "toy"  # `toy`, a hub id, a folder of .parquet, .jsonl or .tar, or one such file
-    cache: str = ""  # folder for texts and image tokens, made once; default: in the run's folder
-    dry_run: bool = False  # only print 8 records and draw them with boxes
+    cache: str = ""  # folder for the encoded data, which later runs use again; default: in `out`
+    dry_run: bool = False  # print 8 records, draw them with their boxes, and stop
     # Model
     model: str = "toy"  # what to start from: `toy`, or a folder or hub id of a checkpoint
-    from_scratch: bool = False  # random weights of the toy; its picture tokenizer is trained first
+    from_scratch: bool = False  # a new toy model; its picture tokenizer is trained first
     out: str = "out/sft"  # folder of this run; the same flags again continue where it stopped
     # Training
     steps: int = 2400  # optimizer steps of the language model (paper: 70000)
     batch_size: int = 64  # sequences per step, over all ranks (GoT: 128)
     micro_batch: int = 64  # sequences per pass; changes memory and speed, not the gradient
-    lr: float = 3e-3  # peak learning rate, reached after `warmup`, then a cosine to 0 (GoT: 1e-4)
+    lr: float = 3e-3  # peak learning rate; rises over `warmup`, then a cosine to 0 (GoT: 1e-4)
     weight_decay: float = 0.01  # AdamW's (GoT: 0.05)
-    chain_weight: float = 1.0  # of the mean loss over chain tokens
-    image_weight: float = 1.0  # of the mean loss over image tokens
-    condition_dropout: float = 0.1  # share of samples drawn without prompt and chain, for guidance
+    chain_weight: float = 1.0  # weight of the mean over chain tokens
+    image_weight: float = 1.0  # weight of the mean over image tokens
+    condition_dropout: float = 0.1  # share of samples without prompt and chain, for guidance
     # The toy
     examples: int = 40_000  # scenes in the training set
     vq_steps: int = 1500  # optimizer steps of the picture tokenizer
     # Looking at it
-    look_every: int = 250  # steps between looks: the toy's rewards; else held-out loss and a sheet
-    eval_prompts: int = 240  # held out: toy prompts; or the data's last records, at most a tenth
+    look_every: int = 250  # steps between evaluations, see `look`
+    eval_prompts: int = 240  # held-out toy prompts, or last records of the data, at most 10 %
     save_every: int = 250  # steps between checkpoints; also at the end, on SIGTERM and on Ctrl-C
 
 
@@ -71,21 +72,23 @@ class Config(got.Source, trainer.TrainerConfig):
 # The mathematics
 
 
-def sft_loss(logp, mask, images: int, n_chain, n_image):
-    """(chain, image): this call's share of the step's mean nats per chain token and per image
-    token; the shares of all calls and ranks add up.
+def sft_loss(logp, mask, image_len: int, n_chain, n_image):
+    """The sums of -logp over chain tokens and over image tokens, divided by n_chain and n_image,
+    the numbers of such tokens in the step, on all ranks. Over all micro-batches and ranks the
+    results add up to the two means.
 
-    logp, mask: (N, S), the last `images` columns the image; n_chain, n_image: trained tokens of the
-    step on all ranks."""
+    logp, mask: (N, S), of which the last `image_len` columns are the image."""
     nll = -logp * mask
-    return nll[:, :-images].sum() / n_chain, nll[:, -images:].sum() / n_image
+    return nll[:, :-image_len].sum() / n_chain, nll[:, -image_len:].sum() / n_image
 
 
 def records_of_step(config: Config, count: int, step: int) -> tuple[list[int], np.ndarray]:
-    """Which of `count` records a step takes, and which of them lose their condition, (batch_size,)
-    bool: fixed by (seed, step)."""
-    rng = np.random.default_rng([config.seed, 3, step])
-    if config.data == "toy":  # with replacement: the set is itself a draw from an endless one
+    """Which of `count` records a step takes, and which of these are trained without prompt and
+    chain, (batch_size,) bool. Depends on seed and step alone."""
+    rng = np.random.default_rng(
+        [config.seed, 3, step]
+    )  # 3: not the numbers that other uses of the seed draw
+    if config.data == "toy":  # with replacement
         chosen = rng.integers(0, count, config.batch_size).tolist()
     else:
         chosen = trainer.order_of_step(count, step, config.batch_size, config.seed)
@@ -103,17 +106,17 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         show_data(config, device)
         return
-    began = time.time()
+    run_began = time.time()
     training = load_training(config, rank, world, device)
     engine = training.engine
     folder = training.folder
     run.explain_crashes(folder)
     log = run.Log(folder, engine.first_step, config.wandb)
-    stopped = run.watch_signals(device)
-    images = gotr1.image_token_count(engine.model)
+    stop_requested = run.watch_signals(device)  # a function: has SIGTERM or Ctrl-C come?
+    image_len = gotr1.image_token_count(engine.model)
     share = config.batch_size // world  # sequences per rank and step
     mine = slice(rank * share, (rank + 1) * share)
-    chunk = min(8192, 2**27 // len(engine.tokenizer))  # rows of logits at a time: half a gigabyte
+    chunk = min(8192, 2**27 // len(engine.tokenizer))  # tokens whose logits take half a gigabyte
 
     bar = tqdm(
         range(engine.first_step, config.steps),
@@ -123,28 +126,30 @@ def main(argv: list[str] | None = None) -> None:
         disable=rank > 0,
     )
     for step in bar:
-        clock = time.time()
+        step_began = time.time()
 
-        # 1) A batch, of which every rank takes its share; some of it without its condition
+        # 1) A batch, of which every rank takes its share; `blank` samples lose prompt and chain
         chosen, blank = records_of_step(config, training.count, step)
         blank = torch.from_numpy(blank[mine]).to(device)
         batch = make_batch(training, chosen[mine])
-        n_chain = run.all_sum(batch.mask[~blank][:, :-images].sum()).clamp(min=1)
-        n_image = torch.tensor(float(config.batch_size * images), device=device)
+        n_chain = run.all_sum(batch.mask[~blank][:, :-image_len].sum()).clamp(min=1)
+        n_image = torch.tensor(float(config.batch_size * image_len), device=device)
 
-        # 2) Loss and gradient: micro-batches and ranks add up to one mean per modality
+        # 2) Loss and gradient: micro-batches and ranks add up to a mean over chain tokens and one
+        # over image tokens
         loss_sums = torch.zeros(2, device=device)  # nats per chain token, per image token
         for first in range(0, share, config.micro_batch):
-            rows = list(range(first, min(first + config.micro_batch, share)))
-            mb_logp, mb_mask = engine.score(batch.select(rows), blank=blank[rows], chunk=chunk)
-            chain, image = sft_loss(mb_logp, mb_mask, images, n_chain, n_image)
+            samples = list(range(first, min(first + config.micro_batch, share)))
+            mb = batch.select(samples)
+            mb_logp, mb_mask = engine.score(mb, blank=blank[samples], chunk=chunk)
+            chain, image = sft_loss(mb_logp, mb_mask, image_len, n_chain, n_image)
             engine.backward(config.chain_weight * chain + config.image_weight * image)
             loss_sums += torch.stack([chain.detach(), image.detach()])
 
         # 3) Step: the gradient is summed over ranks, then clipped
         lr = trainer.cosine_lr(step, config.steps, config.lr, config.warmup)
-        norm = engine.step(lr)
-        if not math.isfinite(norm):
+        grad_norm = engine.step(lr)
+        if not math.isfinite(grad_norm):
             raise RuntimeError(
                 f"the gradient is not finite at step {step}: "
                 "lower --lr, look at the data (--dry_run)"
@@ -152,12 +157,12 @@ def main(argv: list[str] | None = None) -> None:
 
         # 4) Log, look at sampled pictures, save
         chain_loss, image_loss = run.all_sum(loss_sums).tolist()
-        seconds = time.time() - clock
+        seconds = time.time() - step_began
         row = {
             "step": step,
             "chain_loss": chain_loss,
             "image_loss": image_loss,
-            "grad_norm": norm,
+            "grad_norm": grad_norm,
             "lr": lr,
             "seconds": seconds,
             "samples_s": config.batch_size / seconds,
@@ -171,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             numbers = [f"{name} {value:.3f}" for name, value in means.items()]
             run.say(f"step {done:5d}  " + "  ".join(numbers))
         log.write(row)
-        stopping = stopped()
+        stopping = stop_requested()
         if stopping or done % config.save_every == 0 or done == config.steps:
             engine.save(folder, done, config.keep)
             log.plot(CURVES)
@@ -179,15 +184,9 @@ def main(argv: list[str] | None = None) -> None:
             run.say(f"stopped after step {done} of {config.steps}")
             run.say(f"the same command continues from {folder}")
             return
-    minutes = (time.time() - began) / 60
+    minutes = (time.time() - run_began) / 60
     run.say(f"wrote {run.latest_checkpoint(folder)}, {folder / 'curves.png'}")
     run.say(f"and {folder / 'log.jsonl'} in {minutes:.1f} minutes")
-
-
-CURVES = {  # title of a panel of curves.png -> keys of the log
-    "loss (nats per token)": ["chain_loss", "image_loss", "held_out_chain", "held_out_image"],
-    "held-out rewards": ["sem", "spa", "ri", "pi", "total"],
-}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,14 +199,14 @@ class Training:
 
     config: Config
     engine: trainer.Engine
-    prepared: token_cache.Prepared  # records, as texts and image tokens
-    count: int  # of them that are trained on
-    held_out: list  # the toy's prompts, or the numbers of the records after the first `count`
+    prepared: token_cache.Prepared  # all records, as texts and image tokens
+    count: int  # the first so many records are trained on
+    held_out: list  # prompts of the toy, or the indices of the other records
     folder: Path
 
 
 def check_config(config: Config, world: int) -> None:
-    """Bad settings end the program here, in one line, before anything is loaded or written."""
+    """Bad settings end the program here with a message, before anything is loaded or written."""
     run.check_ranges(
         config,
         at_least_one="steps batch_size micro_batch examples vq_steps look_every eval_prompts "
@@ -229,16 +228,15 @@ def check_config(config: Config, world: int) -> None:
 
 
 def data_source(config: Config) -> got.Source:
-    """The flags that say how records are read."""
+    """The flags that say how records are read; of the toy, what its scenes depend on."""
     values = {field.name: getattr(config, field.name) for field in fields(got.Source)}
-    source = got.Source(**values)
     if config.data == "toy":
-        source.box_format = "0..999"
-        source.data = f"toy, {config.examples} scenes of seed {config.seed}"
-    return source
+        values["box_format"] = "0..999"
+        values["data"] = f"toy, {config.examples} scenes of seed {config.seed}"
+    return got.Source(**values)
 
 
-def read_rows(config: Config):
+def read_records(config: Config):
     """Raw records, see `got.open_rows`."""
     if config.data == "toy":
         return toy_model.training_rows(config.examples, config.seed)
@@ -248,23 +246,23 @@ def read_rows(config: Config):
 def show_data(config: Config, device) -> None:
     """`--dry_run`: prints records and draws them, see `token_cache.dry_run`."""
     try:
-        rows = read_rows(config)
+        records = read_records(config)
         model, tokenizer = gotr1.load_policy(config.model, device)
-        token_cache.dry_run(rows, model, tokenizer, data_source(config), Path(config.out))
+        token_cache.dry_run(records, model, tokenizer, data_source(config), Path(config.out))
     except (OSError, ValueError) as problem:
         run.fail(str(problem))
 
 
 def load_training(config: Config, rank: int, world: int, device) -> Training:
-    """Everything that the flags name. Bad input ends the program here, in one line."""
+    """Loads everything that the flags name. Bad input ends the program here with a message."""
     folder = Path(config.out)
     saved = run.checkpoint_to_resume(folder)
     try:
         if config.lora:
             checkpoints.check_markers_for_lora(config.model)
-        rows = functools.partial(read_rows, config)  # read only if the cache is not complete
+        records = functools.partial(read_records, config)  # called if the cache is not complete
         if config.data != "toy" and not saved:
-            rows = read_rows(config)  # bad flags are found before anything is written
+            records = read_records(config)  # now: bad flags end the program before it writes
         if config.from_scratch or saved:
             run.open_run(config.out, config)  # with other flags the program ends here
         engine = trainer.load_engine(
@@ -278,7 +276,7 @@ def load_training(config: Config, rank: int, world: int, device) -> Training:
         )
         folder = run.open_run(config.out, config)
         prepared = token_cache.prepare(
-            rows,
+            records,
             engine.model,
             engine.tokenizer,
             data_source(config),
@@ -301,7 +299,7 @@ def load_training(config: Config, rank: int, world: int, device) -> Training:
 
 
 def first_model(config: Config, folder: Path) -> str:
-    """What training starts from: what `--model` names, or a new toy model, which rank 0 makes."""
+    """What training starts from: `--model`; with --from_scratch a new toy model, made by rank 0."""
     if not config.from_scratch:
         return config.model
     new_model = folder / "from_scratch"
@@ -316,8 +314,14 @@ def first_model(config: Config, folder: Path) -> str:
 # During the run
 
 
+CURVES = {  # title of a panel of curves.png -> keys of the log
+    "loss (nats per token)": ["chain_loss", "image_loss", "held_out_chain", "held_out_image"],
+    "held-out rewards": ["sem", "spa", "ri", "pi", "total"],
+}
+
+
 def make_batch(training: Training, records: list[int]) -> gotr1.Rollout:
-    """Records as samples that are trained to the last token."""
+    """Records, by index, as samples."""
     tokenizer = training.engine.tokenizer
     prompts, chains, image_tokens = training.prepared.batch(records)
     image_tokens = image_tokens.to(training.engine.device)
@@ -327,8 +331,9 @@ def make_batch(training: Training, records: list[int]) -> gotr1.Rollout:
 
 
 def look(training: Training, done: int) -> dict[str, float]:
-    """How good the model is after step `done`: the toy's rewards; or the loss on held-out records,
-    a sheet of what it draws for their prompts, and the share of its chains that had to be cut."""
+    """How good the model is after `done` steps. The toy: its rewards on held-out prompts. Else the
+    loss on held-out records; and a sheet of drawings for their prompts, with the share of chains
+    that were cut."""
     if training.config.data == "toy":
         tokenizer = training.engine.tokenizer
         with training.engine.gathered() as model:
@@ -343,27 +348,27 @@ def look(training: Training, done: int) -> dict[str, float]:
 def held_out_loss(training: Training) -> dict[str, float]:
     """Mean nats per token of the held-out records."""
     engine = training.engine
-    images = gotr1.image_token_count(engine.model)
+    image_len = gotr1.image_token_count(engine.model)
     micro_batch = training.config.micro_batch
     nats = torch.zeros(2)  # of chain tokens, of image tokens
     tokens = torch.zeros(2)
     for first in range(0, len(training.held_out), micro_batch):
         batch = make_batch(training, training.held_out[first : first + micro_batch])
         logp, mask = engine.score(batch)
-        nats += torch.stack(sft_loss(logp, mask, images, n_chain=1, n_image=1)).cpu()
-        tokens += torch.stack([mask[:, :-images].sum(), mask[:, -images:].sum()]).cpu()
+        nats += torch.stack(sft_loss(logp, mask, image_len, n_chain=1, n_image=1)).cpu()
+        tokens += torch.stack([mask[:, :-image_len].sum(), mask[:, -image_len:].sum()]).cpu()
     chain, image = (nats / tokens).tolist()
     return {"held_out_chain": chain, "held_out_image": image}
 
 
 def draw_held_out(training: Training, path: Path) -> float:
-    """A sheet of what the model draws for the first six held-out prompts, with the guidance and
-    chain length that suit it; returns the share of chains that were cut at that length."""
+    """Writes a sheet of drawings for the first six held-out prompts, with the default guidance and
+    chain length; returns the share of chains that were cut at that length."""
     engine = training.engine
     prompts, _, _ = training.prepared.batch(training.held_out[:6])
     longest = max(len(gotr1.encode_prompt(engine.tokenizer, prompt)) for prompt in prompts)
-    images = gotr1.image_token_count(engine.model)
-    room = engine.model.config.text_config.max_position_embeddings - longest - images - 1
+    image_len = gotr1.image_token_count(engine.model)
+    room = engine.model.config.text_config.max_position_embeddings - longest - image_len - 1
     sampling = gotr1.default_sampling(engine.model)
     with engine.gathered() as model:
         sampled = gotr1.rollout(
@@ -376,10 +381,10 @@ def draw_held_out(training: Training, path: Path) -> float:
         )
     if run.rank() == 0:
         pictures = gotr1.decode_images(engine.model, sampled.image_tokens)
-        rows = []
+        cells = []
         for prompt, chain, picture in zip(prompts, sampled.chains, pictures, strict=True):
-            rows.append({"prompt": prompt, "chain": chain, "image": picture})
-        sheets.draw_sheet(rows, path)
+            cells.append({"prompt": prompt, "chain": chain, "image": picture})
+        sheets.draw_sheet(cells, path)
     return sampled.forced.float().mean().item()
 
 
