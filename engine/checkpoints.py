@@ -280,7 +280,7 @@ def load_policy(name_or_path: str, device="cpu", dtype: torch.dtype | None = Non
         model = load_deepseek(folder, config, dtype)
     else:
         model = load_transformers(folder, config, dtype)
-    tokenizer = load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(str(folder))
     add_markers(model, tokenizer, name_or_path)
     return model.to(device).eval(), tokenizer
 

@@ -15,7 +15,7 @@ memory bandwidth: about 1.5 ms for 32 rows of Janus-Pro-1B on an H200. Ordinary 
    layer instead of 41. LoRA adapters of layers with the same input share their first product.
 
 Letters as in gotr1.py. R rows are the N samples, or 2N with guidance; W is the bucket; C the
-columns of the cache. A row sees only its own tokens:
+columns of the cache. A row attends to its own tokens only:
 
     columns 0..C   | prompt, aligned on the right | chain, all rows in step | image |
 """
@@ -103,7 +103,12 @@ def low_rank(layers: list) -> LowRank | None:
             return None
         mine = [up for _, up, _ in adapters]
         downs += [down * scale for down, _, scale in adapters]
-        ups.append(torch.cat(mine, dim=1) if len(mine) > 1 else (mine or [None])[0])
+        if len(mine) > 1:
+            ups.append(torch.cat(mine, dim=1))
+        elif mine:
+            ups.append(mine[0])  # not a copy: a graph then sees what the optimizer changes
+        else:
+            ups.append(None)
     return LowRank(torch.cat(downs), ups) if downs else None
 
 

@@ -137,13 +137,13 @@ def add_lora(model, rank: int, adapter: Path | None, base: str):
         wrapped = PeftModel.from_pretrained(
             model, str(adapter), is_trainable=True, autocast_adapter_dtype=True
         )
-        return round_once(wrapped)
-    torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
-    # alpha = rank, as in the paper: the adapter's product counts once
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=LINEAR, lora_dropout=0.0, bias="none"
-    )
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    else:
+        torch.manual_seed(0)  # the adapter starts with random numbers: the same on every process
+        # alpha = rank, as in the paper: the adapter's product counts once
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=LINEAR, lora_dropout=0.0, bias="none"
+        )
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     if base != "toy" and Path(base).is_dir():
         base = str(Path(base).resolve())
     wrapped.peft_config["default"].base_model_name_or_path = base

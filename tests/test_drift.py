@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from test_decode import Tape
 
 import gotr1
 import train_grpo
-from engine import decode, drift, run, trainer
+from engine import drift, run, trainer
 
 SMALL = "--look_every 0 --batch_size 1 --eval_prompts 2 --group 4"
 SMALL = [*SMALL.split(), *"--lr 1e-3 --warmup 0 --max_chain 70".split()]
@@ -161,51 +160,3 @@ def test_a_rollout_without_the_adapter_is_seen_and_one_with_it_is_far_below_the_
     assert len(rows) == 3
     for row in rows:
         assert 0 <= max(row["drift_text"], row["drift_image"]) < 5e-5
-
-
-class Addresses(Tape):
-    """A tape that, as a CUDA graph, knows addresses: a weight that moves elsewhere is still read
-    where it was."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = super().__torch_dispatch__(function, types, args, kwargs)
-        function, args, kwargs, result = self.operations.pop()
-
-        def at(leaf):
-            return leaf.detach() if torch.is_tensor(leaf) else leaf
-
-        args, kwargs = torch.utils._pytree.tree_map(at, (args, kwargs))
-        self.operations.append((function, args, kwargs, result))
-        return result
-
-
-@pytest.mark.parametrize("stale", [False, True])
-def test_a_graph_that_reads_weights_where_they_were_is_seen(tmp_path, monkeypatch, stale):
-    """With `stale` weights move before each update, and the graphs are not recorded again. Else
-    they stay: the same graphs serve, and nothing is wrong."""
-
-    def record(step, decoder):
-        tape = Addresses()
-        with tape:
-            step()
-        return tape.replay
-
-    step = trainer.Engine.step
-
-    def moving(self, *args):
-        if stale:
-            for parameter in self.parameters:
-                parameter.data = parameter.data.clone()
-        return step(self, *args)
-
-    monkeypatch.setitem(decode.CAPTURE, "cpu", record)
-    monkeypatch.setattr(decode, "fingerprint", lambda model: "always the same")
-    monkeypatch.setattr(trainer.Engine, "step", moving)
-    if stale:
-        with pytest.raises(RuntimeError, match="not the one that was recorded"):
-            start(tmp_path, 3)
-        assert len(logged(tmp_path)) == 1, "it is seen as soon as there has been an update"
-    else:
-        start(tmp_path, 2)
-        assert len(logged(tmp_path)) == 2
-    decode.KEPT.clear()

@@ -266,18 +266,21 @@ def test_held_out_prompts_are_judged_without_gathered_weights():
 # One process and two
 
 AMONG_PROCESSES = {"shards": {}, "lora": {"lora": 4}}
-TWO_PROCESSES = """
+IN_FLOAT64 = f"""
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path += HOUSE
-import test_engine
+sys.path += {[str(ROOT), str(ROOT / "tests")]}
 from engine import checkpoints, run
 
 torch.set_num_threads(1)
 checkpoints.DTYPES["float32"] = torch.float64  # as the fixture of that name
+"""
+TWO_PROCESSES = """
+import test_engine
+
 run.start_processes()
 folder = Path(FOLDER)
 sampled = test_engine.four_samples()
@@ -285,6 +288,20 @@ for name in test_engine.AMONG_PROCESSES:
     test_engine.four_steps(folder, name, sampled, world=2, saved_by=2)
     test_engine.four_steps(folder, name, sampled, world=2, saved_by=1)
 """
+
+
+def run_in_two_processes(program: str, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(IN_FLOAT64 + program)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    done = subprocess.run(
+        [sys.executable, *launch, tmp_path / "two.py"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def four_samples():
@@ -320,19 +337,7 @@ def test_two_processes_take_the_steps_of_one_and_each_resumes_from_the_other(tmp
     sampled = four_samples()
     for name in AMONG_PROCESSES:
         four_steps(tmp_path, name, sampled, world=1, saved_by=1)
-    house = [str(ROOT), str(ROOT / "tests")]
-    program = TWO_PROCESSES.replace("HOUSE", repr(house)).replace("FOLDER", repr(str(tmp_path)))
-    (tmp_path / "two.py").write_text(program)
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run(
-        [sys.executable, *launch, tmp_path / "two.py"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(TWO_PROCESSES.replace("FOLDER", repr(str(tmp_path))), tmp_path)
     for name in AMONG_PROCESSES:
         four_steps(tmp_path, name, sampled, world=1, saved_by=2)
 

@@ -1,6 +1,7 @@
 """SFT from data on disk: bad records counted, losses fall, resume and several processes change
 nothing.   pytest tests/test_train_sft.py"""
 
+import functools
 import io
 import json
 import os
@@ -9,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from test_checkpoints import without_markers
+from test_engine import run_in_two_processes
 
 import gotr1
 import train_sft
@@ -155,20 +156,6 @@ def test_dry_run_shows_records_and_writes_only_a_sheet(data, tmp_path, capsys):
     assert [path.suffix for path in (tmp_path / "look").iterdir()] == [".png"]
 
 
-TWO_PROCESSES = """
-import sys
-
-import torch
-
-sys.path.insert(0, ROOT)
-import train_sft
-from engine import checkpoints
-
-checkpoints.DTYPES["float32"] = torch.float64  # as the fixture of that name
-train_sft.main(FLAGS)
-"""
-
-
 def test_neither_micro_batches_nor_checkpointing_nor_two_processes_change_the_steps(
     tmp_path, float64
 ):
@@ -185,18 +172,7 @@ def test_neither_micro_batches_nor_checkpointing_nor_two_processes_change_the_st
     train_sft.main([*small, *checkpointing, "--out", str(tmp_path / "checkpointing")])
 
     flags = [*small, "--micro_batch", "1", "--out", str(tmp_path / "two processes")]
-    program = TWO_PROCESSES.replace("ROOT", repr(str(ROOT))).replace("FLAGS", repr(flags))
-    (tmp_path / "two.py").write_text(program)
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run(
-        [sys.executable, *launch, tmp_path / "two.py"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(f"import train_sft\ntrain_sft.main({flags})", tmp_path)
     for name in ("checkpointing", "two processes"):
         assert gap(weights(one), weights(tmp_path / name)) < 1e-10, name
         for a, b in zip(rows(one), rows(tmp_path / name), strict=True):
@@ -292,23 +268,21 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     ).split()
     train_sft.main([*flags, "--out", str(tmp_path / "through")])
     command = [sys.executable, "train_sft.py", *flags, "--out", str(tmp_path / "killed")]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = functools.partial(
+        subprocess.run,
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     rng = random.Random(0)
     kills = 0
     for k in range(10):
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=one_thread,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        end = time.time() + 5 + 1.5 * k + 3 * rng.random()
-        while process.poll() is None and time.time() < end:
-            time.sleep(0.01)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-    subprocess.run(command, cwd=ROOT, env=one_thread, check=True, capture_output=True)
+        try:
+            start(timeout=5 + 1.5 * k + 3 * rng.random())
+        except subprocess.TimeoutExpired:  # then it was killed, by SIGKILL
+            kills += 1
+    start(check=True)
     assert kills >= 4
     assert gap(weights(tmp_path / "killed"), weights(tmp_path / "through")) == 0
