@@ -47,56 +47,35 @@ def short(text):
     return text
 
 
-def slow_tokens(text):
-    """Plain text at the even places, markers at the odd ones; two empty ones at the end."""
-    tokens = []
-    plain = ""
-    at = 0
-    while at < len(text):
-        marker = next((marker for marker in MARKERS if text.startswith(marker, at)), None)
-        if marker:
-            tokens += [plain, marker]
-            plain = ""
-            at += len(marker)
-        else:
-            plain += text[at]
-            at += 1
-    return [*tokens, plain, "", ""]
-
-
 def slow_parse(text):
-    """The second parser: no regular expressions, a walk over the characters."""
-    tokens = slow_tokens(text)
+    """The second parser: cut at the markers, and a walk along the pieces."""
+    pieces = re.split("(" + "|".join(map(re.escape, MARKERS)) + ")", text)  # markers at odd places
     boxes = []
     name = ""
     at = 0
-    while at < len(tokens) - 2:
-        if tokens[at].strip():
-            name = ""
-        opening, content, closing = "", "", ""
-        if at + 3 < len(tokens):
-            opening, content, closing = tokens[at + 1 : at + 4]
+    while at < len(pieces):
+        name = "" if pieces[at].strip() else name
+        opening, content, closing = (pieces[at + 1 : at + 4] + ["", "", ""])[:3]
         if (opening, closing) == (OBJ_START, OBJ_END):
             name = " ".join(content.split())
-            at += 4
         elif (opening, closing) == (BOX_START, BOX_END):
             numbers = slow_numbers(content)
             if name and numbers:
                 x1, y1, x2, y2 = numbers
                 if x1 < x2 <= 1000 and y1 < y2 <= 1000:
                     boxes.append(Box(name, *numbers))
-            at += 4
         else:
             name = ""
-            at += 2
+            at -= 2
+        at += 4
     return boxes
 
 
 def slow_numbers(content):
     pieces = [piece.strip() for piece in content.split(",")]
-    numbers = []
     if len(pieces) != 4:
         return None
+    numbers = []
     for piece, opened in zip(pieces, (True, False, True, False), strict=True):
         if not (piece.startswith("(") if opened else piece.endswith(")")):
             return None
