@@ -120,7 +120,7 @@ def compare(config: Config) -> None:
 
 def run_benchmark(config: Config, dtype: str, rank: int, world: int, device) -> None:
     """Draws, scores and reports, with what evaluation/BENCH.py knows of its benchmark."""
-    from evaluation import run as steps
+    from evaluation import run as evaluation_run
 
     module = importlib.import_module(f"evaluation.{config.bench}")  # loads no other benchmark
     board = module.Board(config, device)
@@ -139,16 +139,16 @@ def run_benchmark(config: Config, dtype: str, rank: int, world: int, device) -> 
 
     # 1) Pictures
     if not config.images:
-        config = steps.with_model_defaults(config)
-        steps.generate(config, pictures, folder, dtype, rank, world, device)
+        config = evaluation_run.with_model_defaults(config)
+        evaluation_run.generate(config, pictures, folder, dtype, rank, world, device)
 
     # 2) Scores
-    rows = steps.score_pictures(board, pictures, folder, config.score_batch, rank, world)
+    rows = evaluation_run.score_pictures(board, pictures, folder, config.score_batch, rank, world)
 
     # 3) Report
     if rank > 0:
         return
-    about = steps.describe(board, pictures, rows, folder)
+    about = evaluation_run.describe(board, pictures, rows, folder)
     summary = stats.intervals(rows, board.overall)
     cells = [{**row, "image": folder / row["path"]} for row in rows]
     report(config, about, summary, rows, cells)
