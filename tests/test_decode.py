@@ -48,9 +48,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         assert not any(name in str(function) for name in HOST), f"{function} needs the host"
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        assert all(tensor.dim() for tensor in tensors), (
-            f"{function} takes a number that may live on the host"
-        )
+        assert all(tensor.dim() for tensor in tensors), f"{function} takes a number of the host"
         result = function(*args, **kwargs)
         self.operations.append((function, args, kwargs, result))
         return result
@@ -59,9 +57,8 @@ class Tape(TorchDispatchMode):
         for function, args, kwargs, recorded in self.operations:
             result = function(*args, **kwargs)
             for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
-                if (
-                    old.data_ptr() != new.data_ptr()
-                ):  # views and in-place operations are where they were
+                # views and in-place operations are where they were
+                if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -122,17 +119,14 @@ def test_layers_are_those_of_transformers(policy, dtype, tolerance):
 def test_recorded_steps_give_the_same_tokens(policy, tapes, monkeypatch, cfg, temperature, mode):
     settings = {"cfg": cfg, "temperature": temperature, "logp_mode": mode, "max_chain": 80}
     recorded, plain = both_ways(policy, monkeypatch, PROMPTS, 2, seed=5, **settings)
-    assert (
-        recorded.chain_lens.unique().numel() > 1
-        and len(recorded.chain_ids[0]) == recorded.chain_lens.max()
-    )
+    assert recorded.chain_lens.unique().numel() > 1
+    assert len(recorded.chain_ids[0]) == recorded.chain_lens.max()
     assert_same(recorded, plain)
     steps = recorded.mask.shape[1]
     assert 2 <= len(tapes) <= 4 < steps, "one tape for text and image in each bucket of 128"
     columns = max(map(len, recorded.prompt_ids)) + steps - 1
-    assert decode.KEPT[policy[0]].used == columns, (
-        "columns that were filled after the last chain's end are used again"
-    )
+    # columns that were filled after the last chain's end are used again
+    assert decode.KEPT[policy[0]].used == columns
 
 
 def test_tapes_serve_later_rollouts_and_their_weights(policy, tapes, monkeypatch):
@@ -165,9 +159,8 @@ def test_new_weights_are_recorded_anew(policy, tapes, monkeypatch):
     assert_same(recorded, plain)
     for change in ({"temperature": 0.5}, {"cfg": 2.0}, {"max_chain": 300}):
         old = decode.KEPT[policy[0]]
-        recorded, plain = both_ways(
-            policy, monkeypatch, PROMPTS[:1], 2, **{"max_chain": 40, **change}
-        )
+        settings = {"max_chain": 40, **change}
+        recorded, plain = both_ways(policy, monkeypatch, PROMPTS[:1], 2, **settings)
         assert decode.KEPT[policy[0]] is not old, change
         assert_same(recorded, plain)
 
@@ -300,19 +293,15 @@ def test_kernels_of_a_decoding_step(policy, monkeypatch, capsys):
     assert counts["adapter"] < 0.8 * counts["adapter, peft's forward"]
 
 
-def test_a_merged_adapter_is_not_replayed_as_an_unmerged_one(policy, tapes):
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(
-        copy.deepcopy(policy[0]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    )
-    model = adapted.base_model.model
-    prints = [decode.fingerprint(model)]
-    with adapted.disable_adapter():
-        prints.append(decode.fingerprint(model))
-    adapted.merge_adapter()
-    prints.append(decode.fingerprint(model))
-    assert len(set(prints)) == 3
+def test_a_merged_adapter_is_not_replayed_as_an_unmerged_one(policy):
+    wrapped = adapted(policy[0])
+    model = wrapped.base_model.model
+    prints = {decode.fingerprint(model)}
+    with wrapped.disable_adapter():
+        prints.add(decode.fingerprint(model))
+    wrapped.merge_adapter()
+    prints.add(decode.fingerprint(model))
+    assert len(prints) == 3
 
 
 def test_buffers_go_with_their_model(policy, tapes):
@@ -332,11 +321,8 @@ def test_the_stand_in_refuses_what_a_gpu_would_wait_for():
         lambda: values.sum().item(),
         lambda: values * torch.tensor([2.0]),
         lambda: values[values > 1],
-    ]
-    asks += [
         lambda: torch.where(values > 1, 0.0, values),
         lambda: values * values.sum(),
-        lambda: bool(values.all()),
     ]
     for ask in asks:
         with pytest.raises(AssertionError), Tape():
@@ -377,11 +363,9 @@ def test_unused_parts_may_live_elsewhere(policy):
     model's count."""
     model = copy.deepcopy(policy[0])
     want = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
-    (
-        model.model.vision_model.to("meta"),
-        model.model.aligner.to("meta"),
-        model.model.vqmodel.to(torch.bfloat16),
-    )
+    model.model.vision_model.to("meta")
+    model.model.aligner.to("meta")
+    model.model.vqmodel.to(torch.bfloat16)
     sampled = gotr1.rollout(model, policy[1], PROMPTS[:1], 2, max_chain=40)
     assert_same(sampled, want)
     images = gotr1.decode_images(model, sampled.image_tokens)
@@ -396,7 +380,6 @@ def test_the_straightforward_loop_gives_the_same_tokens(policy, cfg, max_chain):
     u = gotr1.uniforms(4, [0], 3, images + max_chain)
     for k in range(3):
         plain = gotr1.plain_rollout(*policy, PROMPTS[0], cfg, u[k : k + 1], max_chain)
-        assert plain["chain_ids"].tolist() == [
-            sampled.chain_ids[k, : sampled.chain_lens[k]].tolist()
-        ]
+        chain_ids = sampled.chain_ids[k, : sampled.chain_lens[k]]
+        assert torch.equal(plain["chain_ids"][0], chain_ids)
         assert torch.equal(plain["image_tokens"][0], sampled.image_tokens[k])
