@@ -51,7 +51,7 @@ COMMANDS = {
 SETTINGS = [*COMMANDS.values(), got.Source]
 OTHERS_FLAGS = {"nproc_per_node", "shutdown_timeout"}  # torchrun's own
 OTHERS_FLAGS |= {"port", "max", "limit", "gpu", "data"}  # vLLM's: --max-model-len and so on
-METHOD = "The method in one loop"
+METHOD = "The method in twenty-five lines"
 PACKAGES = {"PIL": "Pillow"}  # where the name to import is not the name to install
 BRINGS = {"transformers": {"numpy", "huggingface_hub", "tokenizers"}, "datasets": {"numpy"}}
 
