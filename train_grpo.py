@@ -13,7 +13,8 @@ Where this code departs from the paper (sections 3 and 4.1), or fills in what it
    of each sample first (--loss_mean sequence).
 2. Groups whose rewards are all equal are left out of that mean, and counted.
 3. One optimizer step per rollout, so ratio is 1 and nothing is clipped; --updates takes more.
-4. The judge's queries are our wording of the paper's; R_sem is the mean of four marks.
+4. The judge's queries are our wording of the paper's. R_sem is the mean of four marks (its figure 8
+   prints one), layouts are drawn in black, and the query for boxes shows a list as its example.
 5. The toy trains all language parameters, not LoRA; samples without guidance; and its advantages
    are not divided by a standard deviation.
 
