@@ -352,7 +352,7 @@ def weight_bytes(model, lora: int, gpus: int) -> dict[str, float]:
             "reference": 2 * trained / gpus,
         }
     with torch.device("meta"):
-        add_lora(model, lora, alpha=32.0, adapter=None, base="toy")
+        add_lora(model, lora, adapter=None, base="toy")
     adapter = sum(part.numel() for part in model.parameters() if part.requires_grad)
     # the rollout has the A of layers with the same input in one matrix, see decode.low_rank
     copies = sum(part.numel() for name, part in model.named_parameters() if "lora_A" in name)

@@ -204,7 +204,9 @@ def keys_of_table(text: str) -> list[str]:
     return keys
 
 
-def test_glossary_is_what_the_log_holds(tmp_path):
+def test_glossary_is_what_the_log_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_grpo, "evaluate", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train_grpo, "summarise_run", lambda training: None)
     flags = "--steps 1 --batch_size 1 --group 4 --eval_prompts 2".split()
     train_grpo.main([*flags, "--out", str(tmp_path)])
     explained = keys_of_table(section(GPU, "Every key of the log"))

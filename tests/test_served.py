@@ -391,7 +391,7 @@ from judges.served import ServedJudge
 
 judge = ServedJudge(sys.argv[1], frame="pixels")
 judge.ask_early(["a dog"] * 99, [str(k) for k in range(99)], [], ("sem",))
-time.sleep(0.5)
+time.sleep(4)  # the questions are on their way
 raise SystemExit(7)
 """
 
@@ -425,7 +425,7 @@ def test_scripts_with_a_served_judge(readable, tmp_path, monkeypatch, capsys):
     rewards.main(["--prompt", "a dog", "--judge", readable.url])
     printed = capsys.readouterr().out
     assert "sem" in printed and "bbox_2d" in printed and Path("rewards.png").exists()
-    gotr1.main(["a red ball", "--judge", readable.url, "--plans", "2", "--out", str(tmp_path)])
+    gotr1.main(["a red ball", "--judge", readable.url, "--n", "1", "--out", str(tmp_path)])
     assert len(list(tmp_path.glob("000_0.png"))) == 1
     readable.answer = lambda row: ("I see nothing", None)
     with pytest.raises(SystemExit) as stop:
