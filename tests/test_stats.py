@@ -168,6 +168,7 @@ def test_compare_finds_what_pairing_shows():
     found = {row["name"]: row for row in stats.compare({"rows": first + same}, {"rows": rows_b})}
     assert found["x"]["real"] and found["x"]["prompts"] == 90
     assert found["x"]["low"] < 0.03 < found["x"]["high"]
+    assert found["x"]["high"] - found["x"]["low"] < 0.02, "unpaired it would be 0.13"
     assert found["x"]["difference"] == pytest.approx(0.03, abs=0.01)
     assert not found["same"]["real"] and found["same"]["low"] < 0 < found["same"]["high"]
     with pytest.raises(ValueError, match="no prompt"):
