@@ -1,6 +1,7 @@
 """Shared by all tests: one torch thread (two processes with two threads each on two cores are many
 times slower), no network."""
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,3 +33,11 @@ def float64(monkeypatch):
     from engine import checkpoints
 
     monkeypatch.setitem(checkpoints.DTYPES, "float32", torch.float64)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_prompts_once():
+    """A run draws 2,000 toy scenes for its prompts: once for all tests of a process."""
+    from data import prompts
+
+    prompts.toy_prompts = functools.lru_cache(prompts.toy_prompts)

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from random_networks import random_judge
+from test_engine import run_in_two_processes
 
 import gotr1
 import rewards
@@ -309,6 +310,54 @@ def test_a_run_that_gets_sigterm_saves_and_leaves_with_exit_code_0(tmp_path):
     assert (tmp_path / "latest").read_text() == f"step_{done:06d}"
     assert f"stopped after step {done} of 1000" in output
     assert f"the same command continues from {tmp_path}" in output
+
+
+# One process and two
+
+
+IN_TWO = """
+import rewards, train_grpo
+from data.prompts import join_prompts
+from engine import trainer
+
+prompts = join_prompts(("toy",))
+flat_prompt = prompts[trainer.order_of_step(len(prompts), 1, 2, seed=0)[1]]
+score = rewards.score
+
+def some_flat(judge, hps, batch, *rest, **settings):
+    rows = score(judge, hps, batch, *rest, **settings)
+    for row, prompt in zip(rows, batch, strict=True):
+        if prompt == flat_prompt:
+            row["total"] = 0.5
+    return rows
+
+rewards.score = some_flat
+train_grpo.evaluate = train_grpo.look = train_grpo.summarise_run = lambda *args, **kwargs: None
+for name, flags in FLAGS.items():
+    train_grpo.main([*flags, "--out", f"OUT/{name}"])
+"""
+KINDS = {"shards": [], "lora": ["--lora", "4"]}
+
+
+def test_two_processes_take_the_steps_of_one(quick, float64, tmp_path, monkeypatch):
+    """In shards and with an adapter. In the second step the group of one process has equal rewards:
+    it trains nothing, and must not be waited for."""
+    short = "--steps 3 --batch_size 2 --group 4 --micro_batch 2 --eval_prompts 2".split()
+    flags = {name: [*short, *more] for name, more in KINDS.items()}
+    program = IN_TWO.replace("FLAGS", repr(flags))
+    run_in_two_processes(program.replace("OUT", str(tmp_path / "two")), tmp_path)
+    monkeypatch.setattr(rewards, "score", rewards.score)  # set back after this test
+    exec(program.replace("OUT", str(tmp_path / "one")), {})
+    for name in KINDS:
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        file = "model.safetensors" if name == "shards" else "adapter_model.safetensors"
+        a = safetensors.torch.load_file(one / "step_000003" / file)
+        b = safetensors.torch.load_file(two / "step_000003" / file)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert (a[key] - b[key]).abs().max() < 1e-6, key
+        assert [row["zero_var"] for row in rows(one)] == [row["zero_var"] for row in rows(two)]
+        assert rows(one)[1]["zero_var"] >= 0.5
 
 
 # Bad input: one line, exit code 2, nothing left behind

@@ -206,6 +206,23 @@ def test_a_gradient_that_is_zero_or_not_finite_changes_nothing(sampled):
     assert train(engine, sampled, 1)[0] > 0 and largest_gap(weights_of(engine), before) > 0
 
 
+def test_the_optimizer_gets_a_gradient_of_norm_1_at_most(sampled, monkeypatch):
+    engine = make("plain")
+    norms = []
+
+    def look():
+        gradients = [p.grad for p in engine.parameters if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    monkeypatch.setattr(engine.optimizer, "step", look)
+    for scale in (1.0, 1e-6):
+        logp, mask = engine.score(sampled)
+        engine.backward((logp * mask).sum() * scale)
+        before = engine.step(1e-3)
+        assert norms[-1] == pytest.approx(min(before, 1.0), rel=1e-4)
+    assert norms[0] > 0.99 and norms[1] < 0.5
+
+
 def test_image_understanding_stays_on_the_host_and_out_of_the_optimizer():
     model = gotr1.load_policy("toy")[0]
     meta = torch.device("meta")  # stands for a GPU
@@ -228,6 +245,20 @@ def test_checkpoints_are_pruned_and_one_that_was_never_named_is_not_taken_for_ne
     engine.save(tmp_path, 20, keep=1)
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_000020"]
     assert (tmp_path / "latest").read_text() == "step_000020"
+
+
+def test_latest_names_a_checkpoint_that_is_there(tmp_path, monkeypatch):
+    """At every moment: the process may be killed between the two."""
+    write_whole, named = run.write_whole, []
+
+    def looking(path, content):
+        assert (path.parent / content / "trainer.pt").exists()
+        named.append(content)
+        write_whole(path, content)
+
+    monkeypatch.setattr(run, "write_whole", looking)
+    make("lora").save(tmp_path, 1)
+    assert named == ["step_000001"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, sampled):

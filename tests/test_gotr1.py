@@ -50,8 +50,9 @@ def test_sampled_logps_equal_a_plain_forward_pass(policy, temperature):
     sampled = gotr1.rollout(
         model, tokenizer, PROMPTS, 2, temperature=temperature, max_chain=80, seed=5
     )
-    scored, mask = gotr1.token_logps(model, sampled)
+    scored, mask = gotr1.token_logps(model, sampled, chunk=50)
     images = sampled.image_tokens.shape[1]
+    assert 6 * images > 7 * 50, "one chunk would not show where the next one begins"
     for n in range(6):
         size = int(sampled.chain_lens[n])
         ids = text_of(sampled, n)
@@ -85,18 +86,34 @@ def test_guided_distribution_is_the_one_written_down(policy):
     assert (cond - guided).abs().max() > 0.01, "guidance changed nothing: this proves nothing"
 
 
-def test_no_gradient_through_the_unconditional_half(policy):
+def test_no_gradient_through_the_unconditional_half(policy, monkeypatch):
+    """That of the head is the one with the unconditional logits as constants; and no graph of that
+    half is kept, which would take as much memory again."""
     model, tokenizer = copy.deepcopy(policy[0]), policy[1]
     sampled = gotr1.rollout(
         model, tokenizer, PROMPTS[:1], 1, cfg=3.0, max_chain=60, logp_mode="guided"
     )
+    states = []
+    hidden_states = gotr1.hidden_states
+
+    def remember(*args, **settings):
+        states.append(hidden_states(*args, **settings))
+        return states[-1]
+
+    monkeypatch.setattr(gotr1, "hidden_states", remember)
     logp, _ = gotr1.token_logps(model, sampled)
-    pad = gotr1.special_ids(tokenizer)[1]
-    model.get_input_embeddings().weight.requires_grad_(True)
-    logp.sum().backward()
-    gradient = model.get_input_embeddings().weight.grad
-    # pads stand only in unconditional rows
-    assert gradient[pad].abs().max() == 0 and gradient.abs().max() > 0
+    (_, cond), (_, uncond) = states
+    assert cond.requires_grad
+    assert not uncond.requires_grad
+    images = sampled.image_tokens.shape[1]
+    head = model.model.generation_head
+    weights = list(head.parameters())
+    found = torch.autograd.grad(logp[:, -images:].sum(), weights)
+    constant = head(uncond).detach()
+    guided = constant + 3.0 * (head(cond.detach()) - constant)
+    picked = guided.log_softmax(-1).gather(2, sampled.image_tokens[..., None])
+    for a, b in zip(found, torch.autograd.grad(picked.sum(), weights), strict=True):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
 def test_rows_without_condition_are_scored_on_pads_and_their_text_is_masked(policy):
@@ -117,6 +134,13 @@ def test_rows_without_condition_are_scored_on_pads_and_their_text_is_masked(poli
         assert not torch.is_tensor(value) or torch.equal(value, getattr(sampled, name)), name
     assert torch.equal(mask[1], sampled.mask[1])
     assert ((logp[1] - sampled.logp[1]) * mask[1]).abs().max() < 1e-4
+
+
+def test_given_samples_are_trained_to_the_end_of_their_chain_and_no_further(policy):
+    batch = gotr1.Rollout.from_data(
+        policy[1], [[1], [1, 2]], [[5, 6, 7], [5, 7]], torch.zeros(2, 2, dtype=torch.long)
+    )
+    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]]
 
 
 def test_parts_are_joined_as_if_all_had_been_drawn_together(policy):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gotr1
+import rewards
 import train_grpo
 from data.prompts import join_prompts
 from engine import run, trainer
@@ -180,6 +181,82 @@ def test_one_update_scores_once_and_several_compare_with_the_first(tmp_path, mon
         assert len(calls) == 2 * updates
         assert ratios[:2] == [0, 0]
         assert all(gap > 1e-4 for gap in ratios[2:])
+
+
+def test_samples_are_scored_with_their_prompt_and_steps_have_other_random_numbers(
+    policy, tmp_path, monkeypatch
+):
+    rollout, uniforms, score = gotr1.rollout, gotr1.uniforms, rewards.score
+    drawn, numbers = [], []
+
+    def drawing(*args, **settings):
+        drawn.append(rollout(*args, **settings))
+        return drawn[-1]
+
+    def counting(*args):
+        numbers.append(uniforms(*args))
+        return numbers[-1]
+
+    def scoring(judge, hps, prompts, chains, images, **settings):
+        given = [gotr1.encode_prompt(policy[1], prompt) for prompt in prompts]
+        assert given == drawn[-1].prompt_ids
+        assert chains == drawn[-1].chains
+        if len(drawn) == 2:
+            raise InterruptedError  # enough was seen
+        return score(judge, hps, prompts, chains, images, **settings)
+
+    monkeypatch.setattr(gotr1, "rollout", drawing)
+    monkeypatch.setattr(gotr1, "uniforms", counting)
+    monkeypatch.setattr(rewards, "score", scoring)
+    monkeypatch.setattr(train_grpo, "evaluate", lambda *_, **__: None)
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue cube\n")
+    flags = "--batch_size 2 --group 2 --eval_prompts 1 --kl 0".split()
+    files = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
+    with pytest.raises(InterruptedError):
+        train_grpo.main([*flags, *files])
+    assert len(drawn) == len(numbers) == 2
+    assert (numbers[0] != numbers[1]).float().mean() > 0.99
+
+
+# Several processes, as each of them sees it
+
+
+def test_processes_share_the_prompts_and_random_numbers_of_one(tmp_path, monkeypatch):
+    drawn = {}  # (rank, processes) -> (prompt, place) of the first step
+
+    def drawing(model, tokenizer, prompts, seed, indices, **settings):
+        assert seed == (0, 0)
+        drawn[who] = list(zip(prompts, indices, strict=True))
+        raise InterruptedError
+
+    monkeypatch.setattr(gotr1, "rollout", drawing)
+    monkeypatch.setattr(train_grpo, "evaluate", lambda *_, **__: None)
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue cube\na green cone\n")
+    flags = "--batch_size 4 --group 2 --eval_prompts 1 --kl 0".split()
+    files = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
+    for who in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(run, "start_processes", lambda who=who: (*who, torch.device("cpu")))
+        with pytest.raises(InterruptedError):
+            train_grpo.main([*flags, *files])
+    assert [place for _, place in drawn[0, 1]] == [0, 1, 2, 3]
+    assert len({prompt for prompt, _ in drawn[0, 1]}) > 1
+    assert drawn[0, 2] + drawn[1, 2] == drawn[0, 1]
+
+
+def test_weights_of_a_process_are_shares_of_the_tokens_of_all(monkeypatch):
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    monkeypatch.setattr(run, "all_sum", lambda tokens: tokens + 5)  # of another process
+    assert token_weights(mask, [0, 1], "token").sum().item() == pytest.approx(5 / 10)
+
+
+def test_a_process_without_samples_takes_part_in_every_pass_with_weights_of_zero(monkeypatch):
+    monkeypatch.setattr(run, "gather_list", lambda passes: [*passes, 2])  # of another process
+    weights = torch.ones(4, 3)
+    for kept, trained in (([], 0), ([3], 1)):
+        batches = train_grpo.split_evenly(kept, weights, micro_batch=2)
+        assert len(batches) == 2
+        assert all(len(samples) == len(weight) > 0 for samples, weight in batches)
+        assert sum(weight.sum().item() for _, weight in batches) == 3 * trained
 
 
 def test_gradients_that_are_not_finite_are_counted_and_ten_end_the_run():

@@ -205,6 +205,31 @@ def test_loss_is_one_mean_over_all_tokens_of_each_kind():
     assert shares.tolist() == pytest.approx(step.tolist(), rel=1e-6)
 
 
+def test_the_tokens_that_are_trained_are_those_of_the_normaliser(tmp_path, monkeypatch):
+    """Also where half of the samples have lost their condition, and their chain with it."""
+    sft_loss, seen = train_sft.sft_loss, []
+
+    def counting(logp, mask, images, n_chain, n_image):
+        trained = [mask[:, :-images].sum().item(), mask[:, -images:].sum().item()]
+        seen.append((trained, [n_chain.item(), n_image.item()], len(mask)))
+        return sft_loss(logp, mask, images, n_chain, n_image)
+
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(train_sft, "sft_loss", counting)
+    monkeypatch.setattr(train_sft.trainer.Engine, "step", stop)
+    flags = "--examples 16 --batch_size 8 --micro_batch 3 --condition_dropout 0.5".split()
+    with pytest.raises(InterruptedError):
+        train_sft.main([*flags, "--eval_prompts", "1", "--out", str(tmp_path)])
+    assert [size for _, _, size in seen] == [3, 3, 2]
+    trained = np.sum([counts for counts, _, _ in seen], axis=0).tolist()
+    assert 0 < trained[0]
+    assert trained[1] == 8 * 64
+    for _, normaliser, _ in seen:
+        assert normaliser == trained
+
+
 BAD_FLAGS = [
     (["--data", "/no/such/set", "--box_format", "pixels"], "/no/such/set"),
     (["--from_scratch", "--model", "other/model"], "--from_scratch is for the toy"),
