@@ -253,7 +253,7 @@ def test_a_process_without_samples_takes_part_in_every_pass_with_weights_of_zero
     monkeypatch.setattr(run, "gather_list", lambda passes: [*passes, 2])  # of another process
     weights = torch.ones(4, 3)
     for kept, trained in (([], 0), ([3], 1)):
-        batches = train_grpo.split_evenly(kept, weights, micro_batch=2)
+        batches = train_grpo.split_micro_batches(kept, weights, micro_batch=2)
         assert len(batches) == 2
         assert all(len(samples) == len(weight) > 0 for samples, weight in batches)
         assert sum(weight.sum().item() for _, weight in batches) == 3 * trained
