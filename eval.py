@@ -63,13 +63,11 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Bad settings end the program here, in one line, before anything is loaded or written."""
-    at_least_one = "draw_batch score_batch toy_prompts toy_seeds"
-    not_negative = "samples temperature seed"
-    if config.max_chain is not None:
-        at_least_one += " max_chain"
-    if config.cfg is not None:
-        not_negative += " cfg"
-    run.check_ranges(config, at_least_one=at_least_one, not_negative=not_negative)
+    run.check_ranges(
+        config,
+        at_least_one="max_chain draw_batch score_batch toy_prompts toy_seeds",
+        not_negative="samples cfg temperature seed",
+    )
     if config.bench == "toy":
         refused = [name for name in ("images", "prompts") if getattr(config, name)]
         if not config.chain:

@@ -787,16 +787,6 @@ def with_defaults(config, model):
     return replace(config, **chosen)
 
 
-def check_sampling(config) -> None:
-    """Ends the program with a message when `cfg` or `max_chain` is given and out of range."""
-    from engine import run
-
-    if config.cfg is not None and not config.cfg >= 0:  # nan fails, too
-        run.fail(f"--cfg is {config.cfg}: expected 0 or more")
-    if config.max_chain is not None and config.max_chain < 1:
-        run.fail(f"--max_chain is {config.max_chain}: expected 1 or more")
-
-
 # ------------------------------------------------------------------------------------------------
 # Draw prompts from the command line
 
@@ -822,8 +812,9 @@ def main(argv: list[str] | None = None) -> None:
 
     config = run.parse_args(Config, __doc__, argv)
     _, _, device = run.start_processes()
-    run.check_ranges(config, at_least_one="n batch_size", not_negative="temperature seed")
-    check_sampling(config)
+    run.check_ranges(
+        config, at_least_one="n batch_size max_chain", not_negative="temperature seed cfg"
+    )
     try:
         prompts = read_prompt_argument(config.prompt)
         chain = read_chain(config.chain) if config.chain else None

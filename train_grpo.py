@@ -395,11 +395,11 @@ def check_config(config: Config, world: int) -> None:
     """Bad settings end the program here with a message, before anything is loaded or written."""
     run.check_ranges(
         config,
-        at_least_one="steps batch_size updates eval_prompts save_every rollout_batch micro_batch",
+        at_least_one="steps batch_size updates eval_prompts save_every rollout_batch micro_batch "
+        "max_chain",
         above_zero="lr",
-        not_negative="judge_batch kl warmup lr_floor clip lora look_every seed",
+        not_negative="judge_batch kl warmup lr_floor clip lora look_every seed cfg",
     )
-    gotr1.check_sampling(config)
     if not config.prompts:
         run.fail("--prompts is empty: give toy, or text files with one prompt per line")
     if config.group < 2:

@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 import rewards
 from engine import run
 from gotr1 import (
-    check_sampling,
     decode_images,
     image_token_count,
     load_policy,
@@ -409,8 +408,7 @@ CSS = """
 
 def main(argv: list[str] | None = None) -> None:
     config = run.parse_args(Config, __doc__, argv)
-    run.check_ranges(config, at_least_one="port")
-    check_sampling(config)
+    run.check_ranges(config, at_least_one="port max_chain", not_negative="cfg")
     for package in ("gradio", "gradio_image_annotation"):
         if not importlib.util.find_spec(package):
             run.fail(f"{package} is missing: pip install {PACKAGES}")

@@ -80,21 +80,22 @@ def parse_args(
 def check_ranges(
     config, at_least_one: str = "", above_zero: str = "", not_negative: str = ""
 ) -> None:
-    """Ends the program in one line when a setting is out of its range.
+    """Ends the program in one line when a setting is out of its range; None, which stands for a
+    default that comes from the model, is in every range.
 
     Each argument holds names of settings, separated by spaces. The conditions are written with
     `not`, so that nan, for which every comparison is false, is refused too."""
     for name in at_least_one.split():
         value = getattr(config, name)
-        if not value >= 1:
+        if value is not None and not value >= 1:
             fail(f"--{name} is {value}: expected 1 or more")
     for name in above_zero.split():
         value = getattr(config, name)
-        if not value > 0:
+        if value is not None and not value > 0:
             fail(f"--{name} is {value}: expected a number above 0")
     for name in not_negative.split():
         value = getattr(config, name)
-        if not value >= 0:
+        if value is not None and not value >= 0:
             fail(f"--{name} is {value}: expected 0 or more")
 
 
