@@ -162,14 +162,14 @@ def run_toy(config: Config, dtype: str, rank: int, world: int, device) -> None:
     import rewards
     from engine.checkpoints import DTYPES, policy_files
     from evaluation import held_out
-    from toy.world import ToyJudge, crispness, detect, toy_prompts
+    from toy.world import ToyJudge, crispness, detect, follow_plans, toy_prompts
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
     name = config.model or "toy"
     model, tokenizer = gotr1.load_policy(name, device, DTYPES[dtype])
     config = gotr1.with_defaults(config, model)
     prompts = toy_prompts(config.toy_prompts, seed=7, held_out=True)
-    given_plans = held_out.read_plans("toy")  # drawn as they are: does the model follow a plan?
+    given_plans = follow_plans()  # drawn as they are: does the model follow a plan?
     score = functools.partial(rewards.score_with_boxes, ToyJudge(), crispness)
 
     # 1) and 2) Pictures and scores

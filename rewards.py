@@ -50,7 +50,9 @@ PARTS = ("sem", "spa", "ri", "pi", "hps")
 # Optional attributes:
 #   words            part -> the judge's literal replies to its last call, in order
 #   marks            "sem" -> name -> one mark per sample, if R_sem is a mean of marks
-#   forget_early()   called at the end of `score`, see ServedJudge.ask_early
+#   ask_early(prompts, chains, images, parts)   takes samples while others are drawn: ServedJudge
+#   forget_early()   called at the end of `score`
+#   exact            the judge of held-out prompts, where this one errs on purpose: ToyJudge
 
 
 def total_reward(parts: dict[str, float], combine: str = "product") -> float:

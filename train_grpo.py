@@ -201,14 +201,14 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(training, "before", step=0)
 
     skipped = 0  # gradients in a row that were not finite
-    bar = tqdm(
+    steps = tqdm(
         range(engine.first_step, config.steps),
         initial=engine.first_step,
         total=config.steps,
         desc="GRPO",
         disable=rank > 0,
     )
-    for step in bar:
+    for step in steps:
         clock = [time.time()]  # when each phase began
 
         # 1) Prompts: the step has `batch_size` of them, in an order; each rank takes some places
@@ -300,10 +300,10 @@ def main(argv: list[str] | None = None) -> None:
         row.update(seconds_of_phases(clock, world, device))
         row["samples_s"] = config.batch_size * config.group / row["seconds"]
         row["peak_gib"] = run.peak_gib(device)
-        bar.set_postfix_str(f"reward {row['reward']:.3f}")
         log.write(row)
         run.say(log_line(row, config.steps))
         check_boxes(training, row)
+        warn_of_collapse(log.rows)
 
         # 8) Look and save, now and then
         done = step + 1
@@ -531,6 +531,12 @@ def check_boxes(training: Training, row: dict) -> None:
     if not training.rehearsal:
         raise RuntimeError(problem)
     run.say(f"a rehearsal of one step: {problem}")
+
+
+def warn_of_collapse(rows: list[dict]) -> None:
+    """Prints, once in a run, that plans or texts have become alike; rows: the log up to now."""
+    for warning in variety.collapse_warnings(rows):
+        run.say(warning)
 
 
 def is_due(done: int, every: int) -> bool:

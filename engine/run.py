@@ -370,11 +370,12 @@ class Log:
     def __init__(self, folder: Path, start: int = 0, wandb: str = ""):
         self.folder = folder
         self.wandb_run = None
+        self.rows = []  # all of them, those of an earlier process included; empty on other ranks
         if rank() > 0:
             return
         # the steps after the last checkpoint are done again, and logged again
-        kept = read_log(folder, before=start)
-        write_whole(folder / "log.jsonl", "".join(log_line(row) for row in kept))
+        self.rows = read_log(folder, before=start)
+        write_whole(folder / "log.jsonl", "".join(log_line(row) for row in self.rows))
         if wandb:
             self.wandb_run = start_wandb(folder, wandb)
 
@@ -382,6 +383,7 @@ class Log:
         """Appends a row, which has to have a `step`."""
         if rank() > 0:
             return
+        self.rows.append(row)
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(log_line(row))
         if self.wandb_run:
@@ -390,7 +392,7 @@ class Log:
     def plot(self, panels: dict[str, list[str]]) -> None:
         """Draws `curves.png` of the log so far, see `plot_curves`."""
         if rank() == 0:
-            plot_curves(read_log(self.folder), panels, self.folder / "curves.png")
+            plot_curves(self.rows, panels, self.folder / "curves.png")
 
 
 def check_wandb(project: str) -> None:

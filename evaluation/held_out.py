@@ -25,7 +25,7 @@ import rewards
 from engine import run
 from evaluation import sheets, stats, variety
 from render_boxes import Box, chain_problems
-from toy.world import RELATIONS, ToyJudge, crispness, follow_plans, is_related, read_text
+from toy.world import RELATIONS, ToyJudge, crispness, is_related, read_text
 
 EVAL_STEP = 2**31  # random numbers are seeded by (seed, step), and no training step has this number
 RELATION = re.compile(r"\b(left|right|above|below|top|bottom|under|over)\b")
@@ -279,34 +279,6 @@ def summarise(rows: list[dict]) -> dict[str, float]:
         for name, value in row["measures"].items():
             found.setdefault(name, []).append(value)
     return {name: float(np.mean(found[name])) for name in sorted(found, key=stats.place)}
-
-
-def read_plans(source: str) -> list[tuple[str, str]]:
-    """Plans that are given to be drawn: [(prompt, chain)].
-
-    `toy`: 60 held-out scenes each of two objects, of two with a relation and of three, with random
-    valid layouts. Else a file with one {"prompt": …, "chain": …} per line, or "" for none. Raises
-    OSError or ValueError."""
-    if source == "toy":
-        return follow_plans()
-    if not source:
-        return []
-    plans = []
-    # not splitlines(): to it a line ends at U+2028 too, which may stand in a string of JSON
-    for number, line in enumerate(Path(source).read_text("utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, chain = row["prompt"], row["chain"]
-        except (ValueError, KeyError, TypeError):
-            wanted = 'expected {"prompt": "…", "chain": "…"}'
-            raise ValueError(f"{source}, line {number}: {wanted}") from None
-        problems = chain_problems(chain)
-        if problems:
-            raise ValueError(f"{source}, line {number}: {'; '.join(problems)}")
-        plans.append((prompt, chain))
-    return plans
 
 
 # -------------------------------------------------------------------------------------------------

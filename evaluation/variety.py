@@ -126,6 +126,35 @@ def in_groups(samples: list, group: int) -> list[list]:
 
 
 # -------------------------------------------------------------------------------------------------
+# Collapse
+
+FIRST_STEPS = 10  # their mean is what a run began with
+COLLAPSED = {  # number of the log -> below which share of it the run has collapsed, and its meaning
+    "layout_variety": (0.5, "the plans of a prompt become alike"),
+    "entropy_text": (0.1, "the text is nearly certain: nothing new is tried"),
+}
+
+
+def collapse_warnings(rows: list[dict]) -> list[str]:
+    """A line for each number of COLLAPSED whose limit the last row is the first to fall below.
+    rows: a log, one row per step; a number may be missing from some rows, or from all."""
+    warnings = []
+    for name, (share, meaning) in COLLAPSED.items():
+        values = [row[name] for row in rows if name in row]
+        if len(values) <= FIRST_STEPS or name not in rows[-1]:
+            continue
+        start = np.mean(values[:FIRST_STEPS])
+        limit = share * start
+        earlier = values[FIRST_STEPS:-1]
+        if values[-1] < limit and not any(value < limit for value in earlier):
+            warnings.append(
+                f"warning: {name} is {values[-1]:.2g}, less than {share} of the {start:.2g} of the "
+                f"first {FIRST_STEPS} steps: {meaning}. What helps: --advantage mean, a larger --kl"
+            )
+    return warnings
+
+
+# -------------------------------------------------------------------------------------------------
 # Pictures
 
 

@@ -4,6 +4,7 @@ refuse bad input in one line. pytest tests/test_end_to_end.py"""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -310,6 +311,20 @@ def test_a_run_that_gets_sigterm_saves_and_leaves_with_exit_code_0(tmp_path):
     assert (tmp_path / "latest").read_text() == f"step_{done:06d}"
     assert f"stopped after step {done} of 1000" in output
     assert f"the same command continues from {tmp_path}" in output
+
+
+@pytest.mark.slow
+def test_a_run_that_collapses_says_so_once(tmp_path, capsys):
+    """Without a KL, at three times the learning rate, plans become alike."""
+    flags = "--batch_size 4 --group 8 --advantage group_std --kl 0 --lr 2e-3".split()
+    flags += "--eval_prompts 2 --look_every 0 --out".split() + [str(tmp_path)]
+    train_grpo.main([*flags, "--steps", "80"])
+    said = re.findall("warning: layout_variety.*", capsys.readouterr().out)
+    varieties = [row["layout_variety"] for row in rows(tmp_path)]
+    start = sum(varieties[:10]) / 10
+    fallen = [value for value in varieties[10:] if value < start / 2]
+    assert len(fallen) > 1  # it goes on, and nothing more is said
+    assert len(said) == 1 and f"is {fallen[0]:.2g}" in said[0] and "--advantage mean" in said[0]
 
 
 # One process and two

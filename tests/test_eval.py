@@ -129,7 +129,6 @@ def test_a_line_of_json_may_hold_any_character(tmp_path):
     line = json.dumps({"prompt": "a\u2028cat", "chain": plan}, ensure_ascii=False)
     path = tmp_path / "plans.jsonl"
     path.write_bytes((line + "\r\n" + line + "\n").encode())
-    assert held_out.read_plans(str(path)) == [("a\u2028cat", plan)] * 2
     assert networks.read_lines(path) == [line] * 2
 
 
@@ -139,8 +138,8 @@ def test_a_line_of_json_may_hold_any_character(tmp_path):
 
 def test_toy_benchmark(tmp_path, capsys, monkeypatch):
     """The table against a count by hand from the rows; two runs compared; other seeds differ."""
-    plans = held_out.read_plans("toy")[::30]
-    monkeypatch.setattr(held_out, "read_plans", lambda source: plans)
+    plans = toy.follow_plans()[::30]
+    monkeypatch.setattr(toy, "follow_plans", lambda: plans)
     monkeypatch.setattr(held_out, "VARIETY_PROMPTS", 4)
     for name, seed in (("a", 0), ("b", 5)):
         run("--out", tmp_path / name, "--toy_prompts", 20, "--toy_seeds", 2, "--seed", seed)

@@ -137,3 +137,40 @@ def test_edges_and_colors():
     assert looks_of(every)[3] == pytest.approx(6)
     near = [[(0, 0, 0), (63, 63, 63), (64, 0, 0), (0, 0, 64)]]  # shares 1/2, 1/4, 1/4
     assert looks_of(near)[3] == pytest.approx(1.5)
+
+
+# -------------------------------------------------------------------------------------------------
+# Collapse
+
+
+def warnings_of(values: list[dict]) -> list[tuple[int, str]]:
+    """(step, name) of each warning of a run whose log gets these rows, one after the other."""
+    found = []
+    for step in range(len(values)):
+        for warning in variety.collapse_warnings(values[: step + 1]):
+            found.append((step, warning.split()[1]))
+    return found
+
+
+def test_a_collapse_is_said_once_when_the_limit_is_passed():
+    layouts = [0.8] * 5 + [1.0] * 5  # 0.9 on average: the limit is 0.45
+    layouts += [0.7, 0.46, 0.44, 0.5, 0.3, 0.1]
+    assert warnings_of([{"layout_variety": value} for value in layouts]) == [(12, "layout_variety")]
+    texts = [0.5] * 10 + [0.2, 0.051, 0.049, 0.0]  # the limit is 0.05
+    assert warnings_of([{"entropy_text": value} for value in texts]) == [(12, "entropy_text")]
+    both = [{"layout_variety": 0.9, "entropy_text": 0.5}] * 10
+    both += [{"layout_variety": 0.4, "entropy_text": 0.04}]
+    assert warnings_of(both) == [(10, "layout_variety"), (10, "entropy_text")]
+    (line, _) = variety.collapse_warnings(both)
+    assert line == (
+        "warning: layout_variety is 0.4, less than 0.5 of the 0.9 of the first 10 steps: the plans "
+        "of a prompt become alike. What helps: --advantage mean, a larger --kl"
+    )
+
+
+def test_no_collapse_is_said_of_what_fell_at_first_or_was_not_measured():
+    falling = [{"layout_variety": value} for value in (0.9, *[0.2] * 9, 0.19, 0.18)]
+    assert warnings_of(falling) == []  # half of the first ten steps, not of the first one
+    rows = [{"step": step} for step in range(5)] + [{"layout_variety": 0.9}] * 10
+    assert warnings_of([*rows, {"layout_variety": 0.1}, {"step": 16}]) == [(15, "layout_variety")]
+    assert warnings_of([{"entropy_text": 0.0}] * 30) == []
