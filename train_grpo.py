@@ -85,8 +85,8 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
 
 # Only what differs from the defaults above. From the paper (section 4.1): batch_size, group, steps,
 # lr and its cosine, lora, advantage. Not in the paper, taken from T2I-R1, which trains the same
-# model: cfg 5, logp cond, kl 0.01, one update, no warm-up. dtype, rollout_batch and so on suit a 7B on 80 GB,
-# see docs/gpu.md.
+# model: cfg 5, logp cond, kl 0.01, one update, no warm-up. dtype, rollout_batch and so on suit a 7B
+# on 80 GB, see docs/gpu.md.
 PRESETS = {
     "toy": {},
     "paper": {
