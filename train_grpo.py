@@ -12,8 +12,8 @@ Where this code departs from the paper (sections 3 and 4.1), or fills in what it
 1. The loss is one mean over all sampled tokens of the step. The paper's equation 2 takes the mean
    of each sample first (--loss_mean sequence).
 2. Groups whose rewards are all equal are left out of that mean, and counted.
-3. With --preset paper a rollout is good for one optimizer step, so ratio is 1 and nothing is
-   clipped. The toy takes three (--updates): half the samples do, see docs/log.md.
+3. One optimizer step per rollout, so ratio is 1 and nothing is clipped; --updates takes more, and
+   then the KL has the ratio as its weight, see `grpo_loss`.
 4. The judge's queries are our wording of the paper's. R_sem is the mean of four marks (its figure 8
    prints one), layouts are drawn in black, and the query for boxes shows a list as its example.
 5. The toy trains all language parameters, not LoRA; samples without guidance; and its advantages
@@ -61,21 +61,21 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
     eval_prompts: int = 240  # held-out prompts to draw before and after training
     out: str = "out/grpo"  # folder of this run; the same flags again continue where it stopped
     # Rollout
-    steps: int = 55  # rollouts in all (paper: 1000)
+    steps: int = 110  # rollouts in all (paper: 1000)
     batch_size: int = 8  # prompts per step, over all ranks (paper: 8)
     group: int = 16  # samples per prompt (paper: 16)
     cfg: float | None = None  # guidance; default: 5 for Janus-Pro, 1 (none) for the toy
     max_chain: int | None = None  # most tokens of a chain; default: 600 for Janus-Pro, toy 96
     rollout_batch: int = 8  # prompts that a rank draws at a time; changes memory, not the samples
     # Loss
-    updates: int = 3  # optimizer steps per rollout, each over all of it
+    updates: int = 1  # optimizer steps per rollout, each over all of it
     clip: float = 0.2  # the loss clips the ratio to 1 - clip .. 1 + clip
-    kl: float = 0.025  # weight of the KL to the reference; 0: no reference model is loaded
+    kl: float = 0.02  # weight of the KL to the reference; 0: no reference model is loaded
     loss_mean: Literal["token", "sequence"] = "token"  # what counts equally, see `token_weights`
     advantage: Literal["mean", "group_std", "batch_std"] = "mean"  # see `step_advantages`
     logp: Literal["cond", "guided"] = "cond"  # image tokens are scored without or with guidance
     # Optimisation
-    lr: float = 6e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)
+    lr: float = 7e-4  # peak learning rate (paper: 1e-5 with LoRA; 1e-6 suits a full real model)
     lr_floor: float = 0.1  # share of the peak at which the cosine ends
     warmup: float = 0.1  # share of the steps over which the learning rate rises to its peak
     # Looking at it
@@ -85,13 +85,12 @@ class Config(rewards.JudgeConfig, trainer.TrainerConfig):
 
 # Only what differs from the defaults above. From the paper (section 4.1): batch_size, group, steps,
 # lr and its cosine, lora, advantage. Not in the paper, taken from T2I-R1, which trains the same
-# model: cfg 5, logp cond, kl 0.01, one update, no warm-up. dtype, rollout_batch and so on suit a 7B
-# on 80 GB, see docs/gpu.md.
+# model: cfg 5, logp cond, kl 0.01, no warm-up. dtype, rollout_batch and so on suit a 7B on 80 GB,
+# see docs/gpu.md.
 PRESETS = {
     "toy": {},
     "paper": {
         "steps": 1000,
-        "updates": 1,
         "kl": 0.01,
         "advantage": "group_std",
         "lr": 1e-5,
@@ -162,7 +161,9 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, weight, clip: float = 0.2, k
     k3 = torch.zeros_like(logp)
     if kl:
         gap = logp_ref - logp
-        k3 = gap.exp() - gap - 1
+        # An expectation over what the policy samples now, from samples of the old one: hence the
+        # ratio. Without it a token that an update made unlikely has a gradient without bounds
+        k3 = ratio.detach() * (gap.exp() - gap - 1)
     loss = ((per_token + kl * k3) * weight).sum()
 
     counts = (weight > 0).float()

@@ -435,5 +435,5 @@ def test_a_folder_with_another_configuration_is_refused_and_untouched(grpo_run, 
         train_grpo.main([*GRPO, "--out", str(grpo_run), "--lr", "5e-4", "--kl", "0"])
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2
-    assert "--lr 0.0006 (now 0.0005), --kl 0.025 (now 0.0)" in message
+    assert "--lr 0.0007 (now 0.0005), --kl 0.02 (now 0.0)" in message
     assert (grpo_run / "config.json").read_text() == before

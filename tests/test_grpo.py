@@ -72,7 +72,7 @@ def plain_loss(logp, old, ref, advantages, weight, clip, kl):
             clipped = min(max(ratio, 1 - clip), 1 + clip)
             k3 = math.exp(ref[n][s] - logp[n][s]) - (ref[n][s] - logp[n][s]) - 1
             surrogate = min(ratio * advantages[n], clipped * advantages[n])
-            loss += weight[n][s] * (kl * k3 - surrogate)
+            loss += weight[n][s] * (kl * ratio * k3 - surrogate)
     return loss
 
 
@@ -103,6 +103,26 @@ def test_clip_share_counts_tokens_whose_gradient_is_cut():
         assert [s for s in range(5) if gradient[0, s] == 0] == cut
         assert sums[1].item() == len(cut)
         assert sums[2].item() == 0, "a KL without a reference"
+
+
+def test_the_kl_is_that_of_the_policy_now_although_an_older_one_has_sampled():
+    """Over all tokens of a vocabulary, each as often as the old policy samples it, the estimate is
+    the KL of the new policy, and its gradient has a bound for a token that became unlikely."""
+    torch.manual_seed(0)
+    old, ref = (torch.randn(1, 50).log_softmax(dim=1) for _ in range(2))
+    new = (old * 2).log_softmax(dim=1).requires_grad_()  # far from the old one
+    kl = (new.exp() * (new - ref)).sum().item()
+    no_advantage = torch.zeros(1)
+    loss, sums = grpo_loss(new, old, ref, no_advantage, old.exp(), kl=1.0)
+    assert loss.item() == pytest.approx(kl, rel=1e-4)
+    assert sums[3] == 50
+
+    logp = torch.tensor([[-1.0, -20.0]]).requires_grad_()
+    half = torch.full((1, 2), 0.5).log()
+    loss, _ = grpo_loss(logp, half, half, no_advantage, torch.ones(1, 2), kl=1.0)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    ratios = (logp - half).exp().detach()
+    assert gradient.tolist() == [pytest.approx((ratios - 1).tolist()[0], rel=1e-5)]
 
 
 def test_weights_by_hand():

@@ -74,14 +74,12 @@ class Study:
 BASELINE = Row("", "SFT model", "", paper=(0.6336, 0.2140, 0.3490))  # what all trainings start from
 PICTURES = ["color: picture right", "spatial: picture right", "complex: picture right"]
 PLANS = ["spatial: plan right", "complex: plan right"]
-# As in the paper a rollout is good for one step; the learning rate and KL that suit that
-ONE_UPDATE = "--updates 1 --lr 7e-4 --kl 0.02"
 # The paper does not say whether R_HPS takes part in the rows of its table 3, which has no column
 # for it. So a row here is trained on what it names, and only "all" and its variants have R_HPS.
 REWARDS = Study(
     question="Which rewards does it take?",
     steps=60,
-    flags=f"{ONE_UPDATE} --look_every 0 --advantage group_std",  # as in the paper
+    flags="--look_every 0 --advantage group_std",  # divided, as in the paper
     columns=["total", "sem", "spa", "ri", "pi", *PLANS, *PICTURES, "follow: ri", "variety: layout"],
     rows=[
         Row("pr", "R_PR", "--rewards sem spa", (0.7050, 0.2283, 0.3619)),
@@ -117,7 +115,7 @@ JUDGE = Study(
 VARIETY = Study(
     question="Why do plans become alike?",
     steps=220,
-    flags=f"{ONE_UPDATE} --look_every 55 --evaluate_looks",
+    flags="--look_every 55 --evaluate_looks",
     columns=[
         "total",
         "complex: picture right",
