@@ -181,7 +181,9 @@ def test_log_has_six_digits_and_drops_half_a_line_and_what_came_after_the_checkp
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "l')
     assert [row["step"] for row in run.read_log(tmp_path)] == [0, 1, 2, 3, 4]
-    run.Log(tmp_path, start=3).write({"step": 3, "lr": 1234567.8})
+    log = run.Log(tmp_path, start=3)
+    log.write({"step": 3, "lr": 1234567.8})
+    assert [row["step"] for row in log.rows] == [0, 1, 2, 3], "what the guard against collapse sees"
     rows = [(row["step"], row["lr"]) for row in run.read_log(tmp_path)]
     assert rows[-2:] == [(2, 6.66667e-07), (3, 1234570.0)]
 
