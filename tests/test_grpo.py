@@ -125,6 +125,30 @@ def test_the_kl_is_that_of_the_policy_now_although_an_older_one_has_sampled():
     assert gradient.tolist() == [pytest.approx((ratios - 1).tolist()[0], rel=1e-5)]
 
 
+def test_where_advantage_and_kl_balance():
+    """policy = kl * reference / (c - advantage), as docs/toy.md says: there the gradient over all
+    samples, each as often as the policy draws it, is 0. Somewhere else it is not."""
+    advantages = torch.tensor([0.0, 0.01, 0.03, 0.1], dtype=torch.float64)
+    ref = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    kl = 0.05
+    low, high = advantages.max().item(), advantages.max().item() + kl
+    for _ in range(60):  # the c with which the probabilities add up to 1
+        c = (low + high) / 2
+        policy = kl * ref / (c - advantages)
+        low, high = (c, high) if policy.sum() > 1 else (low, c)
+
+    def gradient(policy):
+        logits = policy.log().requires_grad_()
+        logp = logits.log_softmax(dim=0)[:, None]
+        now = logp.detach()
+        loss, _ = grpo_loss(logp, now, ref.log()[:, None], advantages, now.exp(), kl=kl)
+        return torch.autograd.grad(loss, logits)[0].abs().max().item()
+
+    assert gradient(policy) < 1e-10
+    tilted = ref * (advantages / kl).exp()  # the optimum under KL(policy || reference)
+    assert gradient(tilted / tilted.sum()) > 1e-3
+
+
 def test_weights_by_hand():
     mask = torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
     tokens = token_weights(mask, kept=[0, 2], loss_mean="token")
