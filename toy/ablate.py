@@ -73,14 +73,13 @@ class Study:
 
 BASELINE = Row("", "SFT model", "", paper=(0.6336, 0.2140, 0.3490))  # what all trainings start from
 PICTURES = ["color: picture right", "spatial: picture right", "complex: picture right"]
-PLANS = ["spatial: plan right", "complex: plan right"]
 # The paper does not say whether R_HPS takes part in the rows of its table 3, which has no column
 # for it. So a row here is trained on what it names, and only "all" and its variants have R_HPS.
 REWARDS = Study(
     question="Which rewards does it take?",
     steps=60,
     flags="--look_every 0 --advantage group_std",  # divided, as in the paper
-    columns=["total", "sem", "spa", "ri", "pi", *PLANS, *PICTURES, "follow: ri", "variety: layout"],
+    columns=["total", "spa", "ri", "complex: plan right", *PICTURES, "follow: ri", "variety: layout"],
     rows=[
         Row("pr", "R_PR", "--rewards sem spa", (0.7050, 0.2283, 0.3619)),
         Row("ri", "R_RI", "--rewards ri", (0.3340, 0.0076, 0.2488)),
