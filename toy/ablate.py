@@ -318,9 +318,13 @@ def report(study: Study, trainings: list[Training], table: list[Line]) -> str:
         cells = [line.row.title]
         for measure in study.columns:
             values = line.values(measure)
-            cell = f"{np.mean(values):.2f}" if values else "–"
-            if values and min(values) < max(values):
-                cell += f" ({min(values):.2f} to {max(values):.2f})"
+            if not values:
+                cells.append("–")
+                continue
+            cell = f"{np.mean(values):.2f}"
+            lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
+            if lowest != highest:
+                cell += f" ({lowest} to {highest})"
             cells.append(cell)
         finished = [str(seed) for seed, found in line.by_seed.items() if found]
         missing = [str(seed) for seed, found in line.by_seed.items() if not found]
