@@ -79,7 +79,15 @@ REWARDS = Study(
     question="Which rewards does it take?",
     steps=60,
     flags="--look_every 0 --advantage group_std",  # divided, as in the paper
-    columns=["total", "spa", "ri", "complex: plan right", *PICTURES, "follow: ri", "variety: layout"],
+    columns=[
+        "total",
+        "spa",
+        "ri",
+        "complex: plan right",
+        *PICTURES,
+        "follow: ri",
+        "variety: layout",
+    ],
     rows=[
         Row("pr", "R_PR", "--rewards sem spa", (0.7050, 0.2283, 0.3619)),
         Row("ri", "R_RI", "--rewards ri", (0.3340, 0.0076, 0.2488)),
