@@ -1,6 +1,7 @@
 """The studies of the toy: which trainings, how they are run and resumed, and what is made of their
 files.   pytest tests/test_ablate.py"""
 
+import doctest
 import json
 import shlex
 import signal
@@ -191,6 +192,10 @@ def test_ctrl_c_lets_the_trainings_save(stub, capsys):
 
 
 # Tables and figures
+
+
+def test_mean_and_range():
+    assert doctest.testmod(ablate).failed == 0
 
 
 def test_study_rewards_of_made_up_trainings(monkeypatch, capsys, tmp_path):

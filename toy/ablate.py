@@ -325,15 +325,7 @@ def report(study: Study, trainings: list[Training], table: list[Line]) -> str:
     for line in table:
         cells = [line.row.title]
         for measure in study.columns:
-            values = line.values(measure)
-            if not values:
-                cells.append("–")
-                continue
-            cell = f"{np.mean(values):.2f}"
-            lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
-            if lowest != highest:
-                cell += f" ({lowest} to {highest})"
-            cells.append(cell)
+            cells.append(mean_and_range(line.values(measure)))
         finished = [str(seed) for seed, found in line.by_seed.items() if found]
         missing = [str(seed) for seed, found in line.by_seed.items() if not found]
         seeds = ", ".join(finished)
@@ -347,6 +339,18 @@ def report(study: Study, trainings: list[Training], table: list[Line]) -> str:
         f"was\n`train_grpo.py {trainings[0].flags}`;\nothers differ in the seed and the flags of "
         f"their row. One CPU thread, torch {torch.__version__}.\n\n{rows}\n"
     )
+
+
+def mean_and_range(values: list[float]) -> str:
+    """A cell of the table; the range only where two digits show one.
+    >>> mean_and_range([0.5, 0.75]), mean_and_range([0.501, 0.502]), mean_and_range([])
+    ('0.62 (0.50 to 0.75)', '0.50', '–')
+    """
+    if not values:
+        return "–"
+    mean = f"{np.mean(values):.2f}"
+    lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def add_taus(table: list[Line], prompts: int = 240, samples: int = 2) -> None:
